@@ -1,0 +1,7 @@
+"""lamb16: LAMB with 16 bits of optimizer state per parameter, as a compiled PyTorch optimizer."""
+
+from .baselines import Lamb, PublishedLamb16
+from .optimizer import Lamb16
+
+__version__ = "0.1.0"
+__all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__"]

@@ -1,0 +1,160 @@
+"""The step functions of ``update.py``, eager or compiled, one set for each kind of tensor.
+
+A *kind* is what a graph is specialised on: device type, dtypes, how the moments are stored. Everything else
+(sizes, number of tensors, hyperparameters, step counts) is dynamic, so each graph is compiled once a process. It
+is compiled on small stand-in tensors before it ever touches real ones: a compiler that fails leaves no half-made step.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import update
+from .update import FACTORS, HYPER, ROW
+
+CHUNK = 1  # large tensors a call
+
+
+class Kind(NamedTuple):
+    """What compiled code is specialised on."""
+
+    device: torch.device
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    float8: bool
+
+
+class Step(NamedTuple):
+    """The functions of a step, for one kind."""
+
+    measure: Callable[..., None]
+    measure_packed: Callable[..., None]
+    scale: Callable[..., None]
+    apply: Callable[..., None]
+    apply_packed: Callable[..., None]
+
+
+def step_functions(kind: Kind, compile: bool) -> Step:
+    """The functions for ``kind``; compiled ones are shared by all optimizers of the process."""
+    if not compile:
+        return Step(
+            update.measure,
+            update.measure_packed,
+            functools.partial(update.scale, float8=kind.float8),
+            update.apply,
+            update.apply_packed,
+        )
+    return _compiled(kind)
+
+
+@functools.cache
+def _compiled(kind: Kind) -> Step:
+    return Step(*(_Lazy(name, kind) for name in Step._fields))
+
+
+class _Lazy:
+    """One compiled function, compiled on stand-ins when it is first :meth:`prepared <prepare>` or called."""
+
+    def __init__(self, name: str, kind: Kind) -> None:
+        self.name, self.kind = name, kind
+        self.call: Callable[..., None] | None = None
+
+    def prepare(self) -> Callable[..., None]:
+        if self.call is None:
+            self.call = self._compile()
+        return self.call
+
+    def __call__(self, *args: Any) -> None:
+        self.prepare()(*args)
+
+    def _compile(self) -> Callable[..., None]:
+        function = _own_code(getattr(update, self.name), str(self.kind))
+        if self.name == "scale":
+            function = functools.partial(function, float8=self.kind.float8)
+        compiled = torch.compile(function, fullgraph=True, options=_options(self.kind.device))
+        try:
+            with torch.no_grad():
+                compiled(*_stand_ins(self.name, self.kind))
+        except Exception as error:
+            raise RuntimeError(
+                f"lamb16 could not compile its {self.name} step for {self.kind.device.type} with torch.compile "
+                f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}). "
+                "Install a working compiler (a C++ compiler for the CPU, Triton for CUDA), or pass compile=False to "
+                "run the same step eagerly. Nothing was changed."
+            ) from error
+        return compiled
+
+
+def _own_code(function: Callable[..., None], suffix: str) -> Callable[..., None]:
+    """A copy with a code object of its own, so that each kind has its own compile cache and recompile limit."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}[{suffix}]")
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
+        return {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_000}
+    return {}
+
+
+def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
+    """Arguments of the right kinds, every varying size different from every other and marked dynamic."""
+    device = kind.device
+    tensors, slots, homes, pieces = 5, 11, 7, 3
+
+    def dynamic(*shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        torch._dynamo.mark_dynamic(tensor, 0)
+        return tensor
+
+    def part(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        codes = torch.uint8 if kind.float8 else torch.float32
+        dtypes = (kind.param_dtype, kind.grad_dtype, codes, codes)
+        p, g, m, v = (dynamic(rows, ROW, dtype=dtype) for dtype in dtypes)
+        return p, g, m, v
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    lanes = torch.arange(ROW, dtype=torch.int32, device=device)
+    if name == "measure":
+        parts = [part(13 + i) for i in range(CHUNK)]
+        return parts, zeros(CHUNK, FACTORS), zeros(CHUNK, 2, dtype=torch.int32), zeros(CHUNK, 2, dtype=torch.float64)
+    if name == "apply":
+        parts = [part(13 + i) for i in range(CHUNK)]
+        return parts, zeros(CHUNK, FACTORS), zeros(CHUNK, 4, dtype=torch.int32), lanes
+    table = dynamic(tensors, FACTORS, dtype=torch.float32)
+    if name == "scale":
+        return (
+            dynamic(slots, 2, dtype=torch.int32),
+            dynamic(slots, 2, dtype=torch.float64),
+            dynamic(tensors, 3, dtype=torch.int64),
+            dynamic(homes, 2, dtype=torch.float32),
+            dynamic(homes, 2, dtype=torch.int32),
+            dynamic(tensors, dtype=torch.int64),
+            dynamic(tensors, len(HYPER), dtype=torch.float64),
+            dynamic(tensors, dtype=torch.float64),
+            zeros(),
+            zeros(dtype=torch.int64),
+            dynamic(tensors, FACTORS, dtype=torch.float32),
+            table,
+            dynamic(tensors, 4, dtype=torch.int32),
+            dynamic(tensors, 3, dtype=torch.float64),
+        )
+    owner = dynamic(pieces, dtype=torch.int64)
+    if name == "measure_packed":
+        length = dynamic(pieces, 1, dtype=torch.int32)
+        peaks, sums = dynamic(pieces, 2, dtype=torch.int32), dynamic(pieces, 2, dtype=torch.float64)
+        return part(pieces), table, owner, length, lanes, peaks, sums
+    start = dynamic(pieces, 1, dtype=torch.int32)
+    return part(pieces), table, dynamic(tensors, 4, dtype=torch.int32), owner, start, lanes

@@ -1,0 +1,87 @@
+"""fp8 codes as integers: decode, stochastic encode and power-of-two scales, for tensors of any 32-bit device.
+
+Codes are uint8, arithmetic is on the bit patterns of float32 held in int32. No native fp8 cast is used: those are
+missing on GPUs before sm_89 and slow on CPUs. No float32 subnormal appears, so flush-to-zero changes nothing here.
+
+``E4M3`` (first moment): 4 exponent bits, bias 7, 3 mantissa bits, largest 448, smallest normal 2^-6.
+``E5M2`` (second moment): 5 exponent bits, bias 15, 2 mantissa bits, largest 57344, smallest normal 2^-14.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Format(NamedTuple):
+    """An fp8 format as the integer arithmetic needs it."""
+
+    dropped: int  # float32 mantissa bits that the code has no room for
+    rebias: int  # difference of the exponent biases
+    min_normal: int  # float32 bits of the smallest normal value
+    max_exponent: int  # the largest value is 1.75 · 2^max_exponent
+    min_scale: int  # biased float32 exponent of the smallest scale
+
+    def smallest_scale(self) -> float:
+        """The scale of an all-zero moment; large enough that every decoded value is a normal float32."""
+        return float(2.0 ** (self.min_scale - 127))
+
+
+E4M3 = Format(dropped=20, rebias=120, min_normal=121 << 23, max_exponent=8, min_scale=10)
+E5M2 = Format(dropped=21, rebias=112, min_normal=113 << 23, max_exponent=15, min_scale=17)
+
+
+def decode(codes: Tensor, fmt: Format) -> Tensor:
+    """float32 values of uint8 codes, unscaled. The sign bit is honoured for E4M3 and ignored for E5M2 (v >= 0)."""
+    c = codes.to(torch.int32)
+    magnitude = c & 0x7F
+    subnormal = (magnitude - (1 << (23 - fmt.dropped))) >> 31  # -1 where the exponent field is 0, else 0
+    # A subnormal code gets the smallest normal's exponent; its implicit one is subtracted as a float.
+    bits = (magnitude << fmt.dropped) + (fmt.rebias << 23) - (subnormal << 23)
+    value = bits.view(torch.float32) - (subnormal & fmt.min_normal).view(torch.float32)
+    if fmt is E5M2:
+        return value
+    return (value.view(torch.int32) | ((c & 0x80) << 24)).view(torch.float32)
+
+
+def encode(magnitude: Tensor, word: Tensor, fmt: Format) -> Tensor:
+    """Round float32 values in [0, format maximum] stochastically to int32 codes.
+
+    ``word`` is the int32 rounding word; its top ``dropped`` bits are added below the code's last bit, so a value
+    rounds up with probability equal to its distance from the lower neighbour, in the subnormal range too. A zero
+    word truncates; 2^31 (its top bit alone) rounds to nearest, ties up.
+    """
+    bits = magnitude.view(torch.int32)
+    subnormal = (bits - fmt.min_normal) >> 31
+    # Adding 2^-6 (2^-14) lines a subnormal's bits up with the grid; the exponent this adds is taken off again.
+    lifted = (magnitude + (subnormal & fmt.min_normal).view(torch.float32)).view(torch.int32)
+    noise = (word >> (32 - fmt.dropped)) & ((1 << fmt.dropped) - 1)
+    return (lifted + (subnormal << 23) + noise - (fmt.rebias << 23)) >> fmt.dropped
+
+
+def scale_exponent(largest_bits: Tensor, fmt: Format) -> Tensor:
+    """Biased exponent of the smallest power of two s with largest / s <= the format's maximum 1.75 · 2^max_exponent.
+
+    ``largest_bits`` are the int32 bits of the largest magnitude, finite. Adding the mantissa's complement of 1.75
+    carries into the exponent just where the mantissa exceeds 1.75.
+    """
+    exponent = ((largest_bits + 0x1FFFFF) >> 23) - fmt.max_exponent
+    return torch.clamp(exponent, min=fmt.min_scale)
+
+
+def power_of_two(biased_exponent: Tensor) -> Tensor:
+    """float32 2^(e - 127) from its biased exponent e in 1..254."""
+    return (biased_exponent << 23).view(torch.float32)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit mixer on int32 with wrap-around: the top bits of each result look independent for neighbouring inputs.
+
+    Two multiply-xorshift rounds; shifts and multipliers come from a search over pairs of indices (docs/algorithm.md).
+    """
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * -0x75C471A9  # 0x8A3B8E57
+    x = x ^ ((x >> 14) & 0x3FFFF)
+    return x * -0x5D362513  # 0xA2C9DAED

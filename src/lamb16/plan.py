@@ -1,0 +1,329 @@
+"""How a list of parameters is cut into blocks for the step functions of ``update.py``.
+
+A parameter of n elements is seen as a flat array. Its first n // 1024 rows of 1024 elements are one block of the
+*large* kind, if there are at least two rows; what is left is cut into *pieces* of at most 1024 elements, which are
+copied into a packed buffer, a piece a row, and back after the step. So a handful of compiled graphs serve every model,
+and hundreds of tiny tensors cost one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import update
+from .compiled import CHUNK, Kind, Step, step_functions
+from .fp8 import E4M3, E5M2
+from .update import FACTORS, GRAD_FACTOR, HYPER, LR, ROW
+
+Part = tuple[Tensor, Tensor, Tensor, Tensor]
+MAX_PIECES = 2  # packed pieces of one tensor: its tail, or all of it where it is too small for rows
+
+
+class Store:
+    """The scalar state of all tensors on a device, in two tables; ``state[p]`` holds 0-d views of them.
+
+    ``norms`` [tensors + 1, 2] float32 and ``counters`` [tensors + 1, 2] int32 (step, salt): 16 bytes a tensor. Slot 0
+    is scratch for padding. A state entry that is not this store's view (after loading, unpickling, or when someone
+    replaced it) is read in again.
+    """
+
+    NAMES = ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt")
+
+    def __init__(self, device: torch.device) -> None:
+        self.norms = torch.ones(1, 2, device=device)
+        self.counters = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        self.entries: list[dict[str, Any]] = []  # the state of slot i + 1
+        self.views: list[tuple[Tensor, ...]] = []
+        self.slots: dict[int, int] = {}  # id of a state dict (kept alive by entries) -> slot
+        self.writer: object = None  # the plan whose step was the last to write here
+        self.version = -1
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> list[int]:
+        """Make every state's scalars views of the tables; returns their slots."""
+        fresh = [s for s in states if id(s) not in self.slots]
+        if fresh:
+            self._grow(fresh)
+        for state in states:
+            slot = self.slots[id(state)]
+            if any(state[name] is not view for name, view in zip(self.NAMES, self.views[slot - 1], strict=True)):
+                self._read(slot)
+        return [self.slots[id(s)] for s in states]
+
+    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether all these states' scalars are still views of the tables."""
+        slots, views = self.slots, self.views
+        for state in states:
+            v = views[slots[id(state)] - 1]
+            if (
+                state["step"] is not v[2]
+                or state["exp_avg_norm"] is not v[0]
+                or state["exp_avg_sq_norm"] is not v[1]
+                or state["salt"] is not v[3]
+            ):
+                return False
+        return True
+
+    def _grow(self, fresh: Sequence[dict[str, Any]]) -> None:
+        old_norms, old_counters, count = self.norms, self.counters, len(self.entries) + 1
+        self.norms = torch.ones(count + len(fresh), 2, device=old_norms.device)
+        self.counters = torch.zeros(count + len(fresh), 2, dtype=torch.int32, device=old_norms.device)
+        self.norms[:count], self.counters[:count] = old_norms, old_counters
+        for slot in range(1, count):  # first what was changed outside, then the views move to the new tables
+            if not self.holds([self.entries[slot - 1]]):
+                self._read(slot)
+            else:
+                self._point(slot)
+        for state in fresh:
+            self.entries.append(state)
+            self.views.append(())
+            self.slots[id(state)] = len(self.entries)
+            self._read(len(self.entries))
+
+    def _read(self, slot: int) -> None:
+        state = self.entries[slot - 1]
+        self.norms[slot, 0], self.norms[slot, 1] = state["exp_avg_norm"], state["exp_avg_sq_norm"]
+        self.counters[slot, 0], self.counters[slot, 1] = state["step"], state["salt"]
+        self._point(slot)
+
+    def _point(self, slot: int) -> None:
+        norms, counters = self.norms[slot], self.counters[slot]
+        views = (norms[0], norms[1], counters[0], counters[1])
+        self.views[slot - 1] = views
+        self.entries[slot - 1].update(zip(self.NAMES, views, strict=True))
+        self.writer = None
+
+    def stamp(self) -> int:
+        """Changes whenever someone writes to the tables."""
+        return self.norms._version + self.counters._version
+
+
+def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
+    """The state of a parameter before its first step; the codes and moments are contiguous and of its shape."""
+    scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
+    dtypes = (torch.float8_e4m3fn, torch.float8_e5m2) if float8 else (torch.float32, torch.float32)
+    device = param.device
+    return {
+        "step": torch.zeros((), dtype=torch.int32, device=device),
+        "exp_avg": torch.zeros(param.shape, dtype=dtypes[0], device=device),
+        "exp_avg_norm": torch.tensor(scales[0], device=device),
+        "exp_avg_sq": torch.zeros(param.shape, dtype=dtypes[1], device=device),
+        "exp_avg_sq_norm": torch.tensor(scales[1], device=device),
+        "salt": torch.tensor(salt - (salt >> 31 << 32), dtype=torch.int32, device=device),
+    }
+
+
+def flat_codes(codes: Tensor) -> Tensor:
+    """Codes as a flat uint8 view (fp8 types do not compile before sm_89); float32 moments as they are."""
+    codes = codes.view(-1)
+    return codes if codes.dtype == torch.float32 else codes.view(torch.uint8)
+
+
+class Plan:
+    """The blocks and tables of one step over one list of parameters of one :class:`Kind`.
+
+    The list is sorted by parameter group, so that a group is a slice of the tables.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        params: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        store: Store,
+        groups: Sequence[tuple[dict[str, Any], int, int]],
+        compile: bool,
+    ) -> None:
+        self.kind, self.params, self.states, self.store, self.groups = kind, params, states, store, groups
+        self.functions: Step = step_functions(kind, compile)
+        self.addresses = [p.data_ptr() for p in params]
+        self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
+        self.contiguous = [p.is_contiguous() for p in params]
+        self._cut()
+        self._allocate()
+        if compile:
+            self._prepare_graphs()
+        self.hyper_seen: list[Any] = [None] * len(groups)
+        self.scaled = False
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        """Decide the blocks: ``large`` (tensor, rows) and ``pieces`` (tensor, first element, length)."""
+        self.large: list[tuple[int, int]] = []
+        self.cuts: list[tuple[int, int, int]] = []
+        for i, p in enumerate(self.params):
+            rows = p.numel() // ROW if p.numel() >= 2 * ROW else 0
+            if rows:
+                self.large.append((i, rows))
+            for start in range(rows * ROW, p.numel(), ROW):
+                self.cuts.append((i, start, min(ROW, p.numel() - start)))
+
+    def _allocate(self) -> None:
+        device = self.kind.device
+        count = max(len(self.params), 2)  # graphs are compiled for two or more of everything
+        homes = self.store.adopt(self.states)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.home = torch.tensor(homes + [0] * (count - len(homes)), device=device)
+        self.hyper, self.bound = zeros(count, len(HYPER), dtype=torch.float64), zeros(count, dtype=torch.float64)
+        self.carry, self.table = zeros(count, FACTORS), zeros(count, FACTORS)
+        self.rounding, self.report = zeros(count, 4, dtype=torch.int32), zeros(count, 3, dtype=torch.float64)
+        self.no_inf = zeros()
+        self.lanes = torch.arange(ROW, dtype=torch.int32, device=device)
+
+        packed = max(len(self.cuts), 2) if self.cuts else 0
+        slots = 1 + len(self.large) + packed
+        self.peaks, self.sums = zeros(slots, 2, dtype=torch.int32), zeros(slots, 2, dtype=torch.float64)
+        pieces = [[0] * (MAX_PIECES + 1) for _ in range(count)]
+        for slot, (i, _) in enumerate(self.large, 1):
+            pieces[i][0] = slot
+        for slot, (i, start, _) in enumerate(self.cuts, 1 + len(self.large)):
+            pieces[i][1 if pieces[i][0] else 1 + start // ROW] = slot
+        self.pieces = torch.tensor(pieces, device=device)
+        self._allocate_packed(packed, zeros)
+
+        self.large_parts = [self._rows(i, rows) for i, rows in self.large]
+
+    def _allocate_packed(self, packed: int, zeros: Callable[..., Tensor]) -> None:
+        first = 1 + len(self.large)
+        self.packed_peaks, self.packed_sums = self.peaks[first:], self.sums[first:]
+        codes = torch.uint8 if self.kind.float8 else torch.float32
+        self.packed: Part = (
+            zeros(packed, ROW, dtype=self.kind.param_dtype),
+            zeros(packed, ROW, dtype=self.kind.grad_dtype),
+            zeros(packed, ROW, dtype=codes),
+            zeros(packed, ROW, dtype=codes),
+        )
+        padding = [(0, 0, 0)] * (packed - len(self.cuts))
+        cuts = torch.tensor(self.cuts + padding, device=self.kind.device).view(-1, 3)
+        self.owner = cuts[:, 0].contiguous()
+        self.start, self.length = (cuts[:, k : k + 1].int().contiguous() for k in (1, 2))
+        rows = [[block[row, :n] for row, (_, _, n) in enumerate(self.cuts)] for block in self.packed]
+        self.rows_p, self.rows_g, self.rows_m, self.rows_v = rows
+        sources = [[flat_codes(m)[a : a + n] for m in moments] for moments, a, n in self._moment_cuts()]
+        self.codes_m, self.codes_v = [s[0] for s in sources], [s[1] for s in sources]
+
+    def _moment_cuts(self) -> list[tuple[tuple[Tensor, Tensor], int, int]]:
+        return [(self.moments[i], start, n) for i, start, n in self.cuts]
+
+    def _rows(self, i: int, rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The row views of a tensor's weights (None if it is not contiguous) and codes."""
+        m, v = (flat_codes(x)[: rows * ROW].view(rows, ROW) for x in self.moments[i])
+        p = self.params[i].detach().view(-1)[: rows * ROW].view(rows, ROW) if self.contiguous[i] else None
+        return p, m, v
+
+    def _prepare_graphs(self) -> None:
+        """Compile whatever this plan needs before anything is changed."""
+        wanted = (
+            ["scale"] + ["measure", "apply"] * bool(self.large) + ["measure_packed", "apply_packed"] * bool(self.cuts)
+        )
+        for name in wanted:
+            getattr(self.functions, name).prepare()
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def fits(self) -> bool:
+        """Whether parameters and states are still the tensors this plan was made for."""
+        for p, address, state, (m, v) in zip(self.params, self.addresses, self.states, self.moments, strict=True):
+            if p.data_ptr() != address or state["exp_avg"] is not m or state["exp_avg_sq"] is not v:
+                return False
+        return self.store.holds(self.states)
+
+    def run(
+        self, grads: Sequence[Tensor], skipped: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """One step. ``grads`` are the parameters' gradients, in order."""
+        self._fill(grad_scale)
+        weights = [p.detach() for p in self.params]
+        weights = [w if c else w.contiguous() for w, c in zip(weights, self.contiguous, strict=True)]
+        flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().reshape(-1) for g in grads]
+        f, chunks = self.functions, self._chunks(flat_p, flat_g)
+        packed = len(self.cuts) > 0
+
+        if packed:
+            self._pack(flat_p, flat_g)
+            f.measure_packed(
+                self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
+            )
+        for parts, tensors, slots in chunks:
+            f.measure(parts, self.carry[tensors], self.peaks[slots], self.sums[slots])
+        f.scale(
+            self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
+            self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,
+            self.carry, self.table, self.rounding, self.report,
+        )  # fmt: skip
+        for parts, tensors, _ in chunks:
+            f.apply(parts, self.table[tensors], self.rounding[tensors], self.lanes)
+        if packed:
+            f.apply_packed(self.packed, self.table, self.rounding, self.owner, self.start, self.lanes)
+            self._unpack(flat_p)
+        for p, w, contiguous in zip(self.params, weights, self.contiguous, strict=True):
+            if not contiguous:
+                p.detach().copy_(w)
+        self.store.writer, self.store.version = self, self.store.stamp()
+
+    def _chunks(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[tuple[list[Part], slice, slice]]:
+        """The large tensors with the slices of the tables that belong to them, CHUNK a call."""
+        chunks = []
+        for slot, ((i, rows), (p, m, v)) in enumerate(zip(self.large, self.large_parts, strict=True), 1):
+            n = rows * ROW
+            p = flat_p[i][:n].view(rows, ROW) if p is None else p
+            g = flat_g[i][:n].view(rows, ROW)
+            chunks.append(([(p, g, m, v)], slice(i, i + CHUNK), slice(slot, slot + CHUNK)))
+        return chunks
+
+    def _pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
+        self.cut_p = [flat_p[i][a : a + n] for i, a, n in self.cuts]
+        torch._foreach_copy_(self.rows_p, self.cut_p)
+        torch._foreach_copy_(self.rows_g, [flat_g[i][a : a + n] for i, a, n in self.cuts])
+        torch._foreach_copy_(self.rows_m, self.codes_m)
+        torch._foreach_copy_(self.rows_v, self.codes_v)
+
+    def _unpack(self, flat_p: list[Tensor]) -> None:
+        torch._foreach_copy_(self.cut_p, self.rows_p)
+        torch._foreach_copy_(self.codes_m, self.rows_m)
+        torch._foreach_copy_(self.codes_v, self.rows_v)
+        del self.cut_p
+
+    def _fill(self, grad_scale: Tensor | None) -> None:
+        """Bring the tables up to date with the groups, the gradient scale and whoever else wrote the state."""
+        stale = self.store.writer is not self or self.store.version != self.store.stamp()
+        for k, (group, a, b) in enumerate(self.groups):
+            if isinstance(group["lr"], Tensor):
+                self.hyper[a:b, LR] = group["lr"].to(torch.float64)
+            values = _hyper_values(group)
+            if values == self.hyper_seen[k]:
+                continue
+            if self.hyper_seen[k] is None or values[1:] != self.hyper_seen[k][1:]:
+                self._fill_group(group, a, b)
+                stale = True
+            if not isinstance(group["lr"], Tensor):
+                self.hyper[a:b, LR] = group["lr"]
+            self.hyper_seen[k] = values
+        if grad_scale is not None or self.scaled:
+            self.scaled = grad_scale is not None
+            inverse = 1.0 if grad_scale is None else grad_scale.to(self.kind.device).double().reciprocal()
+            for group, a, b in self.groups:
+                self.carry[a:b, GRAD_FACTOR] = -inverse if group["maximize"] else inverse
+        if stale:
+            store = self.store
+            update.prepare(self.hyper, self.bound, store.norms, store.counters, self.home, self.carry)
+
+    def _fill_group(self, group: dict[str, Any], a: int, b: int) -> None:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        row = [beta1, beta2] + [float(group[name]) for name in HYPER[3:]]
+        self.hyper[a:b, 1:] = torch.tensor(row, dtype=torch.float64, device=self.kind.device)
+        self.bound[a:b] = update.inverse_bound(beta1, beta2)
+        self.carry[a:b, GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
+
+
+def _hyper_values(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What to compare to see a change; a tensor lr is copied every step instead."""
+    lr = None if isinstance(group["lr"], Tensor) else group["lr"]
+    return (lr, group["betas"], *(group[name] for name in HYPER[3:]), group["maximize"])

@@ -1,0 +1,276 @@
+"""The multi-tensor step as three pure functions: what ``torch.compile`` sees.
+
+1. :func:`measure` reads weights, gradients and codes once and reduces, for every tensor, max|m|, max v, Σ clamp(p²)
+   and Σ clamp(u²);
+2. :func:`scale` turns these few numbers, for all tensors at once, into new scales, trust ratios and step counts;
+3. :func:`apply` reads the same memory again, forms the same m, v and u, and writes weights and codes.
+
+Nothing of the size of a tensor is stored in between. Both passes work on 2-D *blocks* of :data:`ROW` columns; a block
+is a large tensor cut into rows (its scalars are one row of the tables), or many small pieces packed one a row (each
+row then has scalars of its own). ``plan.py`` cuts, ``reference.py`` says in plain words what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fp8
+from .fp8 import E4M3, E5M2
+
+ROW = 1024
+GOLDEN = 0x9E3779B9 - (1 << 32)
+INF_BITS = 0x7F800000
+OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be rounded up to infinity
+
+# Columns of the per-tensor tables. HYPER is float64 and filled by the host, the others belong to the functions here.
+HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "trust_scale", "trust_lr", "trust_clip", "bias_correction")
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, TRUST_SCALE, TRUST_LR, TRUST_CLIP, BIAS_CORRECTION = range(9)
+FACTORS = 16  # float32: the fields of Factors in their order, padded to 64 bytes
+GRAD_FACTOR, ENCODE = 9, 10
+OFFSET, SALT, SKIP = range(3)  # int32 columns of the rounding table
+WEIGHT_NORM, UPDATE_NORM, TRUST_RATIO = range(3)  # float64 columns of the report
+
+
+class Factors(NamedTuple):
+    """The scalars of one block: float32, 0-d for a large tensor, [rows, 1] for packed pieces."""
+
+    decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
+    decode_v: Tensor  # β2 · scale of v
+    new_m: Tensor  # 1 − β1
+    new_v: Tensor  # 1 − β2
+    rho: Tensor  # (1 − β1^t) / sqrt(1 − β2^t) with bias correction, else 1
+    eps: Tensor  # eps · (1 − β1^t) with bias correction, else eps
+    bound: Tensor  # rho / C: |m| · bound <= rho · sqrt(v) in exact arithmetic
+    weight_decay: Tensor
+    floor: Tensor  # eps, the lower clamp of squares in both norms
+    grad_factor: Tensor  # 1 / grad_scale, negative for maximize
+    encode_m: Tensor  # 1 / new scale of m
+    encode_v: Tensor
+    step_size: Tensor  # lr · trust ratio
+
+
+def tensor_factors(table: Tensor, row: int) -> Factors:
+    """The factors of one tensor, 0-d."""
+    return Factors(*(table[row, column] for column in range(13)))
+
+
+def packed_factors(table: Tensor, owner: Tensor) -> Factors:
+    """The factors of packed pieces, [pieces, 1]; ``owner`` [pieces] says which tensor a piece belongs to."""
+    rows = table[owner]
+    return Factors(*(rows[:, column : column + 1] for column in range(13)))
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """The IEEE float32 square root. Compiled code has it; eager ``torch.sqrt`` on the CPU is off by an ulp at times."""
+    return torch.sqrt(x) if torch.compiler.is_compiling() else x.double().sqrt().float()
+
+
+def non_negative_max(a: Tensor, b: Tensor) -> Tensor:
+    """The larger of two non-negative floats through their bits: one instruction, NaN on top."""
+    return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
+
+
+def clamped_square(x: Tensor, floor: Tensor) -> Tensor:
+    """clamp(x², floor, 1) in float32 through the bits, handed out in float64 for the sum."""
+    bits = torch.maximum((x * x).view(torch.int32), floor.view(torch.int32))
+    return torch.clamp(bits, max=0x3F800000).view(torch.float32).double()
+
+
+def moments(g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
+    """The fresh float32 moments of a block."""
+    old_m = codes_m if codes_m.dtype == torch.float32 else fp8.decode(codes_m, E4M3)
+    old_v = codes_v if codes_v.dtype == torch.float32 else fp8.decode(codes_v, E5M2)
+    g = g.float() * f.grad_factor
+    m = old_m * f.decode_m + g * f.new_m
+    v = old_v * f.decode_v + (g * g) * f.new_v
+    return m, v
+
+
+def direction(p: Tensor, m: Tensor, v: Tensor, f: Factors) -> Tensor:
+    """The update u = m / max(sqrt(v) + eps, |m| / C) + λ · p, with the bias corrections taken out of the fraction."""
+    denominator = non_negative_max(sqrt(v) * f.rho + f.eps, m.abs() * f.bound)
+    return m / denominator + p * f.weight_decay
+
+
+def measure_block(
+    p: Tensor, g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is reduced, elementwise: the bits of |m| and v (int32), the clamped squares of p and u (float64)."""
+    weights = p.float()
+    m, v = moments(g, codes_m, codes_v, f)
+    u = direction(weights, m, v, f)
+    magnitude = m.view(torch.int32) & 0x7FFFFFFF
+    return magnitude, v.view(torch.int32), clamped_square(weights, f.floor), clamped_square(u, f.floor)
+
+
+def measure(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], table: Tensor, peaks: Tensor, sums: Tensor) -> None:
+    """First pass over large tensors.
+
+    ``parts``: for each tensor p, g, codes of m and of v, all [rows, ROW]; ``table`` [tensors, FACTORS] float32.
+    Writes ``peaks`` [tensors, 2] int32 (bits of max|m|, max v) and ``sums`` [tensors, 2] float64.
+    """
+    rows_p, rows_s = [], []
+    for i, part in enumerate(parts):
+        a, b, c, d = measure_block(*part, tensor_factors(table, i))
+        rows_p.append(torch.stack([a.amax(), b.amax()]))
+        rows_s.append(torch.stack([c.sum(), d.sum()]))
+    peaks.copy_(torch.stack(rows_p))
+    sums.copy_(torch.stack(rows_s))
+
+
+def measure_packed(
+    part: tuple[Tensor, Tensor, Tensor, Tensor],
+    table: Tensor,
+    owner: Tensor,
+    length: Tensor,
+    lanes: Tensor,
+    peaks: Tensor,
+    sums: Tensor,
+) -> None:
+    """First pass over pieces: p, g, codes [pieces, ROW], a piece a row, zero beyond its ``length`` [pieces, 1]."""
+    a, b, c, d = measure_block(*part, packed_factors(table, owner))
+    inside = lanes < length
+    peaks.copy_(torch.stack([a.amax(1), b.amax(1)], 1))
+    sums.copy_(torch.stack([torch.where(inside, c, 0.0).sum(1), torch.where(inside, d, 0.0).sum(1)], 1))
+
+
+def factors(hyper: Tensor, bound: Tensor, norms: Tensor, step: Tensor) -> list[Tensor]:
+    """The first nine columns of the factor table, float64 [tensors], for the step after ``step``."""
+    t = step.double() + 1
+    beta1, beta2 = hyper[:, BETA1], hyper[:, BETA2]
+    corrected = hyper[:, BIAS_CORRECTION] != 0
+    c1 = torch.where(corrected, 1 - beta1**t, 1.0)
+    c2 = torch.where(corrected, 1 - beta2**t, 1.0)
+    rho = c1 / c2.sqrt()
+    # β is rounded to float32 before it meets the scale, so that the product is exact.
+    decode = [beta.float().double() * norms[:, i].double() for i, beta in enumerate((beta1, beta2))]
+    eps, decay = hyper[:, EPS], hyper[:, WEIGHT_DECAY]
+    return [*decode, 1 - beta1, 1 - beta2, rho, eps * c1, rho * bound, decay, eps]
+
+
+def prepare(hyper: Tensor, bound: Tensor, norms: Tensor, counters: Tensor, home: Tensor, carry: Tensor) -> None:
+    """Fill ``carry`` for the next step from the state; needed when state or hyperparameters were changed outside."""
+    carry[:, :GRAD_FACTOR] = torch.stack(factors(hyper, bound, norms[home], counters[home, 0]), 1).float()
+
+
+def new_norms(peaks: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
+    """Scales [tensors, 2] of the new codes and their reciprocals, float32; 1 where moments stay float32."""
+    if not float8:
+        ones = torch.ones_like(peaks, dtype=torch.float32)
+        return ones, ones
+    exponents = torch.stack([fp8.scale_exponent(peaks[:, 0], E4M3), fp8.scale_exponent(peaks[:, 1], E5M2)], 1)
+    return fp8.power_of_two(exponents), fp8.power_of_two(254 - exponents)
+
+
+def scale(
+    peaks: Tensor,
+    sums: Tensor,
+    pieces: Tensor,
+    norms: Tensor,
+    counters: Tensor,
+    home: Tensor,
+    hyper: Tensor,
+    bound: Tensor,
+    found_inf: Tensor,
+    skipped: Tensor,
+    carry: Tensor,
+    table: Tensor,
+    rounding: Tensor,
+    report: Tensor,
+    *,
+    float8: bool,
+) -> None:
+    """Between the passes: scales, trust ratios, counts, for all tensors at once.
+
+    Reads ``peaks`` [slots, 2] int32 and ``sums`` [slots, 2] float64 of all pieces; ``pieces`` [tensors, k] int64 says
+    which slots belong to a tensor (slot 0 is zero); ``hyper`` [tensors, 9] and ``bound`` [tensors] are float64,
+    ``found_inf`` is 0-d. Updates the state: ``norms`` [homes, 2] float32 and ``counters`` [homes, 2] int32 (step,
+    salt) at ``home`` [tensors]; ``skipped`` 0-d int64. ``carry`` [tensors, FACTORS] holds the factors that
+    :func:`measure` used and gets those of the next step. Fills what :func:`apply` needs: ``table``
+    [tensors, FACTORS], ``rounding`` [tensors, 4] int32, and the ``report`` [tensors, 3] float64 of the norms.
+    """
+    peaks, sums = peaks[pieces].amax(1), sums[pieces].sum(1)
+    old, count = norms[home], counters[home]
+    step, salt = count[:, 0], count[:, 1]
+
+    skip = (peaks[:, 0] >= INF_BITS) | (peaks[:, 1] >= OVERFLOW_BITS) | (found_inf != 0)
+    counts = ~skip & ((peaks[:, 0] > 0) | (peaks[:, 1] > 0))
+    fresh, inverse = new_norms(peaks, float8)
+
+    lr = hyper[:, LR]
+    norm = sums.sqrt()
+    base = norm[:, 0] / norm[:, 1] * hyper[:, TRUST_LR] / lr
+    ratio = torch.clamp(base ** hyper[:, TRUST_SCALE], max=hyper[:, TRUST_CLIP])
+
+    new_columns = torch.stack([inverse[:, 0], inverse[:, 1], (lr * ratio).float()], 1)
+    table.copy_(torch.cat([carry[:, :ENCODE], new_columns, carry[:, ENCODE + 3 :]], 1))
+    rounding.copy_(torch.stack([(step + 1) * GOLDEN, salt, skip.int(), torch.zeros_like(step)], 1))
+    report.copy_(torch.stack([norm[:, 0], norm[:, 1], ratio], 1))
+
+    fresh = torch.where(skip[:, None], old, fresh)
+    step = step + counts.int()
+    norms[home] = fresh
+    counters[home] = torch.stack([step, salt], 1)
+    skipped.add_(skip.sum())
+    ahead = torch.stack(factors(hyper, bound, fresh, step), 1).float()
+    carry.copy_(torch.cat([ahead, carry[:, GRAD_FACTOR:]], 1))
+
+
+def write_block(
+    part: tuple[Tensor, Tensor, Tensor, Tensor], f: Factors, index: Tensor, offset: Tensor, skip: Tensor
+) -> None:
+    """Second pass over one block; ``index`` is element index + salt, int32, of the block's shape."""
+    p, g, codes_m, codes_v = part
+    weights = p.float()
+    m, v = moments(g, codes_m, codes_v, f)
+    u = direction(weights, m, v, f)
+    new_p = (weights - u * f.step_size).to(p.dtype)
+    p.copy_(torch.where(skip != 0, p, new_p))
+    if codes_m.dtype == torch.float32:
+        codes_m.copy_(torch.where(skip != 0, codes_m, m))
+        codes_v.copy_(torch.where(skip != 0, codes_v, v))
+        return
+    word = fp8.hash32(index) + offset
+    sign = (m.view(torch.int32) >> 24) & 0x80
+    new_m = fp8.encode(m.abs() * f.encode_m, word, E4M3) | sign
+    new_v = fp8.encode(v * f.encode_v, word, E5M2)
+    new_v = torch.maximum(new_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
+    codes_m.copy_(torch.where(skip != 0, codes_m, new_m.to(torch.uint8)))
+    codes_v.copy_(torch.where(skip != 0, codes_v, new_v.to(torch.uint8)))
+
+
+def apply(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], table: Tensor, rounding: Tensor, lanes: Tensor) -> None:
+    """Second pass over large tensors; arguments as for :func:`measure`, ``lanes`` = 0..ROW-1 int32."""
+    for i, part in enumerate(parts):
+        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
+        index = lanes + (first + rounding[i, SALT])
+        write_block(part, tensor_factors(table, i), index, rounding[i, OFFSET], rounding[i, SKIP])
+
+
+def apply_packed(
+    part: tuple[Tensor, Tensor, Tensor, Tensor],
+    table: Tensor,
+    rounding: Tensor,
+    owner: Tensor,
+    start: Tensor,
+    lanes: Tensor,
+) -> None:
+    """Second pass over packed pieces; ``start`` [pieces, 1] int32 is the index of a piece's first element."""
+    rows = rounding[owner]
+    index = lanes + (start + rows[:, SALT : SALT + 1])
+    f = packed_factors(table, owner)
+    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], rows[:, SKIP : SKIP + 1])
+
+
+def inverse_bound(beta1: float, beta2: float) -> float:
+    """1/C with C = (1−β1) / sqrt((1−β2)(1−β1²/β2)); 0 where β1² >= β2.
+
+    For any gradients |m| <= C·sqrt(v), by Cauchy–Schwarz over the two exponential averages.
+    """
+    if beta1 * beta1 >= beta2:
+        return 0.0
+    return math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2)) / (1 - beta1)
