@@ -146,7 +146,7 @@ def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, An
     """Raise ValueError unless both have the same groups of the same sizes."""
     if len(saved) != len(current):
         raise ValueError(
-            f"Lamb16.load_state_dict: the state dict has {len(saved)} parameter groups, the optimizer has {len(current)}"
+            f"Lamb16.load_state_dict: the state dict has {len(saved)} parameter groups, this optimizer {len(current)}"
         )
     for k, (a, b) in enumerate(zip(saved, current, strict=True)):
         if len(a["params"]) != len(b["params"]):

@@ -46,7 +46,7 @@ def step_functions(kind: Kind, compile: bool) -> Step:
         return Step(
             update.measure,
             update.measure_packed,
-            functools.partial(update.scale, float8=kind.float8),
+            update.scale,
             update.apply,
             update.apply_packed,
         )
@@ -75,8 +75,6 @@ class _Lazy:
 
     def _compile(self) -> Callable[..., None]:
         function = _own_code(getattr(update, self.name), str(self.kind))
-        if self.name == "scale":
-            function = functools.partial(function, float8=self.kind.float8)
         compiled = torch.compile(function, fullgraph=True, options=_options(self.kind.device))
         try:
             with torch.no_grad():
@@ -150,6 +148,7 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
             table,
             dynamic(tensors, 4, dtype=torch.int32),
             dynamic(tensors, 3, dtype=torch.float64),
+            kind.float8,
         )
     owner = dynamic(pieces, dtype=torch.int64)
     if name == "measure_packed":

@@ -178,7 +178,7 @@ class Plan:
         self.lanes = torch.arange(ROW, dtype=torch.int32, device=device)
 
         packed = max(len(self.cuts), 2) if self.cuts else 0
-        slots = 1 + len(self.large) + packed
+        slots = max(1 + len(self.large) + packed, 2)
         self.peaks, self.sums = zeros(slots, 2, dtype=torch.int32), zeros(slots, 2, dtype=torch.float64)
         pieces = [[0] * (MAX_PIECES + 1) for _ in range(count)]
         for slot, (i, _) in enumerate(self.large, 1):
@@ -192,7 +192,7 @@ class Plan:
 
     def _allocate_packed(self, packed: int, zeros: Callable[..., Tensor]) -> None:
         first = 1 + len(self.large)
-        self.packed_peaks, self.packed_sums = self.peaks[first:], self.sums[first:]
+        self.packed_peaks, self.packed_sums = self.peaks[first : first + packed], self.sums[first : first + packed]
         codes = torch.uint8 if self.kind.float8 else torch.float32
         self.packed: Part = (
             zeros(packed, ROW, dtype=self.kind.param_dtype),
@@ -256,7 +256,7 @@ class Plan:
         f.scale(
             self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
             self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,
-            self.carry, self.table, self.rounding, self.report,
+            self.carry, self.table, self.rounding, self.report, self.kind.float8,
         )  # fmt: skip
         for parts, tensors, _ in chunks:
             f.apply(parts, self.table[tensors], self.rounding[tensors], self.lanes)

@@ -181,7 +181,6 @@ def scale(
     table: Tensor,
     rounding: Tensor,
     report: Tensor,
-    *,
     float8: bool,
 ) -> None:
     """Between the passes: scales, trust ratios, counts, for all tensors at once.

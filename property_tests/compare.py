@@ -1,0 +1,70 @@
+"""Running Lamb16 beside the slow reference, and the comparison of the two. Tested itself in test_equivalence.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from strategies import Case
+from torch import Tensor, nn
+
+from lamb16 import Lamb16, reference
+from lamb16.reference import Hyper, State
+
+StepFunction = Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State, reference.Stats]]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of bit patterns, so that NaN equals NaN and 0 differs from -0."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
+def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: Tensor, theirs: State) -> None:
+    """Weights, codes, scales and step counts agree bit for bit."""
+    assert same_bits(p.detach(), weights), f"{where}: weights differ"
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes = mine[name] if mine[name].dtype == torch.float32 else mine[name].view(torch.uint8)
+        assert same_bits(codes, getattr(theirs, name)), f"{where}: {name} differs"
+    for name in ("exp_avg_norm", "exp_avg_sq_norm", "step"):
+        assert mine[name].item() == getattr(theirs, name), f"{where}: {name} differs"
+
+
+def make(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
+    params = [nn.Parameter(w) for w in case.weights()]
+    return params, Lamb16(params, **case.hyper, moment_dtype=case.moment_dtype, compile=compile, seed=case.seed)
+
+
+def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
+    """The run of a case through Lamb16 alone."""
+    params, optimizer = make(case, compile)
+    for step in range(len(case.kinds)):
+        for p, grad in zip(params, case.gradients(step, case.weights()), strict=True):
+            p.grad = grad
+        optimizer.step()
+    return params, optimizer
+
+
+def run_beside_reference(case: Case, compile: bool, rule: StepFunction = reference.step) -> int:
+    """Compare after every step; returns how many tensor updates were skipped."""
+    params, optimizer = make(case, compile)
+    hyper = Hyper(**case.hyper, moment_dtype=case.moment_dtype)
+    weights = case.weights()
+    states: list[State | None] = [None] * len(params)
+    skipped = 0
+    for step in range(len(case.kinds)):
+        grads = case.gradients(step, weights)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.clone()
+        optimizer.step()
+        for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad is None:
+                continue
+            assert same_bits(p.grad, grad), "the gradient was modified"
+            mine = optimizer.state[p]
+            state = states[i] or reference.init(p, int(mine["salt"]) & 0xFFFFFFFF, case.moment_dtype)
+            weights[i], states[i], stats = rule(weights[i], grad, state, hyper)
+            skipped += stats.skipped
+            assert_same_state(f"step {step}, tensor {i} {tuple(p.shape)}", p, mine, weights[i], states[i])
+    assert optimizer.skipped == skipped
+    return skipped

@@ -1,0 +1,125 @@
+"""What the properties draw: hyperparameters, lists of shapes, weights and gradients of every awkward kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+# Around every edge of the blocks: 1024 columns, rows from two rows on, pieces of at most 1024.
+EDGES = [(), (0,), (1,), (2,), (7,), (31, 3), (1023,), (1024,), (1025,), (2047,), (2048,), (2049,), (3, 1031), (5, 7, 11)]
+LARGE = [(4096,), (70, 71), (3 * 1024 + 1,), (16, 1024), (131, 257), (70001,)]
+
+shapes = st.one_of(
+    st.sampled_from(EDGES),
+    st.sampled_from(LARGE),
+    st.lists(st.integers(0, 12), max_size=3).map(tuple),
+    st.integers(1, 3000).map(lambda n: (n,)),
+)
+shape_lists = st.lists(shapes, min_size=1, max_size=5)
+
+
+@st.composite
+def hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Keyword arguments that Lamb16 and the reference share; weight decay is usually not 0."""
+    return {
+        "lr": draw(st.sampled_from([0.0, 1e-4, 1e-3, 0.01, 0.02, 0.3])),
+        "betas": (
+            draw(st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.99])),
+            draw(st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999, 0.9999])),
+        ),
+        "eps": 10.0 ** draw(st.integers(-16, -1)),
+        "weight_decay": draw(st.sampled_from([0.01, 0.1, 1.0, 0.0])),
+        "trust_scale": draw(st.sampled_from([0.382, 0.0, 0.5, 1.0])),
+        "trust_lr": draw(st.sampled_from([1e-3, 0.1])),
+        "trust_clip": draw(st.sampled_from([2.0, 0.5, 10.0])),
+        "bias_correction": draw(st.booleans()),
+        "maximize": draw(st.booleans()),
+    }
+
+
+GRADIENTS = ["normal", "lognormal", "sparse", "constant", "outliers", "zero", "tiny", "subnormal", "huge", "inf", "nan"]
+
+
+def gradient(kind: str, like: Tensor, exponent: int, generator: torch.Generator) -> Tensor:
+    """A gradient of the given kind for ``like``; magnitudes around 10^exponent where the kind leaves it open."""
+    normal = torch.randn(like.shape, generator=generator)
+    scale = 10.0**exponent
+    if kind == "lognormal":
+        normal = normal * (3 * torch.randn(like.shape, generator=generator)).exp() * scale
+    elif kind == "sparse":
+        normal = normal * (torch.rand(like.shape, generator=generator) < 0.05) * scale
+    elif kind == "constant":
+        normal = torch.full(like.shape, scale)
+    elif kind == "outliers":
+        normal = normal * torch.where(torch.rand(like.shape, generator=generator) < 0.01, 1e4, 1.0) * scale
+    elif kind == "zero":
+        normal = torch.zeros(like.shape)
+    elif kind == "tiny":
+        normal = normal * 1e-18
+    elif kind == "subnormal":
+        normal = normal * 1e-39
+    elif kind == "huge":
+        normal = normal * 1e19  # v overflows for some elements: skipped
+    else:
+        normal = normal * scale
+    if kind in ("inf", "nan") and like.numel():
+        normal.view(-1)[like.numel() // 2] = float(kind)
+    return normal.to(like.dtype)
+
+
+@dataclass
+class Case:
+    """One run: shapes, hyperparameters, and what the gradients of every step are."""
+
+    shapes: list[tuple[int, ...]]
+    hyper: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    moment_dtype: str = "float8"
+    kinds: list[list[str | None]] = field(default_factory=list)  # [steps][tensors]; None: no gradient
+    exponent: int = 0
+    weight_exponent: int = 0
+    seed: int = 0
+
+    def weights(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return [
+            (torch.randn(s, generator=generator) * 10.0**self.weight_exponent).to(self.dtype) for s in self.shapes
+        ]
+
+    def gradients(self, step: int, weights: list[Tensor]) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + step + 1)
+        return [
+            None if kind is None else gradient(kind, w, self.exponent, generator)
+            for kind, w in zip(self.kinds[step], weights, strict=True)
+        ]
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    kinds: list[str] = GRADIENTS,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float32, torch.bfloat16, torch.float16),
+    moment_dtypes: tuple[str, ...] = ("float8", "float8", "float8", "float32"),
+    max_steps: int = 5,
+) -> Case:
+    """A run of one to ``max_steps`` steps over a list of random shapes."""
+    case_shapes = draw(shape_lists)
+    one = st.sampled_from([*kinds, None])
+    return Case(
+        shapes=case_shapes,
+        hyper=draw(hyperparameters()),
+        dtype=draw(st.sampled_from(dtypes)),
+        moment_dtype=draw(st.sampled_from(moment_dtypes)),
+        kinds=draw(
+            st.lists(
+                st.lists(one, min_size=len(case_shapes), max_size=len(case_shapes)), min_size=1, max_size=max_steps
+            )
+        ),
+        exponent=draw(st.integers(-12, 4)),
+        weight_exponent=draw(st.integers(-4, 1)),
+        seed=draw(st.integers(0, 2**20)),
+    )

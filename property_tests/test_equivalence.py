@@ -1,0 +1,117 @@
+"""The step, eager and compiled, agrees with the slow reference bit for bit: weights, codes, scales, counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import make, run, run_beside_reference, same_bits
+from hypothesis import given
+from strategies import Case, cases
+
+from lamb16 import reference
+
+CONTROL = Case(
+    shapes=[(2049,), (70, 3)],
+    hyper={"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.999)},
+    kinds=[["normal", "normal"]] * 3,
+    exponent=-2,
+)
+
+
+@given(case=cases())
+def test_step_equals_reference(compile: bool, case: Case) -> None:
+    run_beside_reference(case, compile)
+
+
+@given(case=cases(max_steps=4))
+def test_eager_equals_compiled(case: Case) -> None:
+    """Also with gradients that no reference is asked about: the two forms leave the same bits."""
+    for (p, a), (q, b) in zip(*(_final(case, compile) for compile in (False, True)), strict=True):
+        assert same_bits(p.detach(), q.detach())
+        assert set(a) == set(b)
+        for name in a:
+            assert torch.equal(_raw(a[name]), _raw(b[name])), name
+
+
+def _final(case: Case, compile: bool):
+    params, optimizer = run(case, compile)
+    return [(p, optimizer.state[p]) for p in params if p in optimizer.state]
+
+
+def _raw(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+@given(case=cases(kinds=["normal", "lognormal", "sparse"]))
+def test_determinism(compile: bool, case: Case) -> None:
+    """The same run gives the same bits, and no random generator is touched."""
+    before = torch.get_rng_state()
+    first = run(case, compile)[0]
+    second = run(case, compile)[0]
+    assert all(same_bits(p.detach(), q.detach()) for p, q in zip(first, second, strict=True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@given(case=cases(kinds=["normal", "lognormal", "outliers", "sparse"], dtypes=(torch.float32,)))
+def test_reference_equality_with_flush_to_zero(compile: bool, flush_denormal: None, case: Case) -> None:
+    """fp8 subnormals survive flush-to-zero: no float32 subnormal stands for one."""
+    run_beside_reference(case, compile)
+
+
+@given(case=cases(kinds=["normal", "lognormal", "sparse"], dtypes=(torch.float32,), moment_dtypes=("float8",)))
+def test_flush_to_zero_changes_nothing(flush_denormal: None, case: Case) -> None:
+    """The same bits with flush-to-zero on and off, as long as the gradients' squares are normal numbers."""
+    case = replace(case, exponent=max(case.exponent, -6))
+    with_flush = run(case, compile=True)[0]
+    torch.set_flush_denormal(False)
+    without = run(case, compile=True)[0]
+    torch.set_flush_denormal(True)
+    assert all(same_bits(p.detach(), q.detach()) for p, q in zip(with_flush, without, strict=True))
+
+
+def test_the_control_case_passes(compile: bool) -> None:
+    run_beside_reference(CONTROL, compile)
+
+
+def _other_beta2(p, grad, state, h):
+    return reference.step(p, grad, state, replace(h, betas=(h.betas[0], h.betas[1] - 1e-5)))
+
+
+def _no_weight_decay(p, grad, state, h):
+    return reference.step(p, grad, state, replace(h, weight_decay=0.0))
+
+
+def _other_salt(p, grad, state, h):
+    p, new, stats = reference.step(p, grad, replace(state, salt=state.salt ^ 1), h)
+    return p, replace(new, salt=state.salt), stats
+
+
+def _words_stand_still(p, grad, state, h):
+    p, new, stats = reference.step(p, grad, replace(state, step=0), h)
+    return p, replace(new, step=state.step + 1), stats
+
+
+def _ulp(p, grad, state, h):
+    p, new, stats = reference.step(p, grad, state, h)
+    return torch.nextafter(p, torch.tensor(torch.inf)), new, stats
+
+
+@pytest.mark.parametrize("wrong", [_other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _ulp])
+def test_a_wrong_rule_fails(compile: bool, wrong) -> None:
+    """Negative control: each of these must not pass the comparison above."""
+    with pytest.raises(AssertionError, match="differ"):
+        run_beside_reference(CONTROL, compile, rule=wrong)
+
+
+def test_skipping_is_exercised(compile: bool) -> None:
+    case = Case([(2049,), (5,)], {"lr": 0.1, "weight_decay": 0.1}, kinds=[["normal", "inf"], ["nan", "normal"]])
+    assert run_beside_reference(case, compile) == 2
+    params, optimizer = make(case, compile)
+    before = [p.detach().clone() for p in params]
+    for p, grad in zip(params, case.gradients(0, before), strict=True):
+        p.grad = grad
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+    assert torch.equal(params[1], before[1])

@@ -1,0 +1,139 @@
+"""The 8-bit formats: every code, unbiased stochastic rounding, uniform and balanced rounding words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamb16 import fp8, reference
+from lamb16.fp8 import E4M3, E5M2
+
+FORMATS = {"e4m3": (E4M3, torch.float8_e4m3fn, 448.0), "e5m2": (E5M2, torch.float8_e5m2, 57344.0)}
+WORDS = torch.arange(-(2**31), 2**31, 2**20 - 1, dtype=torch.int64).to(torch.int32)
+
+
+@pytest.fixture(params=FORMATS)
+def format(request):
+    return FORMATS[request.param]
+
+
+def _codes(dtype: torch.dtype) -> torch.Tensor:
+    """All codes of finite values; of e5m2, which stores v >= 0, the non-negative ones."""
+    codes = torch.arange(256 if dtype == torch.float8_e4m3fn else 128, dtype=torch.int64).to(torch.uint8)
+    return codes[torch.isfinite(codes.view(dtype).float())]
+
+
+def test_every_code_decodes_to_torchs_value(format) -> None:
+    fmt, dtype, largest = format
+    codes = _codes(dtype)
+    decoded = fp8.decode(codes, fmt)
+    assert torch.equal(decoded.view(torch.int32), codes.view(dtype).float().view(torch.int32))
+    assert decoded.max() == largest
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_code_survives_under_every_scale(format, flush: bool) -> None:
+    """Re-encoding an unchanged value gives the same code, whatever the word and the power-of-two scale."""
+    fmt, dtype, _ = format
+    codes = _codes(dtype)[:, None]
+    torch.set_flush_denormal(flush)
+    try:
+        for biased in range(fmt.min_scale, 240, 7):
+            scale = fp8.power_of_two(torch.tensor(biased, dtype=torch.int32))
+            inverse = fp8.power_of_two(torch.tensor(254 - biased, dtype=torch.int32))
+            x = fp8.decode(codes, fmt) * scale
+            assert torch.isfinite(x).all() or biased > 230
+            again = fp8.encode(x.abs() * inverse, WORDS[None, :], fmt)
+            finite = torch.isfinite(x).expand_as(again)
+            assert torch.equal(again[finite], (codes.int() & 0x7F).expand_as(again)[finite])
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@given(
+    values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50),
+    exponent=st.integers(-30, 15),
+    word=st.integers(-(2**31), 2**31 - 1),
+)
+def test_encode_is_the_references_rounding(values, exponent, word) -> None:
+    for fmt, dtype, largest in FORMATS.values():
+        x = (torch.tensor(values) * 2.0**exponent).clamp(max=largest)
+        mine = fp8.encode(x, torch.tensor(word, dtype=torch.int32), fmt)
+        unsigned = torch.tensor(word & 0xFFFFFFFF)
+        theirs = reference.round_stochastically(x, unsigned >> (32 - fmt.dropped), fmt.dropped, dtype)
+        assert torch.equal(mine.to(torch.uint8), theirs)
+
+
+@given(values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20), exponent=st.integers(-12, 8))
+def test_rounding_is_unbiased(values, exponent) -> None:
+    """The mean over all 2^20 (2^21) words is x itself, to half a unit of that resolution."""
+    for fmt, _, largest in FORMATS.values():
+        x = (torch.tensor(values) * 2.0**exponent).clamp(max=largest)
+        table = fp8.decode(torch.arange(127 if fmt is E4M3 else 124, dtype=torch.uint8), fmt).double()
+        low = fp8.encode(x, torch.tensor(0, dtype=torch.int32), fmt)
+        # encode is monotone in the word: bisect for the first word that rounds up
+        first, last = torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), 1 << fmt.dropped)
+        while (first < last).any():
+            middle = (first + last) // 2
+            up = fp8.encode(x, (middle << (32 - fmt.dropped)).to(torch.int32), fmt) > low
+            first, last = torch.where(up | (first == last), first, middle + 1), torch.where(up, middle, last)
+        probability = 1 - first.double() / (1 << fmt.dropped)
+        high = (low + 1).clamp(max=len(table) - 1)
+        gap = table[high] - table[low]
+        mean = table[low] + probability * gap
+        assert ((mean - x.double()).abs() <= gap * 0.5 / (1 << fmt.dropped)).all()
+
+
+@given(largest=st.floats(2.0**-126, 2.0**126, width=32))
+def test_scales_are_the_smallest_that_do_not_saturate(largest) -> None:
+    bits = torch.tensor(largest, dtype=torch.float32).view(torch.int32)
+    for fmt, _, format_max in FORMATS.values():
+        scale = fp8.power_of_two(fp8.scale_exponent(bits, fmt)).item()
+        assert scale == reference.power_of_two_scale(largest, format_max, fmt.smallest_scale())
+        assert largest / scale <= format_max
+        assert scale == fmt.smallest_scale() or largest / (scale / 2) > format_max
+
+
+def _words(count: int, salt: int) -> torch.Tensor:
+    index = torch.arange(count, dtype=torch.int64)
+    return fp8.hash32(((index + salt) & 0xFFFFFFFF).to(torch.int32)).long() & 0xFFFFFFFF
+
+
+@given(salt=st.integers(0, 2**32 - 1))
+def test_hash_is_the_references(salt) -> None:
+    index = torch.arange(2000, dtype=torch.int64)
+    assert torch.equal(_words(2000, salt), reference.hash32((index + salt) & 0xFFFFFFFF))
+
+
+@given(salt=st.integers(0, 2**32 - 1))
+def test_words_are_uniform_over_elements(salt) -> None:
+    """χ² of the top 8 bits over 65,536 elements: far inside what a uniform draw gives (255 ± 23)."""
+    counts = torch.bincount(_words(1 << 16, salt) >> 24, minlength=256).double()
+    assert ((counts - 256) ** 2 / 256).sum() < 255 + 8 * 22.6
+
+
+@given(salt=st.integers(0, 2**32 - 1))
+def test_words_of_neighbours_are_independent(salt) -> None:
+    """Correlation of neighbouring elements, rows and columns of usual widths: within 6 standard deviations of 0."""
+    words = _words(1 << 16, salt).double() / 2**32 - 0.5
+    for distance in (1, 2, 3, 4, 8, 64, 100, 256, 300, 768, 1000, 1024, 4096):
+        a, b = words[:-distance], words[distance:]
+        correlation = (a * b).mean() * 12
+        assert correlation.abs() < 6 / len(a) ** 0.5
+
+
+@given(salt=st.integers(0, 2**32 - 1), index=st.integers(0, 10**6))
+def test_words_are_balanced_over_steps(salt, index) -> None:
+    """Over 233 steps (a Fibonacci number) every interval of length 1/8 is met 29 or 30 times, give or take 2."""
+    start = int(reference.hash32(torch.tensor((index + salt) & 0xFFFFFFFF)))
+    words = (start + torch.arange(233, dtype=torch.int64) * reference.GOLDEN) & 0xFFFFFFFF
+    counts = torch.bincount(words >> 29, minlength=8)
+    assert (counts - 233 / 8).abs().max() <= 2
+
+
+def test_a_biased_word_fails_the_uniformity_check() -> None:
+    """Negative control: plain indices as words are uniform but not independent."""
+    words = (torch.arange(1 << 16, dtype=torch.int64) << 16).double() / 2**32 - 0.5
+    assert (words[:-1] * words[1:]).mean() * 12 > 6 / (1 << 8)

@@ -1,0 +1,98 @@
+"""State size, dtypes, and what holds for stored moments whatever the gradients were."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from compare import make, run
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Case, cases, shape_lists
+
+from lamb16 import Lamb16
+from lamb16.update import inverse_bound
+
+SCALARS = 16  # bytes a tensor: two float32 norms, step, salt
+
+
+def _storages(optimizer: Lamb16) -> dict[int, int]:
+    tensors = [x for state in optimizer.state.values() for x in state.values()]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.numel()}
+
+
+@given(shapes=shape_lists)
+def test_state_is_two_bytes_a_parameter(compile: bool, shapes) -> None:
+    """As tensors and as allocated memory: 2 bytes a parameter, 16 a tensor, and one spare slot of 16."""
+    case = Case(shapes, {"lr": 0.1, "weight_decay": 0.1}, kinds=[["normal"] * len(shapes)] * 2)
+    params, optimizer = run(case, compile)
+    numel = sum(p.numel() for p in params)
+    assert set(optimizer.state) == set(params)
+    logical = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+    assert logical == 2 * numel + SCALARS * len(params)
+    assert sum(_storages(optimizer).values()) == 2 * numel + SCALARS * (len(params) + 1)
+
+
+@given(case=cases(moment_dtypes=("float8",)))
+def test_dtypes_and_shapes(compile: bool, case: Case) -> None:
+    params, optimizer = run(case, compile)
+    for p in params:
+        if p not in optimizer.state:
+            continue
+        state = optimizer.state[p]
+        assert list(state) == ["step", "exp_avg", "exp_avg_norm", "exp_avg_sq", "exp_avg_sq_norm", "salt"]
+        assert p.dtype == case.dtype
+        assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.float8_e4m3fn, torch.float8_e5m2)
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
+        assert state["step"].dtype == state["salt"].dtype == torch.int32
+        for name in ("exp_avg_norm", "exp_avg_sq_norm"):
+            assert state[name].dtype == torch.float32
+            assert state[name].shape == ()
+            assert math.frexp(state[name].item())[0] == 0.5, "a norm is a power of two"
+        assert all(type(x) is torch.Tensor for x in state.values())
+
+
+@given(case=cases(kinds=["normal", "lognormal", "sparse", "outliers", "tiny", "subnormal"], moment_dtypes=("float8",)))
+def test_second_moment_is_never_zero_where_it_was_positive(compile: bool, case: Case) -> None:
+    """Codes are finite, and V != 0 wherever a gradient's square has ever been seen."""
+    params, optimizer = make(case, compile)
+    seen = [torch.zeros(p.shape, dtype=torch.bool) for p in params]
+    for step in range(len(case.kinds)):
+        for i, (p, grad) in enumerate(zip(params, case.gradients(step, case.weights()), strict=True)):
+            p.grad = grad
+            if grad is not None:
+                seen[i] |= (grad.float() ** 2) * (1 - torch.tensor(case.hyper["betas"][1])) > 0
+        optimizer.step()
+    for p, positive in zip(params, seen, strict=True):
+        if p in optimizer.state:
+            v = optimizer.state[p]["exp_avg_sq"].float()
+            assert (v[positive] > 0).all()
+            assert torch.isfinite(v).all()
+            assert torch.isfinite(optimizer.state[p]["exp_avg"].float()).all()
+
+
+@given(
+    exponents=st.lists(st.integers(-8, 8), min_size=1, max_size=40),
+    betas=st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.5, 0.9), (0.95, 0.9999), (0.9, 0.99)]),
+    bias_correction=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_updates_stay_below_the_bound(compile: bool, exponents, betas, bias_correction, seed) -> None:
+    """|m| <= C·sqrt(v) holds for every update, though both moments are rounded between the steps.
+
+    With weight decay 0, lr 1 and weights set to 0 before each step, the step is p = -r·u.
+    """
+    p = torch.nn.Parameter(torch.zeros(300))
+    optimizer = Lamb16(
+        [p], lr=1.0, betas=betas, eps=1e-30, bias_correction=bias_correction, compile=compile, trust_clip=1e9
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for t, exponent in enumerate(exponents, 1):
+        p.data.zero_()
+        p.grad = torch.randn(300, generator=generator) * 10.0**exponent
+        optimizer.step()
+        ratio = optimizer.layer_stats()["0"]["trust_ratio"].item()
+        bound = 1 / inverse_bound(*betas)
+        if bias_correction:
+            bound *= math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        assert (p.detach().abs().max() / ratio).item() <= bound * (1 + 1e-5)
