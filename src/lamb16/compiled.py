@@ -102,7 +102,8 @@ def _options(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         return {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_000}
-    return {}
+    # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
+    return {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 
 
 def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:

@@ -1,0 +1,82 @@
+"""The test matrix: ``nox -l`` lists the sessions; ``nox -s lint "tests(device='cpu', torch='2.14')"`` runs some.
+
+Sessions for CUDA say that they are skipped where there is no GPU. Every environment holds a torch of several GB.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests"]
+
+TORCH = {"2.13": "torch==2.13.*", "2.14": "torch==2.14.*"}
+TRAIN_PAIR = ["torch==2.14.1", "torchvision==0.29.1"]
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver lists a GPU; asked before anything is installed."""
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True, check=False).stdout.startswith(b"GPU")
+
+
+def need(session: nox.Session, device: str) -> None:
+    if device == "cuda" and not has_gpu():
+        session.skip("SKIPPED: no CUDA GPU on this machine (nvidia-smi lists none); run this session where there is one")
+
+
+def install(session: nox.Session, torch: str) -> None:
+    session.install(TORCH[torch])
+    session.install("-e", ".[dev]")
+
+
+@nox.session
+@nox.parametrize("torch", list(TORCH))
+@nox.parametrize("device", ["cpu", "cuda"])
+def tests(session: nox.Session, device: str, torch: str) -> None:
+    """Tests and property tests, eager and compiled."""
+    need(session, device)
+    install(session, torch)
+    session.run("pytest", *session.posargs, env={"LAMB16_TEST_DEVICE": device})
+
+
+@nox.session
+@nox.parametrize("device", ["cpu", "cuda"])
+def thorough(session: nox.Session, device: str) -> None:
+    """The property tests with 1,000 examples each."""
+    need(session, device)
+    install(session, "2.14")
+    arguments = ["property_tests", "--hypothesis-profile=thorough", "--durations=0", *session.posargs]
+    session.run("pytest", *arguments, env={"LAMB16_TEST_DEVICE": device})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, and mypy in strict mode."""
+    session.install(*TRAIN_PAIR)
+    session.install("-e", ".[train,dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("device", ["cpu", "cuda"])
+def bench(session: nox.Session, device: str) -> None:
+    """The eager against the compiled step and against torch's AdamW."""
+    need(session, device)
+    install(session, "2.14")
+    session.run("lamb16", "bench", "--device", device, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("device", ["cpu", "cuda"])
+def train(session: nox.Session, device: str) -> None:
+    """The main job: train the two-layer CNN; arguments after ``--`` go to ``lamb16 train``."""
+    need(session, device)
+    session.install("-e", ".[train]")
+    session.run("lamb16", "train", "--device", device, *session.posargs)

@@ -1,0 +1,277 @@
+"""Training the published demonstration's CNN once, as a function of its settings."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamb16.cli import CommandError
+from lamb16.cli.data import DATASETS, ImageData, load
+from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
+from lamb16.cli.model import build_model
+
+OPTIMIZERS = ("lamb16", "lamb", "adam", "published")
+SCHEDULES = ("constant", "linear", "cosine")
+MOMENT_DTYPES = ("float8", "float32")
+DEFAULT_LR = {"lamb16": 0.01, "lamb": 0.01, "adam": 0.001, "published": 0.01}
+DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
+FINAL_LR = 0.01  # of the first learning rate, at the last step of a falling schedule
+TEST_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. None means the default of the optimizer, the data set or torch."""
+
+    dataset: str = "digits"
+    optimizer: str = "lamb16"
+    batch_size: int = 128
+    lr: float | None = None
+    schedule: str = "constant"
+    weight_decay: float = 0.01
+    epochs: int | None = None
+    seed: int = 0
+    eager: bool = False
+    device: str | None = None
+    threads: int | None = None
+    data: str | None = None
+    trust_scale: float | None = None
+    moment_dtype: str | None = None
+
+    def completed(self) -> TrainConfig:
+        """The same settings, checked and with every default filled in; wrong ones raise `CommandError`."""
+        self._check()
+        return replace(
+            self,
+            lr=float(DEFAULT_LR[self.optimizer] if self.lr is None else self.lr),
+            epochs=DEFAULT_EPOCHS[self.dataset] if self.epochs is None else self.epochs,
+            device=str(_usable_device(self.device)),
+        )
+
+    def _check(self) -> None:
+        _require_one_of("--dataset", self.dataset, DATASETS)
+        _require_one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        _require_one_of("--schedule", self.schedule, SCHEDULES)
+        counts = {"--batch-size": self.batch_size, "--epochs": self.epochs, "--threads": self.threads}
+        for option, count in counts.items():
+            if count is not None and count < 1:
+                raise CommandError(f"{option} must be at least 1, not {count}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise CommandError(f"--lr must be a positive number, not {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise CommandError(f"--weight-decay must be 0 or a positive number, not {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise CommandError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
+        self._check_lamb16_only()
+
+    def _check_lamb16_only(self) -> None:
+        if self.trust_scale is not None and not 0 <= self.trust_scale < math.inf:
+            raise CommandError(f"--trust-scale must be 0 or a positive number, not {self.trust_scale}")
+        if self.moment_dtype is not None:
+            _require_one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
+        for option, given in (("--trust-scale", self.trust_scale), ("--moment-dtype", self.moment_dtype)):
+            if given is not None and self.optimizer != "lamb16":
+                raise CommandError(f"{option} is for --optimizer lamb16 only, not for {self.optimizer}")
+
+
+def train(
+    config: TrainConfig,
+    data: ImageData | None = None,
+    *,
+    log: TensorBoardLog | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train once and return what happened, ready for JSON; accuracies are fractions.
+
+    The result depends on `config` and `data` only (on one device, with one number of threads): weights and
+    batches are drawn from generators seeded with `config.seed`. Handing in `data` saves loading it for every
+    run. `report` gets each epoch's entry as soon as it is known, `on_step` is called after every step.
+    """
+    config = config.completed()
+    assert config.epochs is not None
+    assert config.device is not None
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = (data or load(config.dataset, config.data)).to(config.device)
+    model = build_model(config.seed, config.device)
+    optimizer = build_optimizer(config, model)
+    steps = steps_per_epoch(config, data)
+    scheduler = build_scheduler(optimizer, config.schedule, steps * config.epochs)
+    generator = torch.Generator().manual_seed(config.seed)
+    sample_every = max(1, steps // SAMPLES_PER_EPOCH)
+
+    def after_step(step: int) -> None:
+        if log and step % sample_every == 0:
+            log.sample_layers(optimizer)
+        if on_step:
+            on_step()
+
+    epochs: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for epoch in range(1, config.epochs + 1):
+        batches = _batches(len(data.train_images), config.batch_size, generator)
+        entry: dict[str, Any] = {"epoch": epoch}
+        with _compiler_failure_explained():
+            entry["train_loss"] = _train_epoch(model, optimizer, scheduler, data, batches, after_step)
+        entry["test_accuracy"] = accuracy(model, data.test_images, data.test_labels)
+        entry["lr"] = scheduler.get_last_lr()[0]
+        epochs.append(entry)
+        if log:
+            log.end_epoch(epoch, _scalars(entry))
+        if report:
+            report(entry)
+    seconds = time.perf_counter() - start
+    return _summary(config, data, model, optimizer, epochs) | {"seconds": seconds}
+
+
+def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
+    """The steps of an epoch; the last one takes what is left, however little."""
+    return math.ceil(len(data.train_images) / config.batch_size)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over the named parameters of `model`."""
+    import lamb16
+
+    config = config.completed()
+    assert config.lr is not None
+    parameters = list(model.named_parameters())
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, **common)
+    if config.optimizer == "lamb":
+        return lamb16.Lamb(parameters, **common)
+    if config.optimizer == "published":
+        return lamb16.PublishedLamb16(parameters, **common)
+    given = {"trust_scale": config.trust_scale, "moment_dtype": config.moment_dtype}
+    special: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return lamb16.Lamb16(parameters, **common, **special, compile=not config.eager, seed=config.seed)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The full learning rate at the first of `steps` steps; a falling schedule ends at 1 % of it."""
+
+    def factor(step: int) -> float:
+        progress = min(1.0, step / max(1, steps - 1))
+        if schedule == "constant":
+            return 1.0
+        fall = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return 1 - (1 - FINAL_LR) * fall
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The fraction of `images` that `model` classifies as `labels` say."""
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for start in range(0, len(labels), TEST_BATCH):
+        part = slice(start, start + TEST_BATCH)
+        correct += (model(images[part]).argmax(1) == labels[part]).sum()
+    return correct.item() / len(labels)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The bytes of all tensors in `optimizer.state`."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """The indices 0 to `count - 1` in a fresh random order, cut into batches."""
+    order = torch.randperm(count, generator=generator)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+@contextlib.contextmanager
+def _compiler_failure_explained() -> Iterator[None]:
+    """Lamb16's own message names its argument; on the command line that is an option."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "compile=False" not in str(error):
+            raise
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise CommandError(f"no compiler works for lamb16's step: --eager does without ({cause})") from error
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    data: ImageData,
+    batches: list[Tensor],
+    after_step: Callable[[int], None],
+) -> float:
+    """One step a batch (of indices into the training images); returns the mean loss."""
+    device = data.train_images.device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for step, batch in enumerate(batches):
+        index = batch.to(device)
+        loss = F.cross_entropy(model(data.train_images[index]), data.train_labels[index])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loss_sum += loss.detach() * len(batch)  # stays on the device: reading it would wait for the step
+        after_step(step)
+        scheduler.step()
+    return loss_sum.item() / len(data.train_images)
+
+
+def _scalars(entry: dict[str, Any]) -> dict[str, float]:
+    return {"loss/train": entry["train_loss"], "accuracy/test": entry["test_accuracy"], "lr": entry["lr"]}
+
+
+def _summary(
+    config: TrainConfig,
+    data: ImageData,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs: list[dict[str, Any]],
+) -> dict[str, Any]:
+    import lamb16
+
+    parameters = sum(p.numel() for p in model.parameters())
+    best = max(epochs, key=lambda entry: entry["test_accuracy"])
+    return {
+        "settings": asdict(config),
+        "epochs": epochs,
+        "final_accuracy": epochs[-1]["test_accuracy"],
+        "best_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "parameters": parameters,
+        "state_bytes_per_parameter": state_bytes(optimizer) / parameters,
+        "skipped": int(getattr(optimizer, "skipped", 0)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "lamb16": lamb16.__version__,
+    }
+
+
+def _require_one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CommandError(f"{option} must be one of {', '.join(choices)}, not '{value}'")
+
+
+def _usable_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a device that exists by name only, as 'meta', fails here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"cannot use --device {name}: {str(error).strip().splitlines()[0]}") from error
+    return device

@@ -1,0 +1,133 @@
+"""Small models, gradients, snapshots and the walk along the slow reference that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamb16 import reference
+
+# A packed piece, a tensor of rows and a tail, a tensor of rows only.
+SHAPES = ((7, 3), (2100,), (64, 48))
+CODES = ("exp_avg", "exp_avg_sq")
+SCALARS = ("step", "exp_avg_norm", "exp_avg_sq_norm", "salt")
+HYPER_NAMES = [field.name for field in fields(reference.Hyper)]
+
+
+def parameters(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[nn.Parameter]:
+    """Normal random weights, the same for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)) for shape in shapes]
+
+
+def model(seed: int = 0) -> nn.Module:
+    """A small network whose parameters have names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 3))
+
+
+def gradients(params: Sequence[Tensor], t: int) -> list[Tensor]:
+    """The gradients of step ``t``, contiguous, of the parameters' shapes and dtypes."""
+    generator = torch.Generator().manual_seed(1000 + t)
+    return [(torch.randn(p.shape, generator=generator, dtype=torch.float32) * 0.1).to(p.dtype) for p in params]
+
+
+def all_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, steps: Sequence[int] | range) -> None:
+    """One step for each number with the gradients of that number, on all parameters."""
+    params = all_params(optimizer)
+    for t in steps:
+        for p, grad in zip(params, gradients(params, t), strict=True):
+            p.grad = grad
+        optimizer.step()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """A copy of the bytes of a tensor in its logical order."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The bytes of all weights and states, and the groups' hyperparameters."""
+    found: dict[str, Any] = {}
+    for i, p in enumerate(all_params(optimizer)):
+        found[f"{i}.weight"] = raw(p)
+        for key, value in optimizer.state.get(p, {}).items():
+            found[f"{i}.{key}"] = raw(value)
+    for k, group in enumerate(optimizer.param_groups):
+        found[f"group {k}"] = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name in HYPER_NAMES
+        }
+    return found
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The entries of two snapshots that are not the same bits."""
+
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
+
+    return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or not same(a[key], b[key]))
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a
+    assert differing(a, b) == []
+
+
+def hyper_of(group: dict[str, Any]) -> reference.Hyper:
+    """The reference's hyperparameters for a parameter group."""
+    values = {name: group[name] for name in HYPER_NAMES}
+    return reference.Hyper(**values | {"lr": float(values["lr"])})
+
+
+def follow(
+    start: Tensor, grads: Sequence[Tensor], hyper: reference.Hyper | Sequence[reference.Hyper], salt: int
+) -> tuple[Tensor, reference.State]:
+    """Weights and state after the reference's steps; one ``hyper`` for all of them or one each."""
+    hypers = [hyper] * len(grads) if isinstance(hyper, reference.Hyper) else hyper
+    state = reference.init(start, salt & 0xFFFFFFFF, hypers[0].moment_dtype)
+    p = start.clone(memory_format=torch.contiguous_format)
+    for grad, h in zip(grads, hypers, strict=True):
+        p, state, _ = reference.step(p, grad, state, h)
+    return p, state
+
+
+def assert_follows_reference(
+    optimizer: torch.optim.Optimizer, hypers: Sequence[reference.Hyper] | None = None, steps: int = 3
+) -> None:
+    """Take steps on all parameters and hold weights and states to the reference's bits.
+
+    ``hypers``, one a parameter, is what the optimizer is expected to use; else what its groups say.
+    """
+    params = all_params(optimizer)
+    if hypers is None:
+        hypers = [hyper_of(group) for group in optimizer.param_groups for _ in group["params"]]
+    start = [p.detach().clone() for p in params]
+    take_steps(optimizer, range(steps))
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t in range(steps)]
+        weights, state = follow(start[i], grads, hypers[i], int(optimizer.state[p]["salt"]))
+        assert_matches(optimizer, p, weights, state)
+
+
+def assert_matches(optimizer: torch.optim.Optimizer, p: Tensor, weights: Tensor, state: reference.State) -> None:
+    """Hold one parameter and its state to the reference's bits."""
+    mine = optimizer.state[p]
+    assert torch.equal(raw(p), raw(weights))
+    for key in CODES:
+        assert torch.equal(raw(mine[key]), raw(getattr(state, key))), key
+    for key in ("exp_avg_norm", "exp_avg_sq_norm", "step"):
+        assert mine[key].item() == getattr(state, key), key

@@ -1,0 +1,269 @@
+"""What Lamb16 refuses, in which words, and that a refusal changes nothing."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import all_params, assert_same, gradients, parameters, snapshot, take_steps
+from torch import nn
+
+from lamb16 import Lamb16, compiled
+
+BAD = [
+    ("lr", -0.1),
+    ("lr", math.nan),
+    ("lr", math.inf),
+    ("lr", "0.1"),
+    ("lr", None),
+    ("lr", True),
+    ("lr", torch.tensor([0.1, 0.2])),
+    ("lr", torch.tensor(-0.1)),
+    ("lr", torch.tensor(1)),
+    ("betas", (1.0, 0.999)),
+    ("betas", (0.9, 1.0)),
+    ("betas", (-0.1, 0.999)),
+    ("betas", (0.9, math.nan)),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 0.99, 0.999)),
+    ("betas", 0.9),
+    ("betas", ("0.9", 0.999)),
+    ("eps", 0.0),
+    ("eps", -1e-6),
+    ("eps", 1e-39),
+    ("eps", 1.5),
+    ("eps", math.nan),
+    ("weight_decay", -0.01),
+    ("weight_decay", math.inf),
+    ("weight_decay", None),
+    ("trust_scale", -0.1),
+    ("trust_scale", math.nan),
+    ("trust_lr", 0.0),
+    ("trust_lr", -1.0),
+    ("trust_lr", math.inf),
+    ("trust_clip", 0.0),
+    ("trust_clip", math.nan),
+    ("bias_correction", 1),
+    ("bias_correction", "no"),
+    ("maximize", None),
+    ("moment_dtype", "fp8"),
+    ("moment_dtype", torch.float32),
+    ("moment_dtype", None),
+    ("moment_dtype", ["float8"]),
+]
+EDGES: list[dict[str, Any]] = [
+    {"lr": 0.0},
+    {"lr": 1},
+    {"betas": (0.0, 0.0)},
+    {"betas": [0.9, 0.99]},
+    {"eps": 2.0**-126},
+    {"eps": 1},
+    {"trust_scale": 0},
+    {"trust_scale": 3.0},
+    {"trust_clip": 1e-3},
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: str(x))
+def test_a_bad_hyperparameter_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError) as error:
+        Lamb16(parameters(), **{name: value})
+    assert f"{name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: str(x))
+def test_a_bad_hyperparameter_of_a_group_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError) as error:
+        Lamb16([{"params": parameters()}, {"params": parameters(), name: value}], weight_decay=0.1)
+    assert f"{name}={value!r}" in str(error.value)
+    assert "group 1" in str(error.value)
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=str)
+def test_the_ends_of_the_ranges_work(edge: dict[str, Any]) -> None:
+    optimizer = Lamb16(parameters(), **{"weight_decay": 0.1, "compile": False, **edge})
+    take_steps(optimizer, range(2))
+    assert all(bool(p.isfinite().all()) and optimizer.state[p]["step"] == 2 for p in all_params(optimizer))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_numpy_scalars_are_numbers(dtype: str) -> None:
+    """A LambdaLR whose lambda computes with numpy sets such learning rates."""
+    number = getattr(pytest.importorskip("numpy"), dtype)(0.125)
+    theirs, mine = (Lamb16(parameters(), lr=lr, weight_decay=lr, compile=False) for lr in (number, 0.125))
+    for optimizer in (theirs, mine):
+        take_steps(optimizer, range(2))
+    assert_same(snapshot(theirs), snapshot(mine))
+
+
+@pytest.mark.parametrize(("name", "value"), [("compile", 1), ("compile", None), ("seed", 0.5), ("seed", True)])
+def test_bad_compile_and_seed_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        Lamb16(parameters(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["compile", "seed"])
+def test_compile_and_seed_are_not_for_groups(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} cannot be set in a parameter group"):
+        Lamb16([{"params": parameters(), name: 0}])
+
+
+def test_a_bad_value_set_later_is_refused_when_a_group_joins() -> None:
+    optimizer = Lamb16(parameters(), compile=False)
+    optimizer.param_groups[0]["eps"] = 0.0
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"eps=0\.0"):
+        take_steps(optimizer, [0])
+    assert_same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (torch.zeros(3, dtype=torch.complex64), "complex"),
+        (torch.zeros(3, dtype=torch.float64), "float64"),
+        (torch.zeros(3, dtype=torch.int64), "int64"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(3, 3).to_sparse(), "sparse"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_parameter_that_cannot_be_optimized_is_refused_by_name(bad: torch.Tensor, word: str) -> None:
+    named = [("fine.weight", parameters()[0]), ("odd.weight", nn.Parameter(bad, requires_grad=False))]
+    with pytest.raises(TypeError, match=rf"odd\.weight.*{word}"):
+        Lamb16(named)
+    with pytest.raises(TypeError, match=rf"parameter 1 .*{word}"):
+        Lamb16([p for _, p in named])
+
+
+def test_a_refused_group_is_not_added() -> None:
+    optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    for group, error in (
+        ({"params": [nn.Parameter(torch.zeros(2).double())]}, TypeError),
+        ({"params": parameters(), "eps": 0.0}, ValueError),
+        ({"params": all_params(optimizer)}, ValueError),
+        (parameters(), TypeError),
+    ):
+        with pytest.raises(error):
+            optimizer.add_param_group(group)  # type: ignore[arg-type]
+        assert len(optimizer.param_groups) == 1
+    take_steps(optimizer, [0])
+    assert len(optimizer.state) == 3
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
+def test_a_sparse_gradient_is_refused_before_anything_changes(fresh: bool) -> None:
+    network = nn.ModuleDict({"head": nn.Linear(4, 2), "table": nn.Embedding(10, 4, sparse=True)})
+    optimizer = Lamb16(network.named_parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    if not fresh:
+        take_steps(optimizer, [0])
+    before = snapshot(optimizer)
+    optimizer.zero_grad()
+    network["head"](network["table"](torch.tensor([1, 3]))).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*table\.weight.*sparse=False"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_a_gradient_of_another_dtype_is_refused_by_name() -> None:
+    p = parameters([(3,)])[0]
+    p.grad_dtype = torch.float64
+    p.grad = torch.ones(3, dtype=torch.float64)
+    optimizer = Lamb16([("odd.weight", p)], compile=False)
+    with pytest.raises(RuntimeError, match=r"odd\.weight.*float64"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_parameter_that_turned_into_float64_is_refused() -> None:
+    network = nn.Linear(4, 2)
+    optimizer = Lamb16(network.named_parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    take_steps(optimizer, [0])
+    optimizer.zero_grad()
+    network.double()
+    before = snapshot(optimizer)
+    with pytest.raises((TypeError, RuntimeError), match=r"weight.*float64"):
+        take_steps(optimizer, [1])
+    assert_same(before, snapshot(optimizer))
+
+
+def test_a_parameter_that_changed_its_shape_is_refused() -> None:
+    p = parameters([(8, 8)])[0]
+    optimizer = Lamb16([("odd.weight", p)], lr=0.01, weight_decay=0.1, compile=False)
+    take_steps(optimizer, [0])
+    p.grad, p.data = None, torch.ones(8, 4)
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, RuntimeError), match=r"odd\.weight.*shape"):
+        take_steps(optimizer, [1])
+    assert_same(before, snapshot(optimizer))
+
+
+def test_moment_dtype_cannot_change_after_the_first_step() -> None:
+    optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    take_steps(optimizer, [0])
+    optimizer.param_groups[0]["moment_dtype"] = "float32"
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="moment_dtype cannot change"):
+        take_steps(optimizer, [1])
+    assert_same(before, snapshot(optimizer))
+
+
+# -- no compiler -------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_compiler_changes_nothing_and_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> object:
+        def call(*args: object) -> None:
+            raise OSError("no such compiler")
+
+        return call
+
+    optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1)
+    before = snapshot(optimizer)
+    compiled._compiled.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", broken)
+            with pytest.raises(RuntimeError, match="no such compiler.*compile=False") as error:
+                take_steps(optimizer, [0])
+        assert isinstance(error.value.__cause__, OSError)
+        assert_same(before, snapshot(optimizer))
+        assert optimizer.skipped == 0
+    finally:
+        compiled._compiled.cache_clear()
+    # Once there is a compiler the optimizer goes on as if nothing had happened.
+    usual = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    for each in (optimizer, usual):
+        take_steps(each, [0])
+    assert_same(snapshot(optimizer), snapshot(usual))
+
+
+NO_COMPILER = """
+import torch
+from lamb16 import Lamb16
+
+p = torch.nn.Parameter(torch.ones(5))
+p.grad = torch.ones(5)
+optimizer = Lamb16([p], weight_decay=0.1)
+try:
+    optimizer.step()
+except RuntimeError as error:
+    assert "could not compile" in str(error) and "compile=False" in str(error), error
+else:
+    raise SystemExit("compiled without a compiler")
+assert torch.equal(p.detach(), torch.ones(5)) and not optimizer.state_dict()["state"], optimizer.state
+Lamb16([p], weight_decay=0.1, compile=False).step()
+assert not torch.equal(p.detach(), torch.ones(5))
+"""
+
+
+def test_without_a_compiler_the_eager_step_works(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("the stand-in for a compiler is a Unix program")
+    environment = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

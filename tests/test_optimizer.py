@@ -1,0 +1,764 @@
+"""Lamb16 behaves as a torch.optim.Optimizer, with the reference's bits."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import (
+    CODES,
+    all_params,
+    assert_follows_reference,
+    assert_matches,
+    assert_same,
+    differing,
+    follow,
+    gradients,
+    hyper_of,
+    model,
+    parameters,
+    raw,
+    snapshot,
+    take_steps,
+)
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lamb16 import Lamb16, reference
+from lamb16.reference import Hyper
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BASE = {"lr": 0.01, "weight_decay": 0.1}
+OVERRIDES = [
+    {"lr": 0.05},
+    {"betas": (0.5, 0.9)},
+    {"betas": (0.0, 0.0)},
+    {"betas": (0.95, 0.9)},  # β1² > β2: no bound on |m| / sqrt(v)
+    {"eps": 1e-3},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.5},
+    {"trust_scale": 0.0},
+    {"trust_scale": 1.0},
+    {"trust_lr": 0.1},
+    {"trust_clip": 0.25},
+    {"bias_correction": True},
+    {"maximize": True},
+    {"moment_dtype": "float32"},
+]
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_follows_the_reference(compile_mode: bool, dtype: torch.dtype) -> None:
+    optimizer = Lamb16(parameters(dtype=dtype), **BASE, compile=compile_mode)
+    assert_follows_reference(optimizer, steps=4)
+    assert all(optimizer.state[p]["step"] == 4 for p in all_params(optimizer))
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=str)
+def test_a_group_overrides_a_hyperparameter(compile_mode: bool, override: dict) -> None:
+    one, two = parameters(), parameters(seed=1)
+    groups = [{"params": one}, {"params": two, **override}]
+    optimizer = Lamb16(groups, **BASE, compile=compile_mode)
+    assert_follows_reference(optimizer, [Hyper(**BASE)] * len(one) + [Hyper(**BASE | override)] * len(two))
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=str)
+def test_a_hyperparameter_may_change_between_steps(override: dict) -> None:
+    if "moment_dtype" in override:
+        pytest.skip("moment_dtype cannot change after the first step")
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    take_steps(optimizer, [0])
+    optimizer.param_groups[0].update(override)
+    take_steps(optimizer, [1])
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t in (0, 1)]
+        hypers = [Hyper(**BASE), Hyper(**BASE | override)]
+        assert_matches(optimizer, p, *follow(start[i], grads, hypers, int(optimizer.state[p]["salt"])))
+
+
+def test_betas_changed_in_place_are_honoured() -> None:
+    by_list, by_tuple = (Lamb16(parameters(), **BASE, betas=[0.9, 0.99], compile=False) for _ in range(2))
+    for optimizer in (by_list, by_tuple):
+        take_steps(optimizer, [0])
+    by_list.param_groups[0]["betas"][0] = 0.5
+    by_tuple.param_groups[0]["betas"] = [0.5, 0.99]
+    for optimizer in (by_list, by_tuple):
+        take_steps(optimizer, [1])
+    assert_same(snapshot(by_list), snapshot(by_tuple))
+
+
+def test_a_replaced_group_dict_is_honoured() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    take_steps(optimizer, [0])
+    before = [raw(p) for p in all_params(optimizer)]
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.0}
+    take_steps(optimizer, [1])
+    assert all(torch.equal(raw(p), old) for p, old in zip(all_params(optimizer), before, strict=True))
+
+
+def test_eager_and_compiled_give_the_same_bits() -> None:
+    shapes = [(5,), (1024,), (1025,), (2047,), (2048,), (3, 1000), (70, 70), (4096,)]
+    groups = [{"params": parameters(shapes)}, {"params": parameters(shapes, seed=1), "bias_correction": True}]
+    eager, compiled = (
+        Lamb16([{**g, "params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in groups], **BASE, **c)
+        for c in ({"compile": False}, {})
+    )
+    for optimizer in (eager, compiled):
+        take_steps(optimizer, range(5))
+    assert_same(snapshot(eager), snapshot(compiled))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: bool) -> None:
+    lr, beta1, beta2, eps, decay, steps = 0.02, 0.8, 0.95, 1e-4, 0.3, 6
+    optimizer = Lamb16(
+        parameters(),
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=decay,
+        bias_correction=True,
+        maximize=maximize,
+        moment_dtype="float32",
+        compile=compile_mode,
+    )
+    params = all_params(optimizer)
+    start = [p.detach().double() for p in params]
+    take_steps(optimizer, range(steps))
+    for i, param in enumerate(params):
+        p, m, v = start[i], torch.zeros(param.shape).double(), torch.zeros(param.shape).double()
+        for t in range(1, steps + 1):
+            g = gradients(params, t - 1)[i].double() * (-1 if maximize else 1)
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g**2
+            u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * p
+            weight_norm, update_norm = ((x**2).clamp(eps, 1).sum().sqrt() for x in (p, u))
+            ratio = min(float(weight_norm / update_norm * 1e-3 / lr) ** 0.382, 2.0)
+            p = p - lr * ratio * u
+        assert torch.allclose(param.double() - start[i], p - start[i], rtol=1e-5, atol=1e-6)
+        assert float((p - start[i]).abs().mean()) > 1e-2
+
+
+def test_maximize_is_minimizing_with_negated_gradients() -> None:
+    up = Lamb16(parameters(), **BASE, maximize=True, compile=False)
+    down = Lamb16(parameters(), **BASE, compile=False)
+    for t in range(3):
+        for sign, optimizer in ((1, up), (-1, down)):
+            params = all_params(optimizer)
+            for p, grad in zip(params, gradients(params, t), strict=True):
+                p.grad = grad * sign
+            optimizer.step()
+    assert differing(snapshot(up), snapshot(down)) == ["group 0"]
+
+
+def test_decay_alone_moves_the_weights_but_does_not_count_a_step(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, before in zip(params, start, strict=True):
+        weights, state = follow(before, [torch.zeros_like(before)], Hyper(**BASE), int(optimizer.state[p]["salt"]))
+        assert_matches(optimizer, p, weights, state)
+        assert optimizer.state[p]["step"] == 0
+        assert bool((p.detach().abs() < before.abs()).all())
+
+
+def test_a_hidden_step_leaves_no_trace(compile_mode: bool) -> None:
+    visited, plain = (Lamb16(parameters(), **BASE, compile=compile_mode) for _ in range(2))
+    for p in all_params(visited):
+        p.grad = torch.zeros_like(p)
+    visited.param_groups[0]["lr"] = 0.0
+    visited.step()
+    visited.param_groups[0]["lr"] = BASE["lr"]
+    assert [raw(p).tolist() for p in all_params(visited)] == [raw(p).tolist() for p in all_params(plain)]
+    assert len(visited.state) == len(all_params(visited))
+    for optimizer in (visited, plain):
+        take_steps(optimizer, range(2))
+    assert_same(snapshot(visited), snapshot(plain))
+    assert visited.skipped == 0
+
+
+def test_zero_lr_moves_the_moments_only(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), lr=0.0, weight_decay=0.1, compile=compile_mode)
+    before = [raw(p) for p in all_params(optimizer)]
+    take_steps(optimizer, range(2))
+    for p, old in zip(all_params(optimizer), before, strict=True):
+        assert torch.equal(raw(p), old)
+        assert optimizer.state[p]["step"] == 2
+        assert raw(optimizer.state[p]["exp_avg"]).any()
+
+
+# -- rounding salts ----------------------------------------------------------------------------------------------
+
+
+def test_named_parameters_round_the_same_in_any_order() -> None:
+    shapes, names = ((7, 3), (2100,), (64, 48)), ("a", "b", "c")
+    results = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        params = parameters(shapes)
+        grads = gradients(params, 0)
+        optimizer = Lamb16([(names[i], params[i]) for i in order], **BASE, compile=False)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        results.append({names[i]: [raw(optimizer.state[params[i]][key]) for key in CODES] for i in range(3)})
+    for name in names:
+        assert all(torch.equal(a, b) for a, b in zip(results[0][name], results[1][name], strict=True))
+
+
+def test_parameters_without_names_round_by_position() -> None:
+    a, b = parameters([(50, 40)]), parameters([(50, 40)])
+    optimizer = Lamb16([{"params": a}, {"params": b}], **BASE, compile=False)
+    grad = gradients(a, 0)[0]
+    a[0].grad = b[0].grad = grad
+    optimizer.step()
+    codes = [raw(optimizer.state[p]["exp_avg"]) for p in (a[0], b[0])]
+    assert 0.2 < float((codes[0] != codes[1]).float().mean()) < 0.8  # other words, hence other neighbours
+
+
+def test_the_seed_changes_the_rounding_and_nothing_else() -> None:
+    runs = [Lamb16(parameters(), **BASE, seed=seed, compile=False) for seed in (0, 0, 1)]
+    for optimizer in runs:
+        take_steps(optimizer, [0])
+    first, again, other = (snapshot(optimizer) for optimizer in runs)
+    assert_same(first, again)
+    assert differing(first, other) == sorted(f"{i}.{key}" for i in range(3) for key in (*CODES, "salt"))
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.7**epoch),
+    "LambdaLR to zero": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: max(0.0, 1 - epoch / 3)),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=10),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=2),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=3),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.5, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_steer_the_step(name: str, tensor_lr: bool, compile_mode: bool) -> None:
+    lr = torch.tensor(0.01) if tensor_lr else 0.01
+    optimizer = Lamb16(parameters([(7, 3), (64, 48)]), lr=lr, weight_decay=0.1, compile=compile_mode)
+    scheduler = SCHEDULERS[name](optimizer)
+    params = all_params(optimizer)
+    start, hypers = [p.detach().clone() for p in params], []
+    for t in range(5):
+        hypers.append(hyper_of(optimizer.param_groups[0]))
+        take_steps(optimizer, [t])
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert len({(h.lr, h.betas) for h in hypers}) > 1
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == tensor_lr
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t in range(5)]
+        assert_matches(optimizer, p, *follow(start[i], grads, hypers, int(optimizer.state[p]["salt"])))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_lr_gives_the_bits_of_the_float(shape: tuple[int, ...], compile_mode: bool) -> None:
+    lr = torch.full(shape, 0.013)
+    by_tensor = Lamb16(parameters(), lr=lr, weight_decay=0.1, compile=compile_mode)
+    by_float = Lamb16(parameters(), lr=lr.item(), weight_decay=0.1, compile=compile_mode)
+    for optimizer in (by_tensor, by_float):
+        take_steps(optimizer, [0])
+    lr.fill_(0.002)
+    by_float.param_groups[0]["lr"] = lr.item()
+    for optimizer in (by_tensor, by_float):
+        take_steps(optimizer, [1, 2])
+    assert_same(snapshot(by_tensor), snapshot(by_float))
+
+
+def test_lr_may_turn_from_a_float_into_a_tensor_and_back() -> None:
+    mixed, plain = (Lamb16(parameters(), lr=0.5, weight_decay=0.1, compile=False) for _ in range(2))
+    for t, lr in enumerate([0.5, torch.tensor(0.25), 0.5, torch.tensor(0.5), 0.125]):
+        mixed.param_groups[0]["lr"], plain.param_groups[0]["lr"] = lr, float(lr)
+        for optimizer in (mixed, plain):
+            take_steps(optimizer, [t])
+    assert_same(snapshot(mixed), snapshot(plain))
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_never_modified(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, maximize=True, compile=compile_mode)
+    params = all_params(optimizer)
+    grads = gradients(params, 0)
+    grads[2] = grads[2].t().contiguous().t()
+    before = [raw(g) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    optimizer.step()
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert all(torch.equal(raw(g), b) for g, b in zip(grads, before, strict=True))
+
+
+def test_a_parameter_without_gradient_is_left_alone(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    present = [(0, 1, 2), (0,), (), (1, 2), (0, 2)]
+    for t, with_grad in enumerate(present):
+        before = snapshot(optimizer)
+        for i, grad in enumerate(gradients(params, t)):
+            params[i].grad = grad if i in with_grad else None
+        optimizer.step()
+        assert {key.split(".")[0] for key in differing(before, snapshot(optimizer))} == set(map(str, with_grad))
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t, with_grad in enumerate(present) if i in with_grad]
+        assert_matches(optimizer, p, *follow(start[i], grads, Hyper(**BASE), int(optimizer.state[p]["salt"])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_parameters_with_float32_gradients(compile_mode: bool, dtype: torch.dtype) -> None:
+    optimizer = Lamb16(parameters(dtype=dtype), **BASE, compile=compile_mode)
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    grads = [[g.float() * 1.001 for g in gradients(params, t)] for t in range(2)]
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad_dtype = torch.float32
+            p.grad = g
+        optimizer.step()
+    for i, p in enumerate(params):
+        expected = follow(start[i], [step[i] for step in grads], Hyper(**BASE), int(optimizer.state[p]["salt"]))
+        assert_matches(optimizer, p, *expected)
+
+
+def test_a_parameter_that_never_has_a_gradient_gets_no_state() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    params = all_params(optimizer)
+    params[1].grad = gradients(params, 0)[1]
+    optimizer.step()
+    assert list(optimizer.state) == [params[1]]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["small", "rows and tail", "rows"])
+def test_a_non_finite_gradient_skips_its_tensor(bad: float, where: int, compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    params = all_params(optimizer)
+    take_steps(optimizer, range(2))
+    before = snapshot(optimizer)
+    for i, grad in enumerate(gradients(params, 2)):
+        if i == where:
+            grad.view(-1)[-1] = bad
+        params[i].grad = grad
+    optimizer.step()
+    changed = {key.split(".")[0] for key in differing(before, snapshot(optimizer))}
+    assert changed == set("012") - {str(where)}
+    assert optimizer.skipped == 1
+    start = parameters()
+    take_steps(optimizer, [3])
+    assert optimizer.skipped == 1
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t in range(4) if t != 2 or i != where]
+        weights, state = follow(start[i].detach(), grads, Hyper(**BASE), int(optimizer.state[p]["salt"]))
+        assert_matches(optimizer, p, weights, state)
+
+
+def test_skips_add_up_over_tensors_and_steps(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    assert optimizer.skipped == 0
+    for bad in ([0, 2], [1], [0, 1, 2]):
+        for i, p in enumerate(all_params(optimizer)):
+            p.grad = torch.full_like(p, math.nan if i in bad else 1.0)
+        optimizer.step()
+    assert optimizer.skipped == 6
+
+
+# -- shapes and layouts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scalar_empty_and_one_element_parameters(compile_mode: bool, dtype: torch.dtype) -> None:
+    optimizer = Lamb16(parameters([(), (1,), (0,), (3, 0), (1, 1, 1), (2048,)], dtype), **BASE, compile=compile_mode)
+    assert_follows_reference(optimizer)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,)], ids=str)
+def test_a_lone_tiny_parameter(compile_mode: bool, shape: tuple[int, ...]) -> None:
+    assert_follows_reference(Lamb16(parameters([shape]), **BASE, compile=compile_mode))
+
+
+@pytest.mark.parametrize("rows", [5, 50], ids=["small", "large"])
+@pytest.mark.parametrize("which", ["parameter", "gradient", "both"])
+def test_transposed_tensors_give_the_bits_of_contiguous_ones(compile_mode: bool, which: str, rows: int) -> None:
+    start, grads = parameters([(rows, 60)])[0].detach(), gradients(parameters([(rows, 60)]), 0)[0]
+    results = []
+    for transposed in (False, True):
+        p = start.t().contiguous().t() if transposed and which != "gradient" else start.clone()
+        optimizer = Lamb16([nn.Parameter(p)], **BASE, compile=compile_mode)
+        (p,) = all_params(optimizer)
+        stride = p.stride()
+        for _ in range(2):
+            p.grad = grads.t().contiguous().t() if transposed and which != "parameter" else grads.clone()
+            optimizer.step()
+        assert p.stride() == stride
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("channels", [2, 40], ids=["small", "large"])
+def test_channels_last_gives_the_bits_of_contiguous(compile_mode: bool, channels: int) -> None:
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(parameters([(channels, 8, 3, 3)])[0].detach().contiguous(memory_format=memory_format))
+        optimizer = Lamb16([p], **BASE, compile=compile_mode)
+        for t in range(2):
+            p.grad = gradients([p], t)[0].contiguous(memory_format=memory_format)
+            optimizer.step()
+        assert p.is_contiguous(memory_format=memory_format)
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
+def test_a_strided_view_is_updated_in_place_and_nothing_beside_it(compile_mode: bool) -> None:
+    base = parameters([(60, 100)])[0].detach()
+    whole = base.clone()
+    p = nn.Parameter(base[:, ::2])
+    optimizer = Lamb16([p], **BASE, compile=compile_mode)
+    assert_follows_reference(optimizer)
+    assert p.data_ptr() == base.data_ptr()
+    assert torch.equal(base[:, 1::2], whole[:, 1::2])
+    assert not torch.equal(base[:, ::2], whole[:, ::2])
+
+
+REPLACEMENTS = {
+    "a copy": lambda x: x.clone(),
+    "another layout, another memory": lambda x: x.t().contiguous().t(),
+    "other values": lambda x: x * 0.5,
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (64, 48)], ids=str)
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_data_may_be_replaced_between_steps(compile_mode: bool, how: str, shape: tuple[int, ...]) -> None:
+    replaced, changed = (Lamb16(parameters([shape]), **BASE, compile=compile_mode) for _ in range(2))
+    for optimizer in (replaced, changed):
+        take_steps(optimizer, [0])
+    for p in all_params(replaced):
+        p.data = REPLACEMENTS[how](p.data)
+    for p in all_params(changed):
+        p.data.copy_(REPLACEMENTS[how](p.data))
+    for optimizer in (replaced, changed):
+        take_steps(optimizer, [1, 2])
+    assert_same(snapshot(replaced), snapshot(changed))
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_data_may_become_a_transposed_view_of_its_own_memory(size: int) -> None:
+    """The address stays, the strides do not."""
+    optimizer = Lamb16(parameters([(size, size)]), **BASE, compile=False)
+    (p,) = all_params(optimizer)
+    start = p.detach().clone()
+    take_steps(optimizer, [0])
+    weights, state = follow(start, gradients([p], 0), Hyper(**BASE), int(optimizer.state[p]["salt"]))
+    p.data = p.data.t()
+    take_steps(optimizer, [1])
+    weights, state, _ = reference.step(weights.t().contiguous(), gradients([p], 1)[0], state, Hyper(**BASE))
+    assert_matches(optimizer, p, weights, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    usual, other = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
+    take_steps(usual, range(2))
+    torch.set_default_dtype(dtype)
+    try:
+        take_steps(other, range(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(snapshot(usual), snapshot(other))
+
+
+@pytest.mark.parametrize(
+    "context", [torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad()], ids=["autocast", "enable_grad"]
+)
+def test_the_surroundings_of_step_do_not_matter(context: torch.autocast) -> None:
+    usual, inside = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
+    take_steps(usual, range(2))
+    with context:
+        take_steps(inside, range(2))
+    assert_same(snapshot(usual), snapshot(inside))
+
+
+# -- groups ------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_may_be_added_later(compile_mode: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    take_steps(optimizer, range(2))
+    late = parameters([(40, 60), (5,)], seed=3)
+    start = [p.detach().clone() for p in late]
+    optimizer.add_param_group({"params": late, "weight_decay": 0.3, "betas": (0.8, 0.99)})
+    take_steps(optimizer, [2, 3])
+    params = all_params(optimizer)
+    for i, p in enumerate(params):
+        if i < 3:
+            grads = [gradients(params[:3] if t < 2 else params, t)[i] for t in range(4)]
+            weights, state = follow(parameters()[i].detach(), grads, Hyper(**BASE), int(optimizer.state[p]["salt"]))
+        else:
+            grads = [gradients(params, t)[i] for t in (2, 3)]
+            hyper = Hyper(lr=0.01, weight_decay=0.3, betas=(0.8, 0.99))
+            weights, state = follow(start[i - 3], grads, hyper, int(optimizer.state[p]["salt"]))
+        assert_matches(optimizer, p, weights, state)
+
+
+def test_parameters_of_several_dtypes_in_one_group(compile_mode: bool) -> None:
+    params = [*parameters(), *parameters(dtype=torch.bfloat16, seed=1), *parameters(dtype=torch.float16, seed=2)]
+    groups = [{"params": params}, {"params": parameters(seed=4), "moment_dtype": "float32"}]
+    assert_follows_reference(Lamb16(groups, **BASE, compile=compile_mode))
+
+
+def test_a_parameter_may_leave_its_group() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    take_steps(optimizer, [0])
+    gone = optimizer.param_groups[0]["params"].pop(0)
+    before = raw(gone)
+    take_steps(optimizer, [1])
+    assert torch.equal(raw(gone), before)
+    assert [int(optimizer.state[p]["step"]) for p in all_params(optimizer)] == [2, 2]
+
+
+# -- closures, hooks, zero_grad ----------------------------------------------------------------------------------
+
+
+def test_a_closure_runs_once_under_enable_grad_and_its_loss_comes_back(compile_mode: bool) -> None:
+    network, x = model(), torch.ones(4, 48)
+    optimizer = Lamb16(network.named_parameters(), **BASE, compile=compile_mode)
+    losses = []
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = network(x).square().mean()
+        loss.backward()
+        losses.append(loss)
+        return loss
+
+    for _ in range(3):
+        with torch.no_grad():
+            assert optimizer.step(closure) is losses[-1]
+            assert not torch.is_grad_enabled()
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert optimizer.step() is None
+
+
+def test_zero_grad_in_both_forms() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    take_steps(optimizer, [0])
+    grads = [p.grad for p in all_params(optimizer)]
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is g and not g.any() for p, g in zip(all_params(optimizer), grads, strict=True))
+    before = snapshot(optimizer)
+    optimizer.step()  # zero gradients still decay the moments
+    assert "0.exp_avg" in differing(before, snapshot(optimizer))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in all_params(optimizer))
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_step_hooks_are_called_around_the_step() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", len(o.state))))
+    post = optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", len(o.state))))
+    take_steps(optimizer, [0])
+    post.remove()
+    take_steps(optimizer, [1])
+    assert seen == [("pre", 0), ("post", 3), ("pre", 3)]
+
+
+# -- gradient scaling --------------------------------------------------------------------------------------------
+
+
+def scaled_steps(optimizer: Lamb16, scaler: torch.amp.GradScaler, steps: range, bad: int | None = None) -> None:
+    """Steps through ``scaler`` with the gradients of :func:`take_steps`, scaled; ``bad`` is a step with an inf."""
+    params = all_params(optimizer)
+    for t in steps:
+        scale = scaler.scale(torch.ones(()))
+        grads = [g * scale for g in gradients(params, t)]
+        if t == bad:
+            grads[0].view(-1)[0] = math.inf
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        scaler.step(optimizer)
+        assert all(torch.equal(raw(p.grad), raw(g)) for p, g in zip(params, grads, strict=True))
+        assert not hasattr(optimizer, "grad_scale")
+        assert not hasattr(optimizer, "found_inf")
+        scaler.update()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, maximize: bool) -> None:
+    plain, scaled = (Lamb16(parameters(), **BASE, maximize=maximize, compile=compile_mode) for _ in range(2))
+    take_steps(plain, range(6))
+    take_steps(scaled, range(1))
+    scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2), range(1, 5))
+    take_steps(scaled, range(5, 6))
+    assert_same(snapshot(plain), snapshot(scaled))
+
+
+def test_a_found_inf_skips_every_tensor(compile_mode: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    scaled_steps(optimizer, scaler, range(2))
+    before = snapshot(optimizer)
+    scaled_steps(optimizer, scaler, range(2, 3), bad=2)
+    assert_same(before, snapshot(optimizer))
+    assert scaler.get_scale() == 512
+    assert optimizer.skipped == 3
+    scaled_steps(optimizer, scaler, range(3, 4))
+    plain = Lamb16(parameters(), **BASE, compile=compile_mode)
+    take_steps(plain, [0, 1, 3])
+    assert_same(snapshot(plain), snapshot(optimizer))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4096,), (3000,)], ids=str)
+def test_a_found_inf_counts_every_tensor_once(compile_mode: bool, shape: tuple[int, ...]) -> None:
+    optimizer = Lamb16(parameters([shape]), **BASE, compile=compile_mode)
+    scaled_steps(optimizer, torch.amp.GradScaler("cpu"), range(2), bad=1)
+    assert optimizer.skipped == 1
+
+
+def test_gradients_may_be_unscaled_and_clipped_before_the_step() -> None:
+    clipped, plain = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for t in range(2):
+        params = all_params(clipped)
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = g * scaler.scale(torch.ones(()))
+        scaler.unscale_(clipped)
+        torch.nn.utils.clip_grad_norm_(params, 0.5)
+        scaler.step(clipped)
+        scaler.update()
+        params = all_params(plain)
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(params, 0.5)
+        plain.step()
+    assert_same(snapshot(clipped), snapshot(plain))
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every operation that brings a value to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back(compile_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scaler = torch.amp.GradScaler("cpu")
+    found_inf, scale = torch.zeros(()), scaler.scale(torch.full((), 4.0))
+    take_steps(optimizer, [0])
+    before = snapshot(optimizer)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a value was brought to the host")
+
+    with monkeypatch.context() as patch, NoSync() if not compile_mode else nullcontext():
+        for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        optimizer.step()
+        scheduler.step()
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf
+        optimizer.step()
+        optimizer.layer_stats()
+    assert "0.weight" in differing(before, snapshot(optimizer))
+
+
+def test_creating_the_state_reads_nothing_back() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    with NoSync():
+        take_steps(optimizer, [0])
+    assert len(optimizer.state) == 3
+
+
+# -- what can be read --------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_plain_tensors() -> None:
+    optimizer = Lamb16([{"params": parameters()}, {"params": parameters(), "moment_dtype": "float32"}], **BASE)
+    take_steps(optimizer, [0])
+    for group in optimizer.param_groups:
+        exact = group["moment_dtype"] == "float32"
+        for p in group["params"]:
+            state = optimizer.state[p]
+            assert set(state) == {"step", "exp_avg", "exp_avg_norm", "exp_avg_sq", "exp_avg_sq_norm", "salt"}
+            assert all(type(value) is torch.Tensor and not value.requires_grad for value in state.values())
+            assert [state[key].shape for key in CODES] == [p.shape, p.shape]
+            assert state["exp_avg"].dtype == (torch.float32 if exact else torch.float8_e4m3fn)
+            assert state["exp_avg_sq"].dtype == (torch.float32 if exact else torch.float8_e5m2)
+            assert state["exp_avg_norm"].dtype == state["exp_avg_sq_norm"].dtype == torch.float32
+            assert all(state[key].shape == () for key in ("step", "exp_avg_norm", "exp_avg_sq_norm", "salt"))
+
+
+def test_codes_times_norm_are_close_to_the_moments() -> None:
+    p = parameters([(64, 48)])[0]
+    optimizer = Lamb16([p], **BASE, compile=False)
+    take_steps(optimizer, [0])
+    grad, state = gradients([p], 0)[0], optimizer.state[p]
+    for key, moment in (("exp_avg", 0.1 * grad), ("exp_avg_sq", 0.001 * grad**2)):
+        stored = state[key].float() * state[f"{key}_norm"]
+        assert float((stored - moment).norm() / moment.norm()) < 0.1
+
+
+def test_layer_stats_are_the_references(compile_mode: bool) -> None:
+    network = model()
+    optimizer = Lamb16(network.named_parameters(), **BASE, compile=compile_mode)
+    assert optimizer.layer_stats() == {}
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    take_steps(optimizer, [0])
+    stats = optimizer.layer_stats()
+    assert list(stats) == [name for name, _ in network.named_parameters()]
+    for name, p, before, grad in zip(stats, params, start, gradients(params, 0), strict=True):
+        state = reference.init(before, int(optimizer.state[p]["salt"]) & 0xFFFFFFFF)
+        expected = reference.step(before, grad, state, Hyper(**BASE))[2]
+        assert set(stats[name]) == {"weight_norm", "update_norm", "trust_ratio"}
+        for key, value in stats[name].items():
+            assert value.item() == pytest.approx(getattr(expected, key), rel=1e-12)
+    kept = {name: entry["weight_norm"].item() for name, entry in stats.items()}
+    take_steps(optimizer, [1])
+    assert {name: entry["weight_norm"].item() for name, entry in stats.items()} == kept  # a copy, not a view
+
+
+def test_layer_stats_cover_the_tensors_of_the_last_step() -> None:
+    params = parameters([(3,), (0,), (2500,)])
+    optimizer = Lamb16(params, **BASE, compile=False)
+    take_steps(optimizer, [0])
+    assert list(optimizer.layer_stats()) == ["0", "2"]
+    params[0].grad = None
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == ["2"]
+
+
+def test_repr_shows_the_hyperparameters() -> None:
+    text = repr(Lamb16(parameters(), **BASE))
+    assert text.startswith("Lamb16 (")
+    assert "trust_scale: 0.382" in text
