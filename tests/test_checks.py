@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import all_params, assert_same, gradients, parameters, snapshot, take_steps
 from torch import nn
 
+from helpers import all_params, assert_same, parameters, snapshot, take_steps
 from lamb16 import Lamb16, compiled
 
 BAD = [
@@ -228,7 +228,7 @@ def test_a_broken_compiler_changes_nothing_and_names_the_way_out(monkeypatch: py
     try:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "compile", broken)
-            with pytest.raises(RuntimeError, match="no such compiler.*compile=False") as error:
+            with pytest.raises(RuntimeError, match=r"no such compiler.*compile=False") as error:
                 take_steps(optimizer, [0])
         assert isinstance(error.value.__cause__, OSError)
         assert_same(before, snapshot(optimizer))

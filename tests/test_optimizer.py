@@ -5,6 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from helpers import (
     CODES,
     all_params,
@@ -21,10 +25,6 @@ from helpers import (
     snapshot,
     take_steps,
 )
-from torch import nn
-from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
 

@@ -182,7 +182,7 @@ class PublishedLamb16(_Baseline):
         return {"weight_norm": weight_norm, "update_norm": update_norm, "trust_ratio": ratio}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict and keep codes and norms as they are; torch's loader casts them to the parameters' dtype."""
+        """Load a state dict with codes and norms as they are; torch's loader casts them."""
         super().load_state_dict(state_dict)
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

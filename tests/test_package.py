@@ -1,0 +1,56 @@
+"""The public surface, and what is shipped."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import lamb16
+from helpers import parameters
+from lamb16.reference import Hyper
+
+
+def test_public_names() -> None:
+    assert sorted(lamb16.__all__) == ["Lamb", "Lamb16", "PublishedLamb16", "__version__"]
+    for name in ("Lamb", "Lamb16", "PublishedLamb16"):
+        assert issubclass(getattr(lamb16, name), torch.optim.Optimizer)
+
+
+def test_star_import_brings_the_public_names_only() -> None:
+    names: dict[str, object] = {}
+    exec("from lamb16 import *", names)
+    assert set(names) - {"__builtins__"} == set(lamb16.__all__)
+
+
+def test_version_is_a_release() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev|\.post)\d+)?", lamb16.__version__)
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(lamb16.__file__).parent / "py.typed").is_file()
+
+
+def test_the_signature_is_the_documented_one() -> None:
+    assert str(inspect.signature(lamb16.Lamb16)).replace("'", "").replace('"', "") == (
+        "(params: ParamsT, lr: float | Tensor = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-06, "
+        "weight_decay: float = 0.0, *, trust_scale: float = 0.382, trust_lr: float = 0.001, trust_clip: float = 2.0, "
+        "bias_correction: bool = False, maximize: bool = False, moment_dtype: str = float8, compile: bool = True, "
+        "seed: int = 0) -> None"
+    )
+
+
+def test_the_defaults_of_optimizer_and_reference_agree() -> None:
+    group = lamb16.Lamb16(parameters()).param_groups[0]
+    assert {name: group[name] for name in Hyper.__dataclass_fields__} == vars(Hyper())
+
+
+def test_importing_brings_neither_compiler_nor_command_line() -> None:
+    code = "import sys, torch; before = set(sys.modules); import lamb16; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = done.stdout.split()
+    assert "lamb16.optimizer" in added
+    unwanted = ("torch._inductor", "torchvision", "sklearn", "matplotlib", "lamb16.cli")
+    assert [name for name in added if name.startswith(unwanted)] == []

@@ -1,0 +1,144 @@
+"""After its first step nothing a training run does makes Lamb16 compile again."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch.optim import lr_scheduler
+
+from helpers import SHAPES, all_params, gradients, model, parameters, take_steps
+from lamb16 import Lamb16
+
+BASE = {"lr": 0.01, "weight_decay": 0.1}
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def warm(params: list[Any] | None = None, **options: Any) -> Lamb16:
+    optimizer = Lamb16(parameters() if params is None else params, **{**BASE, **options})
+    take_steps(optimizer, [0])
+    return optimizer
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """Graphs for float32 exist; from here on compiling anything is an error."""
+    warm()
+    before = graphs()
+    assert before > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    assert graphs() == before
+
+
+@pytest.mark.usefixtures("frozen")
+def test_learning_rates_and_step_counts() -> None:
+    for lr in (0.01, torch.tensor(0.01)):
+        optimizer = warm(lr=lr, bias_correction=True)
+        scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=20)
+        for t in range(15):
+            take_steps(optimizer, [t])
+            scheduler.step()
+        optimizer.param_groups[0]["lr"] = 0
+        take_steps(optimizer, [15])
+
+
+@pytest.mark.usefixtures("frozen")
+def test_which_gradients_are_none() -> None:
+    optimizer = warm()
+    params = all_params(optimizer)
+    for with_grad in ((0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (), (0, 1, 2)):
+        for i, grad in enumerate(gradients(params, 0)):
+            params[i].grad = grad if i in with_grad else None
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [()],
+        [(1,)],
+        [(0,)],
+        [(1024,)],
+        [(2, 1024)],
+        [(4096,)],
+        [(1025,)],
+        [(3, 1000)],
+        [(5,), (5,)],
+        [(i,) for i in range(1, 40)],
+        [(2048,), (3072,), (2048,), (500, 20), (9, 9)],
+        [(7, 3, 5, 6), (64, 48), (300, 70)],
+    ],
+    ids=lambda shapes: f"{len(shapes)} x {shapes[-1]}",
+)
+@pytest.mark.usefixtures("frozen")
+def test_shapes_and_numbers_of_tensors(shapes: list[tuple[int, ...]]) -> None:
+    optimizer = warm(parameters(shapes))
+    take_steps(optimizer, range(1, 3))
+
+
+@pytest.mark.usefixtures("frozen")
+def test_layouts() -> None:
+    params = [p.detach().t().contiguous().t() if p.dim() == 2 else p.detach() for p in parameters(SHAPES)]
+    optimizer = warm([torch.nn.Parameter(p) for p in params])
+    for p in all_params(optimizer):
+        p.grad = torch.ones(p.shape[::-1]).t() if p.dim() == 2 else torch.ones(2 * p.numel())[::2]
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("frozen")
+def test_hyperparameters_and_groups() -> None:
+    optimizer = warm()
+    changes: list[dict[str, Any]] = [
+        {"betas": (0.5, 0.9)},
+        {"betas": (0.0, 0.0)},
+        {"eps": 1e-3},
+        {"weight_decay": 0.0},
+        {"trust_scale": 0.0},
+        {"trust_lr": 1.0},
+        {"trust_clip": 10.0},
+        {"bias_correction": True},
+        {"maximize": True},
+    ]
+    for t, change in enumerate(changes):
+        optimizer.param_groups[0].update(change)
+        take_steps(optimizer, [t])
+    optimizer.add_param_group({"params": parameters(seed=1), "weight_decay": 0.3})
+    take_steps(optimizer, [20])
+    optimizer.load_state_dict(optimizer.state_dict())
+    take_steps(optimizer, [21])
+
+
+@pytest.mark.usefixtures("frozen")
+def test_gradient_scaling_closures_and_skips() -> None:
+    network = model()
+    optimizer = warm(list(network.named_parameters()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def closure() -> torch.Tensor:
+        loss = network(torch.ones(2, 48)).square().sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    with torch.enable_grad():
+        scaler.step(optimizer)
+        scaler.update()
+    network[0].weight.grad.fill_(torch.inf)
+    optimizer.step()
+    assert optimizer.skipped == 1
+
+
+@pytest.mark.usefixtures("frozen")
+def test_the_guard_of_these_tests_works() -> None:
+    """A function that does recompile is noticed."""
+    function = torch.compile(lambda x, n: x + n, backend="eager", dynamic=False)
+    function(torch.ones(2), 1)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        function(torch.ones(3), 2)
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] -= 1
