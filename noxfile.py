@@ -26,7 +26,7 @@ def has_gpu() -> bool:
 
 def need(session: nox.Session, device: str) -> None:
     if device == "cuda" and not has_gpu():
-        session.skip("SKIPPED: no CUDA GPU on this machine (nvidia-smi lists none); run this session where there is one")
+        session.skip("SKIPPED: no CUDA GPU on this machine (nvidia-smi lists none); run it where there is one")
 
 
 def install(session: nox.Session, torch: str) -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
-from strategies import Case
 from torch import Tensor, nn
 
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper, State
+from strategies import Case
+
+DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
 
 StepFunction = Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State, reference.Stats]]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality of bit patterns, so that NaN equals NaN and 0 differs from -0."""
+    a, b = a.detach().cpu(), b.detach().cpu()
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
 
 
 def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: Tensor, theirs: State) -> None:
     """Weights, codes, scales and step counts agree bit for bit."""
-    assert same_bits(p.detach(), weights), f"{where}: weights differ"
+    assert same_bits(p, weights), f"{where}: weights differ"
     for name in ("exp_avg", "exp_avg_sq"):
         codes = mine[name] if mine[name].dtype == torch.float32 else mine[name].view(torch.uint8)
         assert same_bits(codes, getattr(theirs, name)), f"{where}: {name} differs"
@@ -31,7 +35,7 @@ def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: T
 
 
 def make(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
-    params = [nn.Parameter(w) for w in case.weights()]
+    params = [nn.Parameter(w.to(DEVICE)) for w in case.weights()]
     return params, Lamb16(params, **case.hyper, moment_dtype=case.moment_dtype, compile=compile, seed=case.seed)
 
 
@@ -40,7 +44,7 @@ def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     params, optimizer = make(case, compile)
     for step in range(len(case.kinds)):
         for p, grad in zip(params, case.gradients(step, case.weights()), strict=True):
-            p.grad = grad
+            p.grad = None if grad is None else grad.to(DEVICE)
         optimizer.step()
     return params, optimizer
 
@@ -55,7 +59,7 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
     for step in range(len(case.kinds)):
         grads = case.gradients(step, weights)
         for p, grad in zip(params, grads, strict=True):
-            p.grad = None if grad is None else grad.clone()
+            p.grad = None if grad is None else grad.to(DEVICE, copy=True)
         optimizer.step()
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 # Around every edge of the blocks: 1024 columns, rows from two rows on, pieces of at most 1024.
-EDGES = [(), (0,), (1,), (2,), (7,), (31, 3), (1023,), (1024,), (1025,), (2047,), (2048,), (2049,), (3, 1031), (5, 7, 11)]
+EDGES = [
+    (),
+    (0,),
+    (1,),
+    (2,),
+    (7,),
+    (31, 3),
+    (1023,),
+    (1024,),
+    (1025,),
+    (2047,),
+    (2048,),
+    (2049,),
+    (3, 1031),
+    (5, 7, 11),
+]
 LARGE = [(4096,), (70, 71), (3 * 1024 + 1,), (16, 1024), (131, 257), (70001,)]
 
 shapes = st.one_of(
@@ -86,9 +101,7 @@ class Case:
 
     def weights(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [
-            (torch.randn(s, generator=generator) * 10.0**self.weight_exponent).to(self.dtype) for s in self.shapes
-        ]
+        return [(torch.randn(s, generator=generator) * 10.0**self.weight_exponent).to(self.dtype) for s in self.shapes]
 
     def gradients(self, step: int, weights: list[Tensor]) -> list[Tensor | None]:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step + 1)

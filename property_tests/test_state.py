@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from compare import make, run
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, cases, shape_lists
 
+from compare import DEVICE, make, run
 from lamb16 import Lamb16
 from lamb16.update import inverse_bound
+from strategies import Case, cases, shape_lists
 
 SCALARS = 16  # bytes a tensor: two float32 norms, step, salt
 
@@ -59,13 +59,13 @@ def test_second_moment_is_never_zero_where_it_was_positive(compile: bool, case: 
     seen = [torch.zeros(p.shape, dtype=torch.bool) for p in params]
     for step in range(len(case.kinds)):
         for i, (p, grad) in enumerate(zip(params, case.gradients(step, case.weights()), strict=True)):
-            p.grad = grad
+            p.grad = None if grad is None else grad.to(DEVICE)
             if grad is not None:
                 seen[i] |= (grad.float() ** 2) * (1 - torch.tensor(case.hyper["betas"][1])) > 0
         optimizer.step()
     for p, positive in zip(params, seen, strict=True):
         if p in optimizer.state:
-            v = optimizer.state[p]["exp_avg_sq"].float()
+            v = optimizer.state[p]["exp_avg_sq"].float().cpu()
             assert (v[positive] > 0).all()
             assert torch.isfinite(v).all()
             assert torch.isfinite(optimizer.state[p]["exp_avg"].float()).all()
@@ -82,14 +82,14 @@ def test_updates_stay_below_the_bound(compile: bool, exponents, betas, bias_corr
 
     With weight decay 0, lr 1 and weights set to 0 before each step, the step is p = -r·u.
     """
-    p = torch.nn.Parameter(torch.zeros(300))
+    p = torch.nn.Parameter(torch.zeros(300, device=DEVICE))
     optimizer = Lamb16(
         [p], lr=1.0, betas=betas, eps=1e-30, bias_correction=bias_correction, compile=compile, trust_clip=1e9
     )
     generator = torch.Generator().manual_seed(seed)
     for t, exponent in enumerate(exponents, 1):
         p.data.zero_()
-        p.grad = torch.randn(300, generator=generator) * 10.0**exponent
+        p.grad = (torch.randn(300, generator=generator) * 10.0**exponent).to(DEVICE)
         optimizer.step()
         ratio = optimizer.layer_stats()["0"]["trust_ratio"].item()
         bound = 1 / inverse_bound(*betas)

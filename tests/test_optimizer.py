@@ -63,13 +63,12 @@ def test_a_group_overrides_a_hyperparameter(compile_mode: bool, override: dict) 
     one, two = parameters(), parameters(seed=1)
     groups = [{"params": one}, {"params": two, **override}]
     optimizer = Lamb16(groups, **BASE, compile=compile_mode)
-    assert_follows_reference(optimizer, [Hyper(**BASE)] * len(one) + [Hyper(**BASE | override)] * len(two))
+    expected = [Hyper(**BASE)] * len(one) + [Hyper(**BASE | override)] * len(two)
+    assert_follows_reference(optimizer, expected, steps=2)
 
 
-@pytest.mark.parametrize("override", OVERRIDES, ids=str)
+@pytest.mark.parametrize("override", [o for o in OVERRIDES if "moment_dtype" not in o], ids=str)
 def test_a_hyperparameter_may_change_between_steps(override: dict) -> None:
-    if "moment_dtype" in override:
-        pytest.skip("moment_dtype cannot change after the first step")
     optimizer = Lamb16(parameters(), **BASE, compile=False)
     params = all_params(optimizer)
     start = [p.detach().clone() for p in params]
@@ -327,9 +326,11 @@ def test_a_parameter_without_gradient_is_left_alone(compile_mode: bool) -> None:
         assert_matches(optimizer, p, *follow(start[i], grads, Hyper(**BASE), int(optimizer.state[p]["salt"])))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_parameters_with_float32_gradients(compile_mode: bool, dtype: torch.dtype) -> None:
-    optimizer = Lamb16(parameters(dtype=dtype), **BASE, compile=compile_mode)
+@pytest.mark.parametrize(
+    ("dtype", "compile"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)], ids=str
+)
+def test_low_precision_parameters_with_float32_gradients(dtype: torch.dtype, compile: bool) -> None:
+    optimizer = Lamb16(parameters(dtype=dtype), **BASE, compile=compile)
     params = all_params(optimizer)
     start = [p.detach().clone() for p in params]
     grads = [[g.float() * 1.001 for g in gradients(params, t)] for t in range(2)]
@@ -366,9 +367,9 @@ def test_a_non_finite_gradient_skips_its_tensor(bad: float, where: int, compile_
     changed = {key.split(".")[0] for key in differing(before, snapshot(optimizer))}
     assert changed == set("012") - {str(where)}
     assert optimizer.skipped == 1
-    start = parameters()
     take_steps(optimizer, [3])
     assert optimizer.skipped == 1
+    start = parameters()
     for i, p in enumerate(params):
         grads = [gradients(params, t)[i] for t in range(4) if t != 2 or i != where]
         weights, state = follow(start[i].detach(), grads, Hyper(**BASE), int(optimizer.state[p]["salt"]))

@@ -27,8 +27,14 @@ class _Baseline(Optimizer):
         """Add a group of parameters with hyperparameters of its own."""
         check_hyperparameters(param_group, f" (parameter group {len(self.param_groups)})")
         super().add_param_group(param_group)
-        for i, p in enumerate(self.param_groups[-1]["params"]):
-            check_parameter(p, str(i))
+        group = self.param_groups[-1]
+        before = sum(len(other["params"]) for other in self.param_groups[:-1])
+        try:
+            for i, p in enumerate(group["params"]):
+                check_parameter(p, group["param_names"][i] if "param_names" in group else str(before + i))
+        except Exception:
+            self.param_groups.pop()  # a refused group leaves no trace
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -55,6 +61,15 @@ class _Baseline(Optimizer):
     def layer_stats(self) -> dict[str, dict[str, Tensor]]:
         """Per parameter name (or position): weight norm, update norm and trust ratio of its last step, 0-d."""
         return dict(self._stats)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict with every dtype as it is; torch's loader casts the state to the parameter's."""
+        super().load_state_dict(state_dict)
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                self.state[p][name] = value.detach().to(p.device, copy=True) if name != "step" else value.clone()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -180,15 +195,6 @@ class PublishedLamb16(_Baseline):
         state["exp_avg"] = codes_m.to(torch.float8_e4m3fn)
         state["exp_avg_sq"] = codes_v.to(torch.float8_e5m2)
         return {"weight_norm": weight_norm, "update_norm": update_norm, "trust_ratio": ratio}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict with codes and norms as they are; torch's loader casts them."""
-        super().load_state_dict(state_dict)
-        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                self.state[p][name] = value.detach().to(p.device, copy=True) if name != "step" else value.clone()
 
 
 def _clamped_norm(x: Tensor, eps: float) -> Tensor:

@@ -191,7 +191,7 @@ class Lamb16(Optimizer):
                     key += (id(p), grad.dtype)
         frozen = tuple(key)
         plans = self._plans.get(frozen)
-        if plans is None or not all(plan.fits() for plan in plans):
+        if plans is None or not all(plan.fits(self.state) for plan in plans):
             plans = self._make_plans(grads)
             self._plans[frozen] = plans
             if len(self._plans) > CACHED_PLANS:

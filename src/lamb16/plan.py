@@ -8,7 +8,7 @@ and hundreds of tiny tensors cost one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,10 +228,12 @@ class Plan:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def fits(self) -> bool:
-        """Whether parameters and states are still the tensors this plan was made for."""
+    def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
         for p, address, state, (m, v) in zip(self.params, self.addresses, self.states, self.moments, strict=True):
-            if p.data_ptr() != address or state["exp_avg"] is not m or state["exp_avg_sq"] is not v:
+            if p.data_ptr() != address or current.get(p) is not state:
+                return False
+            if state["exp_avg"] is not m or state["exp_avg_sq"] is not v:
                 return False
         return self.store.holds(self.states)
 

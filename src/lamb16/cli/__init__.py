@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-COMMANDS = ("train", "compare")
+COMMANDS = ("train", "compare", "bench")
 
 
 class CommandError(Exception):

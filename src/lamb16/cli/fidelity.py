@@ -24,7 +24,7 @@ from lamb16 import Lamb16, PublishedLamb16
 from lamb16.cli import CommandError
 
 EPS = 1e-16  # tiny, so that a second moment that is wrong shows
-SAMPLED = 0.1  # the cosine is taken in the last tenth of the steps
+SAMPLED = 0.1  # cosine and largest update are taken in the last tenth of the steps
 FULL, QUICK = (100_000, 1000), (10_000, 200)  # elements, steps
 
 Source = Callable[[int, int, Tensor, torch.Generator], Tensor]
@@ -49,7 +49,7 @@ def drifting(t: int, steps: int, scale: Tensor, generator: torch.Generator) -> T
 
 def decaying(t: int, steps: int, scale: Tensor, generator: torch.Generator) -> Tensor:
     """Normal gradients that shrink exponentially, to a thousandth at the end."""
-    return iid(t, steps, scale, generator) * 1e-3 ** (t / steps)
+    return iid(t, steps, scale, generator) * math.pow(1e-3, t / steps)
 
 
 GRADIENTS: dict[str, Source] = {"iid": iid, "sparse": sparse, "drifting": drifting, "decaying": decaying}
@@ -76,7 +76,7 @@ class Layer:
         self.p.data.zero_()
         self.p.grad = grad
         self.optimizer.step()
-        ratio = self.optimizer.layer_stats()["layer"]["trust_ratio"]  # type: ignore[attr-defined]
+        ratio: Tensor = self.optimizer.layer_stats()["layer"]["trust_ratio"]  # type: ignore[attr-defined]
         return -self.p.detach() / ratio.float()
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,11 @@ class Layer:
 
     def saturated(self) -> float:
         """The share of stored first moments at the largest magnitude that the rule stores."""
-        codes = self.optimizer.state[self.p]["exp_avg"].float().abs()
+        stored: Tensor = self.optimizer.state[self.p]["exp_avg"]
+        if stored.dtype == torch.float32:  # no limit to reach
+            return 0.0
         largest = 15.0 if isinstance(self.optimizer, PublishedLamb16) else 448.0
-        return (codes >= largest).float().mean().item()
+        return (stored.float().abs() >= largest).float().mean().item()
 
 
 def measure(
@@ -146,11 +148,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
-    elements, steps = (given or usual for given, usual in zip((args.elements, args.steps), _size(args), strict=True))
+    elements, steps = _size(args)
     if elements < 1 or steps < 10:
         raise CommandError(f"--elements must be at least 1 and --steps at least 10, not {elements} and {steps}")
     if not all(0 < beta2 < 1 for beta2 in args.beta2):
         raise CommandError(f"--beta2 must lie between 0 and 1, not {args.beta2}")
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # now, not after minutes of measuring
+        raise CommandError(f"--json: there is no folder {Path(args.json).parent} to write to")
     results = []
     for beta2 in args.beta2:
         for kind in args.gradients:
@@ -165,11 +169,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int]:
-    return QUICK if args.quick else FULL
+    elements, steps = QUICK if args.quick else FULL
+    return elements if args.elements is None else args.elements, steps if args.steps is None else args.steps
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table."""
+    """The results as a Markdown table; three decimals, since one zero of v in 100,000 can ruin an update."""
     lines = [
         "| gradients | β2 | rule | cosine of u | largest u | error of m | log-error of v | m saturated | v zero |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -178,6 +183,6 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['gradients']} | {row['beta2']:g} | {row['rule']} | {row['cosine']:.4f} "
             f"| {row['largest_update']:.3g} | {row['m_error']:.3f} | {row['v_log_error']:.3f} "
-            f"| {row['m_saturated']:.2%} | {row['v_zero']:.2%} |"
+            f"| {row['m_saturated']:.3%} | {row['v_zero']:.3%} |"
         )
     return "\n".join(lines)
