@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _positive(value: object) -> bool:
@@ -60,7 +61,7 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "trust_clip": (_positive, "a finite number > 0"),
     "bias_correction": (_flag, "True or False"),
     "maximize": (_flag, "True or False"),
-    "moment_dtype": (lambda value: value in MOMENT_DTYPES, "'float8' or 'float32'"),
+    "moment_dtype": (lambda value: isinstance(value, str) and value in MOMENT_DTYPES, "'float8' or 'float32'"),
 }
 
 
@@ -126,6 +127,8 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
         value = state[key]
         if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} is {value!r}, expected one number")
+        if not math.isfinite(float(value)):
+            raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} is {float(value)!r}")
     for key in ("exp_avg_norm", "exp_avg_sq_norm"):
         _check_norm(float(state[key]), key, name)
     if not 0 <= int(state["step"]) < 2**31:
@@ -149,6 +152,8 @@ def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, An
             f"Lamb16.load_state_dict: the state dict has {len(saved)} parameter groups, this optimizer {len(current)}"
         )
     for k, (a, b) in enumerate(zip(saved, current, strict=True)):
+        if "params" not in a:
+            raise ValueError(f"Lamb16.load_state_dict: group {k} of the state dict has no 'params'")
         if len(a["params"]) != len(b["params"]):
             raise ValueError(
                 f"Lamb16.load_state_dict: group {k} of the state dict has {len(a['params'])} parameters, "

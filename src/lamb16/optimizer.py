@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from copy import copy
+from copy import deepcopy
 from itertools import chain
 from typing import Any, overload
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .checks import check_gradient, check_groups, check_hyperparameters, check_parameter, check_state
+from .checks import RULES, check_gradient, check_groups, check_hyperparameters, check_parameter, check_state
 from .compiled import Kind
-from .plan import Plan, Store, init_state
+from .plan import Plan, Store, compile_graphs, init_state
 from .update import TRUST_RATIO, UPDATE_NORM, WEIGHT_NORM
 
 CODES = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
@@ -181,7 +181,7 @@ class Lamb16(Optimizer):
         grads: dict[Tensor, Tensor] = {}
         key: list[Any] = []
         for group in self.param_groups:
-            key.append(group["moment_dtype"])
+            key += (id(group), group["moment_dtype"])
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     grad = p.grad
@@ -192,27 +192,35 @@ class Lamb16(Optimizer):
         frozen = tuple(key)
         plans = self._plans.get(frozen)
         if plans is None or not all(plan.fits(self.state) for plan in plans):
-            plans = self._make_plans(grads)
-            self._plans[frozen] = plans
+            if plans is not None:  # it may hold states that were dropped or replaced: all is read in again
+                self._plans.clear()
+                self._stores.clear()
+            plans = self._plans[frozen] = self._make_plans(grads)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
         return plans, grads
 
     def _make_plans(self, grads: dict[Tensor, Tensor]) -> list[Plan]:
-        """One plan for each kind of tensor; states that are missing are created once every check has passed."""
+        """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
+        members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
+        missing: list[tuple[Tensor, dict[str, Any], int]] = []
         for group in self.param_groups:
             check_hyperparameters(group)
-        members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in grads:
-                    kind = Kind(p.device, p.dtype, grads[p].dtype, group["moment_dtype"] == "float8")
-                    members.setdefault(kind, []).append((p, group))
-        for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if p in grads:
-                    self._ready_state(p, group, i)
+                    check_parameter(p, self._name(group, i))
+                    if self.state.get(p):
+                        self._check_live_state(p, group, i)
+                    else:
+                        missing.append((p, group, i))
+                    kind = Kind(p.device, p.dtype, grads[p].dtype, group["moment_dtype"] == "float8")
+                    members.setdefault(kind, []).append((p, group))
+        if self._compile:
+            for kind, pairs in members.items():
+                compile_graphs(kind, [p for p, _ in pairs])
+        for p, group, i in missing:
+            self.state[p].update(init_state(p, self._salt(self._name(group, i)), group["moment_dtype"] == "float8"))
         return [self._make_plan(kind, pairs) for kind, pairs in members.items()]
 
     def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]]) -> Plan:
@@ -225,25 +233,26 @@ class Lamb16(Optimizer):
         store = self._stores.setdefault(kind.device, Store(kind.device))
         return Plan(kind, params, [self.state[p] for p in params], store, slices, self._compile)
 
-    def _ready_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
-        """Create the state of a parameter that has none; repair codes that another loader left as uint8."""
-        float8 = group["moment_dtype"] == "float8"
-        state = self.state[p]
-        if not state:
-            state.update(init_state(p, self._salt(self._name(group, i)), float8))
-            return
+    def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
+        """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
+        name, float8, state = self._name(group, i), group["moment_dtype"] == "float8", self.state[p]
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
-            if float8 and state[key].dtype == torch.uint8:
-                state[key] = state[key].view(dtype)
-            if state[key].dtype != wanted:
+            codes = state[key].view(dtype) if float8 and state[key].dtype == torch.uint8 else state[key]
+            if codes.shape != p.shape:
                 raise ValueError(
-                    f"Lamb16: {key} of parameter {self._name(group, i)} is {state[key].dtype}, but its group has "
+                    f"Lamb16: parameter {name} has shape {tuple(p.shape)}, but its state was made for "
+                    f"{tuple(codes.shape)}; delete optimizer.state[parameter] when you change a parameter's shape"
+                )
+            if codes.dtype != wanted:
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is {codes.dtype}, but its group has "
                     f"moment_dtype={group['moment_dtype']!r}, which needs {wanted}; moment_dtype cannot change after "
                     "the first step, and states must be loaded with Lamb16.load_state_dict"
                 )
-            if not state[key].is_contiguous() or state[key].device != p.device:
-                state[key] = _to(state[key], p.device)
+            if not codes.is_contiguous() or codes.device != p.device:
+                codes = _to(codes, p.device)
+            state[key] = codes
 
     def _salt(self, name: str) -> int:
         """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
@@ -315,13 +324,13 @@ class Lamb16(Optimizer):
         check_groups(saved, self.param_groups)
         groups = []
         for k, (new, old) in enumerate(zip(saved, self.param_groups, strict=True)):
-            missing = set(self.defaults) - set(new)
+            missing = set(RULES) - set(new)
             if missing:
                 raise ValueError(
                     f"Lamb16.load_state_dict: group {k} has no {sorted(missing)}: this is another optimizer's state"
                 )
             check_hyperparameters(new, f".load_state_dict (group {k})")
-            group = {key: copy(value) for key, value in new.items() if key not in ("params", "param_names")}
+            group = {key: deepcopy(value) for key, value in new.items() if key not in ("params", "param_names")}
             group["params"] = old["params"]
             if "param_names" in old:
                 group["param_names"] = old["param_names"]
@@ -368,8 +377,8 @@ class Lamb16(Optimizer):
         new = {k: (_map_codes(v, _as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
         super().__setstate__(state | {"state": defaultdict(dict, new)})
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in RULES:
+                group.setdefault(name, self.defaults[name])
         self._forget()
         self._skipped = skipped
 

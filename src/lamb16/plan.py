@@ -34,7 +34,7 @@ class Store:
     NAMES = ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt")
 
     def __init__(self, device: torch.device) -> None:
-        self.norms = torch.ones(1, 2, device=device)
+        self.norms = torch.ones(1, 2, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, 2, dtype=torch.int32, device=device)
         self.entries: list[dict[str, Any]] = []  # the state of slot i + 1
         self.views: list[tuple[Tensor, ...]] = []
@@ -58,18 +58,15 @@ class Store:
         slots, views = self.slots, self.views
         for state in states:
             v = views[slots[id(state)] - 1]
-            if (
-                state["step"] is not v[2]
-                or state["exp_avg_norm"] is not v[0]
-                or state["exp_avg_sq_norm"] is not v[1]
-                or state["salt"] is not v[3]
-            ):
+            if state.get("step") is not v[2] or state.get("salt") is not v[3]:
+                return False
+            if state.get("exp_avg_norm") is not v[0] or state.get("exp_avg_sq_norm") is not v[1]:
                 return False
         return True
 
     def _grow(self, fresh: Sequence[dict[str, Any]]) -> None:
         old_norms, old_counters, count = self.norms, self.counters, len(self.entries) + 1
-        self.norms = torch.ones(count + len(fresh), 2, device=old_norms.device)
+        self.norms = torch.ones(count + len(fresh), 2, dtype=torch.float32, device=old_norms.device)
         self.counters = torch.zeros(count + len(fresh), 2, dtype=torch.int32, device=old_norms.device)
         self.norms[:count], self.counters[:count] = old_norms, old_counters
         for slot in range(1, count):  # first what was changed outside, then the views move to the new tables
@@ -97,8 +94,8 @@ class Store:
         self.writer = None
 
     def stamp(self) -> int:
-        """Changes whenever someone writes to the tables."""
-        return self.norms._version + self.counters._version
+        """Changes whenever someone writes to the tables (inference tensors do not say)."""
+        return 0 if self.norms.is_inference() else self.norms._version + self.counters._version
 
 
 def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
@@ -109,9 +106,9 @@ def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
     return {
         "step": torch.zeros((), dtype=torch.int32, device=device),
         "exp_avg": torch.zeros(param.shape, dtype=dtypes[0], device=device),
-        "exp_avg_norm": torch.tensor(scales[0], device=device),
+        "exp_avg_norm": torch.tensor(scales[0], dtype=torch.float32, device=device),
         "exp_avg_sq": torch.zeros(param.shape, dtype=dtypes[1], device=device),
-        "exp_avg_sq_norm": torch.tensor(scales[1], device=device),
+        "exp_avg_sq_norm": torch.tensor(scales[1], dtype=torch.float32, device=device),
         "salt": torch.tensor(salt - (salt >> 31 << 32), dtype=torch.int32, device=device),
     }
 
@@ -120,6 +117,25 @@ def flat_codes(codes: Tensor) -> Tensor:
     """Codes as a flat uint8 view (fp8 types do not compile before sm_89); float32 moments as they are."""
     codes = codes.view(-1)
     return codes if codes.dtype == torch.float32 else codes.view(torch.uint8)
+
+
+def cut(params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
+    """Large blocks as (tensor, rows) and packed pieces as (tensor, first element, length)."""
+    large, pieces = [], []
+    for i, p in enumerate(params):
+        rows = p.numel() // ROW if p.numel() >= 2 * ROW else 0
+        if rows:
+            large.append((i, rows))
+        pieces += [(i, start, min(ROW, p.numel() - start)) for start in range(rows * ROW, p.numel(), ROW)]
+    return large, pieces
+
+
+def compile_graphs(kind: Kind, params: Sequence[Tensor]) -> None:
+    """Compile what a step over these parameters needs; raises RuntimeError where no compiler works."""
+    large, pieces = cut(params)
+    wanted = ["scale"] + ["measure", "apply"] * bool(large) + ["measure_packed", "apply_packed"] * bool(pieces)
+    for name in wanted:
+        getattr(step_functions(kind, True), name).prepare()
 
 
 class Plan:
@@ -139,28 +155,15 @@ class Plan:
     ) -> None:
         self.kind, self.params, self.states, self.store, self.groups = kind, params, states, store, groups
         self.functions: Step = step_functions(kind, compile)
-        self.addresses = [p.data_ptr() for p in params]
+        self.memory = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
         self.contiguous = [p.is_contiguous() for p in params]
-        self._cut()
+        self.large, self.cuts = cut(params)
         self._allocate()
-        if compile:
-            self._prepare_graphs()
         self.hyper_seen: list[Any] = [None] * len(groups)
         self.scaled = False
 
     # -- building ------------------------------------------------------------------------------------------------
-
-    def _cut(self) -> None:
-        """Decide the blocks: ``large`` (tensor, rows) and ``pieces`` (tensor, first element, length)."""
-        self.large: list[tuple[int, int]] = []
-        self.cuts: list[tuple[int, int, int]] = []
-        for i, p in enumerate(self.params):
-            rows = p.numel() // ROW if p.numel() >= 2 * ROW else 0
-            if rows:
-                self.large.append((i, rows))
-            for start in range(rows * ROW, p.numel(), ROW):
-                self.cuts.append((i, start, min(ROW, p.numel() - start)))
 
     def _allocate(self) -> None:
         device = self.kind.device
@@ -218,22 +221,14 @@ class Plan:
         p = self.params[i].detach().view(-1)[: rows * ROW].view(rows, ROW) if self.contiguous[i] else None
         return p, m, v
 
-    def _prepare_graphs(self) -> None:
-        """Compile whatever this plan needs before anything is changed."""
-        wanted = (
-            ["scale"] + ["measure", "apply"] * bool(self.large) + ["measure_packed", "apply_packed"] * bool(self.cuts)
-        )
-        for name in wanted:
-            getattr(self.functions, name).prepare()
-
     # -- running -------------------------------------------------------------------------------------------------
 
     def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
-        for p, address, state, (m, v) in zip(self.params, self.addresses, self.states, self.moments, strict=True):
-            if p.data_ptr() != address or current.get(p) is not state:
+        for p, memory, state, (m, v) in zip(self.params, self.memory, self.states, self.moments, strict=True):
+            if current.get(p) is not state or (p.data_ptr(), p.shape, p.stride(), p.dtype) != memory:
                 return False
-            if state["exp_avg"] is not m or state["exp_avg_sq"] is not v:
+            if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v:
                 return False
         return self.store.holds(self.states)
 
@@ -244,7 +239,7 @@ class Plan:
         self._fill(grad_scale)
         weights = [p.detach() for p in self.params]
         weights = [w if c else w.contiguous() for w, c in zip(weights, self.contiguous, strict=True)]
-        flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().reshape(-1) for g in grads]
+        flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().contiguous().view(-1) for g in grads]
         f, chunks = self.functions, self._chunks(flat_p, flat_g)
         packed = len(self.cuts) > 0
 
@@ -306,7 +301,7 @@ class Plan:
                 self._fill_group(group, a, b)
                 stale = True
             if not isinstance(group["lr"], Tensor):
-                self.hyper[a:b, LR] = group["lr"]
+                self.hyper[a:b, LR] = float(group["lr"])
             self.hyper_seen[k] = values
         if grad_scale is not None or self.scaled:
             self.scaled = grad_scale is not None
@@ -328,4 +323,4 @@ class Plan:
 def _hyper_values(group: dict[str, Any]) -> tuple[Any, ...]:
     """What to compare to see a change; a tensor lr is copied every step instead."""
     lr = None if isinstance(group["lr"], Tensor) else group["lr"]
-    return (lr, group["betas"], *(group[name] for name in HYPER[3:]), group["maximize"])
+    return (lr, *group["betas"], *(group[name] for name in HYPER[3:]), group["maximize"])

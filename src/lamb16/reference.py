@@ -145,7 +145,7 @@ def trust_ratio(weight_norm: float, update_norm: float, h: Hyper) -> float:
     """clamp((w/u · trust_lr/lr)^trust_scale, 0, trust_clip), in float64."""
     if update_norm == 0:  # an empty tensor
         return h.trust_clip
-    base = weight_norm / update_norm * h.trust_lr / h.lr if h.lr else math.inf
+    base = weight_norm / update_norm * h.trust_lr / abs(h.lr) if h.lr else math.inf
     return min(float(base**h.trust_scale), h.trust_clip)
 
 

@@ -202,7 +202,7 @@ def scale(
 
     lr = hyper[:, LR]
     norm = sums.sqrt()
-    base = norm[:, 0] / norm[:, 1] * hyper[:, TRUST_LR] / lr
+    base = norm[:, 0] / norm[:, 1] * hyper[:, TRUST_LR] / lr.abs()  # schedulers end a hair below 0 at times
     ratio = torch.clamp(base ** hyper[:, TRUST_SCALE], max=hyper[:, TRUST_CLIP])
 
     new_columns = torch.stack([inverse[:, 0], inverse[:, 1], (lr * ratio).float()], 1)
@@ -214,7 +214,7 @@ def scale(
     step = step + counts.int()
     norms[home] = fresh
     counters[home] = torch.stack([step, salt], 1)
-    skipped.add_(skip.sum())
+    skipped.add_((skip & (home != 0)).sum())
     ahead = torch.stack(factors(hyper, bound, fresh, step), 1).float()
     carry.copy_(torch.cat([ahead, carry[:, GRAD_FACTOR:]], 1))
 
