@@ -94,11 +94,17 @@ class Layer:
 
 
 def measure(
-    source: Source, elements: int, steps: int, betas: tuple[float, float], seed: int, compile: bool
+    source: Source,
+    elements: int,
+    steps: int,
+    betas: tuple[float, float],
+    seed: int,
+    compile: bool,
+    gradient_scale: float = 1e-3,
 ) -> dict[str, dict[str, float]]:
     """Run all rules on the same gradients; per rule the figures of the table."""
     generator = torch.Generator().manual_seed(seed)
-    scale = (1.5 * torch.randn(elements, generator=generator)).exp()
+    scale = gradient_scale * (1.5 * torch.randn(elements, generator=generator)).exp()
     layers = {rule: Layer(rule, elements, betas, seed, compile) for rule in RULES}
     cosines: dict[str, list[float]] = {rule: [] for rule in RULES}
     largest = dict.fromkeys(RULES, 0.0)
@@ -140,6 +146,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help=f"(default: {FULL[1]})")
     parser.add_argument("--beta2", type=float, nargs="+", default=[0.999], metavar="B", help="(default: 0.999)")
     parser.add_argument("--gradients", nargs="+", choices=GRADIENTS, default=list(GRADIENTS), help="(default: all)")
+    parser.add_argument(
+        "--gradient-scale",
+        type=float,
+        default=1e-3,
+        metavar="S",
+        help="median magnitude of the gradients (default: 0.001); only the published rule's clamps depend on it",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="do not compile the step")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK[0]} elements, {QUICK[1]} steps")
@@ -153,17 +166,22 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--elements must be at least 1 and --steps at least 10, not {elements} and {steps}")
     if not all(0 < beta2 < 1 for beta2 in args.beta2):
         raise CommandError(f"--beta2 must lie between 0 and 1, not {args.beta2}")
+    if not 1e-12 <= args.gradient_scale <= 1e12:
+        raise CommandError(f"--gradient-scale must lie between 1e-12 and 1e12, not {args.gradient_scale}")
     if args.json and not Path(args.json).absolute().parent.is_dir():  # now, not after minutes of measuring
         raise CommandError(f"--json: there is no folder {Path(args.json).parent} to write to")
     results = []
     for beta2 in args.beta2:
         for kind in args.gradients:
             print(f"beta2 {beta2:g}, {kind} gradients ...", file=sys.stderr)
-            figures = measure(GRADIENTS[kind], elements, steps, (0.9, beta2), args.seed, not args.eager)
+            figures = measure(
+                GRADIENTS[kind], elements, steps, (0.9, beta2), args.seed, not args.eager, args.gradient_scale
+            )
             results += [{"gradients": kind, "beta2": beta2, "rule": rule} | row for rule, row in figures.items()]
     print(table(results))
     if args.json:
-        settings = {"elements": elements, "steps": steps, "seed": args.seed, "eps": EPS, "torch": torch.__version__}
+        settings = {"elements": elements, "steps": steps, "seed": args.seed, "eps": EPS}
+        settings |= {"gradient_scale": args.gradient_scale, "torch": torch.__version__}
         Path(args.json).write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     return 0
 
