@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from compare import DEVICE, make, run
 from lamb16 import Lamb16
+from lamb16.reference import f32
 from lamb16.update import inverse_bound
 from strategies import Case, cases, shape_lists
 
@@ -61,7 +62,7 @@ def test_second_moment_is_never_zero_where_it_was_positive(compile: bool, case: 
         for i, (p, grad) in enumerate(zip(params, case.gradients(step, case.weights()), strict=True)):
             p.grad = None if grad is None else grad.to(DEVICE)
             if grad is not None and torch.isfinite(grad).all():
-                seen[i] |= (grad.float() ** 2) * (1 - torch.tensor(case.hyper["betas"][1])) > 0
+                seen[i] |= (grad.float() ** 2) * f32(1 - case.hyper["betas"][1]) > 0
         optimizer.step()
     for p, positive in zip(params, seen, strict=True):
         if p in optimizer.state:

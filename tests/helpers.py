@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lamb16 import reference
+
+DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
 
 # A packed piece, a tensor of rows and a tail, a tensor of rows only.
 SHAPES = ((7, 3), (2100,), (64, 48))
@@ -23,20 +26,21 @@ def parameters(
 ) -> list[nn.Parameter]:
     """Normal random weights, the same for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)) for shape in shapes]
+    start = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+    return [nn.Parameter(w.to(DEVICE, dtype)) for w in start]
 
 
 def model(seed: int = 0) -> nn.Module:
     """A small network whose parameters have names."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 3))
+        return nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 3)).to(DEVICE)
 
 
 def gradients(params: Sequence[Tensor], t: int) -> list[Tensor]:
     """The gradients of step ``t``, contiguous, of the parameters' shapes and dtypes."""
     generator = torch.Generator().manual_seed(1000 + t)
-    return [(torch.randn(p.shape, generator=generator, dtype=torch.float32) * 0.1).to(p.dtype) for p in params]
+    return [(torch.randn(p.shape, generator=generator, dtype=torch.float32) * 0.1).to(p) for p in params]
 
 
 def all_params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -54,7 +58,7 @@ def take_steps(optimizer: torch.optim.Optimizer, steps: Sequence[int] | range) -
 
 def raw(tensor: Tensor) -> Tensor:
     """A copy of the bytes of a tensor in its logical order."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -99,9 +103,9 @@ def follow(
     """Weights and state after the reference's steps; one ``hyper`` for all of them or one each."""
     hypers = [hyper] * len(grads) if isinstance(hyper, reference.Hyper) else hyper
     state = reference.init(start, salt & 0xFFFFFFFF, hypers[0].moment_dtype)
-    p = start.clone(memory_format=torch.contiguous_format)
+    p = start.cpu().clone(memory_format=torch.contiguous_format)
     for grad, h in zip(grads, hypers, strict=True):
-        p, state, _ = reference.step(p, grad, state, h)
+        p, state, _ = reference.step(p, grad.cpu(), state, h)
     return p, state
 
 

@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -54,3 +55,18 @@ def test_importing_brings_neither_compiler_nor_command_line() -> None:
     assert "lamb16.optimizer" in added
     unwanted = ("torch._inductor", "torchvision", "sklearn", "matplotlib", "lamb16.cli")
     assert [name for name in added if name.startswith(unwanted)] == []
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_wheel_is_built_with_all_modules(tmp_path: Path) -> None:
+    """Builds from the source tree; pip brings the build backend."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob(f"lamb16-{lamb16.__version__}-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"lamb16/{path.relative_to(ROOT / 'src/lamb16')}" for path in (ROOT / "src/lamb16").rglob("*.py")}
+    assert sources | {"lamb16/py.typed"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if "test" in name]

@@ -209,11 +209,9 @@ class Plan:
         self.start, self.length = (cuts[:, k : k + 1].int().contiguous() for k in (1, 2))
         rows = [[block[row, :n] for row, (_, _, n) in enumerate(self.cuts)] for block in self.packed]
         self.rows_p, self.rows_g, self.rows_m, self.rows_v = rows
-        sources = [[flat_codes(m)[a : a + n] for m in moments] for moments, a, n in self._moment_cuts()]
-        self.codes_m, self.codes_v = [s[0] for s in sources], [s[1] for s in sources]
-
-    def _moment_cuts(self) -> list[tuple[tuple[Tensor, Tensor], int, int]]:
-        return [(self.moments[i], start, n) for i, start, n in self.cuts]
+        self.codes_m, self.codes_v = (
+            [flat_codes(self.moments[i][k])[start : start + n] for i, start, n in self.cuts] for k in (0, 1)
+        )
 
     def _rows(self, i: int, rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """The row views of a tensor's weights (None if it is not contiguous) and codes."""
