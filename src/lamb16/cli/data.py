@@ -41,7 +41,7 @@ _FIRST_TEST_LABELS = {
 
 @dataclass(frozen=True)
 class ImageData:
-    """Normalised float32 images `[n, 1, 28, 28]` and int64 labels `[n]`, for training and for testing."""
+    """float32 images `[n, 1, 28, 28]` in [0, 1] and int64 labels `[n]`, for training and for testing."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -61,6 +61,13 @@ class ImageData:
             self.test_labels[:test],
         )
 
+    def normalized(self) -> ImageData:
+        """All images shifted and scaled by the mean and deviation of the training images."""
+        std, mean = torch.std_mean(self.train_images)
+        std = std.clamp_min(1e-6)  # images of one colour carry nothing, but are no reason to divide by 0
+        train, test = (self.train_images - mean) / std, (self.test_images - mean) / std
+        return ImageData(train, self.train_labels, test, self.test_labels)
+
 
 def load(dataset: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
     """Load a data set by name. `folder` (default: $LAMB16_DATA) holds the IDX files; digits needs none."""
@@ -73,7 +80,7 @@ def load(dataset: str, folder: str | os.PathLike[str] | None = None) -> ImageDat
     _check_pair(files[0], train_images, files[1], train_labels)
     _check_pair(files[2], test_images, files[3], test_labels)
     _check_identity(dataset, files[3], test_labels)
-    return _normalised(train_images.float() / 255, train_labels, test_images.float() / 255, test_labels)
+    return _images(train_images.float() / 255, train_labels, test_images.float() / 255, test_labels)
 
 
 def read_idx(path: Path) -> Tensor:
@@ -182,16 +189,9 @@ def _load_digits() -> ImageData:
     labels = torch.tensor(digits.target)
     split = require("sklearn.model_selection").train_test_split
     train, test = split(range(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
-    return _normalised(images[train], labels[train], images[test], labels[test])
+    return _images(images[train], labels[train], images[test], labels[test])
 
 
-def _normalised(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> ImageData:
-    """Both sets of images, without a channel yet, normalised by mean and deviation of the training images."""
-    std, mean = torch.std_mean(train)
-    std = std.clamp_min(1e-6)  # images of one colour carry nothing, but are no reason to divide by 0
-    return ImageData(
-        ((train - mean) / std).unsqueeze(1),
-        train_labels.long(),
-        ((test - mean) / std).unsqueeze(1),
-        test_labels.long(),
-    )
+def _images(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> ImageData:
+    """Both sets of images, `[n, 28, 28]`, with a channel."""
+    return ImageData(train.unsqueeze(1), train_labels.long(), test.unsqueeze(1), test_labels.long())

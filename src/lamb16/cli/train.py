@@ -45,6 +45,10 @@ def add_parser(subparsers: Any) -> None:
         "--data", metavar="DIR", default=argparse.SUPPRESS,
         help=f"folder of the MNIST files (default: ${DATA_VARIABLE}, else downloaded into {CACHE})",
     )  # fmt: skip
+    run.add_argument(
+        "--normalize", action="store_true", default=argparse.SUPPRESS,
+        help="shift and scale the images by the training set's mean and deviation (default: leave them in [0, 1])",
+    )  # fmt: skip
     run.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="images a step")
     run.add_argument(
         "--epochs",

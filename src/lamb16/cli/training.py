@@ -43,6 +43,7 @@ class TrainConfig:
     device: str | None = None
     threads: int | None = None
     data: str | None = None
+    normalize: bool = False
     trust_scale: float | None = None
     moment_dtype: str | None = None
 
@@ -102,6 +103,7 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = (data or load(config.dataset, config.data)).to(config.device)
+    data = data.normalized() if config.normalize else data
     model = build_model(config.seed, config.device)
     optimizer = build_optimizer(config, model)
     steps = steps_per_epoch(config, data)
