@@ -218,6 +218,7 @@ def test_the_original_mnist_files() -> None:
     assert data.train_images.shape == (60000, 1, 28, 28)
     assert data.test_images.shape == (10000, 1, 28, 28)
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    data = data.normalized()
     # (0 - mean) / std and (255 - mean) / std with the well-known mean 0.1307 and deviation 0.3081
     assert data.train_images.min().item() == pytest.approx(-0.4242, abs=1e-3)
     assert data.train_images.max().item() == pytest.approx(2.8215, abs=1e-3)
