@@ -31,7 +31,8 @@ def need(session: nox.Session, device: str) -> None:
 
 def install(session: nox.Session, torch: str) -> None:
     session.install(TORCH[torch])
-    session.install("-e", ".[dev]")
+    # What the commands need, without torchvision, which exists for one torch only: the tests around it are skipped.
+    session.install("-e", ".[dev]", "scikit-learn", "tqdm", "tensorboard")
 
 
 @nox.session

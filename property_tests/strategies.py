@@ -56,14 +56,30 @@ def hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-GRADIENTS = ["normal", "lognormal", "sparse", "constant", "outliers", "zero", "tiny", "subnormal", "huge", "inf", "nan"]
+GRADIENTS = [
+    "normal",
+    "growing",
+    "lognormal",
+    "sparse",
+    "constant",
+    "outliers",
+    "zero",
+    "tiny",
+    "subnormal",
+    "huge",
+    "inf",
+    "nan",
+]
 
 
-def gradient(kind: str, like: Tensor, exponent: int, generator: torch.Generator) -> Tensor:
+def gradient(kind: str, like: Tensor, exponent: int, generator: torch.Generator, step: int = 0) -> Tensor:
     """A gradient of the given kind for ``like``; magnitudes around 10^exponent where the kind leaves it open."""
     normal = torch.randn(like.shape, generator=generator)
     scale = 10.0**exponent
-    if kind == "lognormal":
+    if kind == "growing":  # the same signs in every step, ever larger: m / sqrt(v) goes towards its bound
+        signs = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).sign()
+        normal = signs * scale * 1.11**step
+    elif kind == "lognormal":
         normal = normal * (3 * torch.randn(like.shape, generator=generator)).exp() * scale
     elif kind == "sparse":
         normal = normal * (torch.rand(like.shape, generator=generator) < 0.05) * scale
@@ -106,7 +122,7 @@ class Case:
     def gradients(self, step: int, weights: list[Tensor]) -> list[Tensor | None]:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step + 1)
         return [
-            None if kind is None else gradient(kind, w, self.exponent, generator)
+            None if kind is None else gradient(kind, w, self.exponent, generator, step)
             for kind, w in zip(self.kinds[step], weights, strict=True)
         ]
 

@@ -25,32 +25,28 @@ def test_step_equals_reference(compile: bool, case: Case) -> None:
     run_beside_reference(case, compile)
 
 
+def final(case: Case, compile: bool) -> list[torch.Tensor]:
+    """Weights and all state tensors at the end of a run."""
+    params, optimizer = run(case, compile)
+    states = [optimizer.state[p][name] for p in params if p in optimizer.state for name in optimizer.state[p]]
+    return [*params, *(x.view(torch.uint8) if x.element_size() == 1 else x for x in states)]
+
+
+def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    assert all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
 @given(case=cases(max_steps=4))
 def test_eager_equals_compiled(case: Case) -> None:
     """Also with gradients that no reference is asked about: the two forms leave the same bits."""
-    for (p, a), (q, b) in zip(*(_final(case, compile) for compile in (False, True)), strict=True):
-        assert same_bits(p, q)
-        assert set(a) == set(b)
-        for name in a:
-            assert same_bits(_raw(a[name]), _raw(b[name])), name
-
-
-def _final(case: Case, compile: bool):
-    params, optimizer = run(case, compile)
-    return [(p, optimizer.state[p]) for p in params if p in optimizer.state]
-
-
-def _raw(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.uint8) if x.element_size() == 1 else x
+    assert_same_bits(final(case, compile=False), final(case, compile=True))
 
 
 @given(case=cases(kinds=["normal", "lognormal", "sparse"]))
 def test_determinism(compile: bool, case: Case) -> None:
     """The same run gives the same bits, and no random generator is touched."""
     before = torch.get_rng_state()
-    first = run(case, compile)[0]
-    second = run(case, compile)[0]
-    assert all(same_bits(p, q) for p, q in zip(first, second, strict=True))
+    assert_same_bits(final(case, compile), final(case, compile))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -61,14 +57,14 @@ def test_reference_equality_with_flush_to_zero(compile: bool, flush_denormal: No
 
 
 @given(case=cases(kinds=["normal", "lognormal", "sparse"], dtypes=(torch.float32,), moment_dtypes=("float8",)))
-def test_flush_to_zero_changes_nothing(flush_denormal: None, case: Case) -> None:
+def test_flush_to_zero_changes_nothing(compile: bool, flush_denormal: None, case: Case) -> None:
     """The same bits with flush-to-zero on and off, as long as the gradients' squares are normal numbers."""
     case = replace(case, exponent=max(case.exponent, -6))
-    with_flush = run(case, compile=True)[0]
+    with_flush = final(case, compile)
     torch.set_flush_denormal(False)
-    without = run(case, compile=True)[0]
+    without = final(case, compile)
     torch.set_flush_denormal(True)
-    assert all(same_bits(p, q) for p, q in zip(with_flush, without, strict=True))
+    assert_same_bits(with_flush, without)
 
 
 def test_the_control_case_passes(compile: bool) -> None:
@@ -103,6 +99,20 @@ def test_a_wrong_rule_fails(compile: bool, wrong) -> None:
     """Negative control: each of these must not pass the comparison above."""
     with pytest.raises(AssertionError, match="differ"):
         run_beside_reference(CONTROL, compile, rule=wrong)
+
+
+def test_the_bound_is_exercised(compile: bool) -> None:
+    """Sixty steps of growing gradients reach C, where the reference without it would differ."""
+    case = Case([(300,), (2049,)], {"lr": 0.01, "weight_decay": 0.1}, kinds=[["growing", "growing"]] * 60, exponent=-3)
+    run_beside_reference(case, compile)
+
+    def unbounded(p, grad, state, h):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "inverse_bound", lambda beta1, beta2: 0.0)
+            return reference.step(p, grad, state, h)
+
+    with pytest.raises(AssertionError, match="weights differ"):
+        run_beside_reference(case, compile, rule=unbounded)
 
 
 def test_skipping_is_exercised(compile: bool) -> None:

@@ -119,9 +119,13 @@ def test_words_of_neighbours_are_independent(salt) -> None:
     """Correlation of neighbouring elements, rows and columns of usual widths: within 6 standard deviations of 0."""
     words = _words(1 << 16, salt).double() / 2**32 - 0.5
     for distance in (1, 2, 3, 4, 8, 64, 100, 256, 300, 768, 1000, 1024, 4096):
-        a, b = words[:-distance], words[distance:]
-        correlation = (a * b).mean() * 12
-        assert correlation.abs() < 6 / len(a) ** 0.5
+        assert correlation(words, distance) < 6
+
+
+def correlation(words: torch.Tensor, distance: int) -> float:
+    """The magnitude of the correlation of words, uniform in [-0.5, 0.5), ``distance`` apart, in standard deviations."""
+    a, b = words[:-distance], words[distance:]
+    return ((a * b).mean() * 12 * len(a) ** 0.5).abs().item()
 
 
 DISTANCES = (1, 2, 3, 5, 8, 16, 64, 100, 256, 300, 384, 512, 768, 1000, 1024, 2048, 3072, 4096, 16384, 50257, 65536)
@@ -162,13 +166,12 @@ def test_pairs_tell_a_worse_hash() -> None:
 @given(salt=st.integers(0, 2**32 - 1), index=st.integers(0, 10**6))
 def test_words_are_balanced_over_steps(salt, index) -> None:
     """Over 233 steps (a Fibonacci number) every interval of length 1/8 is met 29 or 30 times, give or take 2."""
-    start = int(reference.hash32(torch.tensor((index + salt) & 0xFFFFFFFF)))
-    words = (start + torch.arange(233, dtype=torch.int64) * reference.GOLDEN) & 0xFFFFFFFF
+    words = torch.cat([reference.rounding_words(1, index + salt, t) for t in range(1, 234)])
     counts = torch.bincount(words >> 29, minlength=8)
     assert (counts - 233 / 8).abs().max() <= 2
 
 
-def test_a_biased_word_fails_the_uniformity_check() -> None:
+def test_plain_indices_fail_the_correlation_check() -> None:
     """Negative control: plain indices as words are uniform but not independent."""
     words = (torch.arange(1 << 16, dtype=torch.int64) << 16).double() / 2**32 - 0.5
-    assert (words[:-1] * words[1:]).mean() * 12 > 6 / (1 << 8)
+    assert correlation(words, 1) > 6

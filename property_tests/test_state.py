@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from compare import DEVICE, make, run
 from lamb16 import Lamb16
 from lamb16.reference import f32
-from lamb16.update import inverse_bound
 from strategies import Case, cases, shape_lists
 
 SCALARS = 16  # bytes a tensor: two float32 norms, step, salt
@@ -72,28 +72,59 @@ def test_second_moment_is_never_zero_where_it_was_positive(compile: bool, case: 
             assert torch.isfinite(optimizer.state[p]["exp_avg"].float()).all()
 
 
+def largest_ratio(p: torch.nn.Parameter, optimizer: Lamb16, grads: list[torch.Tensor]) -> list[float]:
+    """The largest |u| of every step: with weight decay 0, lr 1 and weights of 0 before it, a step is p = -r·u."""
+    found = []
+    for grad in grads:
+        p.data.zero_()
+        p.grad = grad.to(DEVICE)
+        optimizer.step()
+        ratio = optimizer.layer_stats()["0"]["trust_ratio"].item()
+        found.append((p.detach().abs().max() / ratio).item())
+    return found
+
+
+def bound(betas: tuple[float, float]) -> float:
+    """C, written out here: the code under test is not asked."""
+    beta1, beta2 = betas
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+
+
+def extremal(betas: tuple[float, float], steps: int, seed: int) -> list[torch.Tensor]:
+    """Gradients for which |m| = C·sqrt(v) in the limit: the equality case of Cauchy–Schwarz."""
+    signs = torch.randn(300, generator=torch.Generator().manual_seed(seed)).sign()
+    return [signs * 1e-3 * (betas[1] / betas[0]) ** t for t in range(steps)]
+
+
+BETAS = st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.5, 0.9), (0.95, 0.9999), (0.9, 0.99)])
+
+
 @given(
     exponents=st.lists(st.integers(-8, 8), min_size=1, max_size=40),
-    betas=st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.5, 0.9), (0.95, 0.9999), (0.9, 0.99)]),
+    betas=BETAS,
     bias_correction=st.booleans(),
+    growing=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_updates_stay_below_the_bound(compile: bool, exponents, betas, bias_correction, seed) -> None:
-    """|m| <= C·sqrt(v) holds for every update, though both moments are rounded between the steps.
-
-    With weight decay 0, lr 1 and weights set to 0 before each step, the step is p = -r·u.
-    """
+def test_updates_stay_below_the_bound(compile: bool, exponents, betas, bias_correction, growing, seed) -> None:
+    """|m| <= C·sqrt(v) holds for every update, though both moments are rounded between the steps."""
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(300, generator=generator) * 10.0**exponent for exponent in exponents]
+    if growing:
+        grads = extremal(betas, 60, seed)
     p = torch.nn.Parameter(torch.zeros(300, device=DEVICE))
     optimizer = Lamb16(
         [p], lr=1.0, betas=betas, eps=1e-30, bias_correction=bias_correction, compile=compile, trust_clip=1e9
     )
-    generator = torch.Generator().manual_seed(seed)
-    for t, exponent in enumerate(exponents, 1):
-        p.data.zero_()
-        p.grad = (torch.randn(300, generator=generator) * 10.0**exponent).to(DEVICE)
-        optimizer.step()
-        ratio = optimizer.layer_stats()["0"]["trust_ratio"].item()
-        bound = 1 / inverse_bound(*betas)
-        if bias_correction:
-            bound *= math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-        assert (p.detach().abs().max() / ratio).item() <= bound * (1 + 1e-5)
+    for t, ratio in enumerate(largest_ratio(p, optimizer, grads), 1):
+        corrected = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) if bias_correction else 1.0
+        assert ratio <= bound(betas) * corrected * (1 + 1e-5)
+
+
+def test_without_the_bound_updates_exceed_it(monkeypatch) -> None:
+    """Negative control: rounding does break the inequality, so the property above can fail."""
+    assert bound((0.9, 0.999)) == pytest.approx(7.2703, rel=1e-4)
+    monkeypatch.setattr("lamb16.update.inverse_bound", lambda beta1, beta2: 0.0)
+    p = torch.nn.Parameter(torch.zeros(300, device=DEVICE))
+    optimizer = Lamb16([p], lr=1.0, eps=1e-30, compile=False, trust_clip=1e9)
+    assert max(largest_ratio(p, optimizer, extremal((0.9, 0.999), 80, 0))) > 1.05 * bound((0.9, 0.999))

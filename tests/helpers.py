@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from lamb16 import reference
 
@@ -135,3 +136,22 @@ def assert_matches(optimizer: torch.optim.Optimizer, p: Tensor, weights: Tensor,
         assert torch.equal(raw(mine[key]), raw(getattr(state, key))), key
     for key in ("exp_avg_norm", "exp_avg_sq_norm", "step"):
         assert mine[key].item() == getattr(state, key), key
+
+
+# One of every kind, for an optimizer of lr 0.01.
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.7**epoch),
+    "LambdaLR to zero": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: max(0.0, 1 - epoch / 3)),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=10),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=2),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=3),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.5, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+}

@@ -535,3 +535,50 @@ def test_another_optimizers_loader_is_found_out_at_the_next_step() -> None:
     torch.optim.Optimizer.load_state_dict(target, source.state_dict())
     with pytest.raises(ValueError, match=r"Lamb16\.load_state_dict"):
         take_steps(target, [2])
+
+
+def damaged_scalar(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][0]["exp_avg_norm"] = torch.tensor([0.3])
+
+
+def nan_codes(key: str, code: int) -> Any:
+    def damage(state_dict: dict[str, Any]) -> None:
+        codes = state_dict["state"][0][key].clone()
+        codes.view(-1)[0] = code
+        state_dict["state"][0][key] = codes
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.update(state=None), "no dict 'state'"),
+        (lambda s: s.update(state=[]), "no dict 'state'"),
+        (lambda s: s.update(param_groups=None), "no list 'param_groups'"),
+        (lambda s: s["state"].update({7: s["state"][0]}), "7, which no parameter group names"),
+        (damaged_scalar, "power of two"),
+        (nan_codes("exp_avg", 0x7F), "NaN codes"),
+        (nan_codes("exp_avg", 0xFF), "NaN codes"),
+        (nan_codes("exp_avg_sq", 0x7C), "NaN codes"),
+    ],
+)
+def test_malformed_state_dicts_get_one_error_and_change_nothing(damage: Any, message: str) -> None:
+    optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    take_steps(optimizer, [0])
+    before, state_dict = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
+    damage(state_dict)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert_same(before, snapshot(optimizer))
+
+
+def test_scalars_of_shape_one_are_read() -> None:
+    optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=False)
+    take_steps(optimizer, [0])
+    before, state_dict = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        for key in ("step", "exp_avg_norm", "exp_avg_sq_norm", "salt"):
+            state[key] = state[key].view(1)
+    optimizer.load_state_dict(state_dict)
+    assert_same(before, snapshot(optimizer))

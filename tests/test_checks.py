@@ -61,7 +61,7 @@ EDGES: list[dict[str, Any]] = [
     {"lr": 1},
     {"betas": (0.0, 0.0)},
     {"betas": [0.9, 0.99]},
-    {"eps": 2.0**-126},
+    {"eps": 2.0**-100},
     {"eps": 1},
     {"trust_scale": 0},
     {"trust_scale": 3.0},

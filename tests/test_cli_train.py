@@ -231,6 +231,7 @@ def test_every_optimizer_learns_the_digits(optimizer: str, digits: ImageData) ->
 
 
 def test_normalizing_is_an_option_of_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
     losses = {}
     for options in ([], ["--normalize"]):
         file = tmp_path / "result.json"

@@ -1,6 +1,8 @@
 """Lamb16 behaves as a torch.optim.Optimizer, with the reference's bits."""
 
+import gc
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import (
     CODES,
+    DEVICE,
+    SCHEDULERS,
     all_params,
     assert_follows_reference,
     assert_matches,
@@ -128,12 +132,12 @@ def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: b
         compile=compile_mode,
     )
     params = all_params(optimizer)
-    start = [p.detach().double() for p in params]
+    start = [p.detach().cpu().double() for p in params]
     take_steps(optimizer, range(steps))
     for i, param in enumerate(params):
         p, m, v = start[i], torch.zeros(param.shape).double(), torch.zeros(param.shape).double()
         for t in range(1, steps + 1):
-            g = gradients(params, t - 1)[i].double() * (-1 if maximize else 1)
+            g = gradients(params, t - 1)[i].cpu().double() * (-1 if maximize else 1)
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g**2
             u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * p
@@ -233,23 +237,6 @@ def test_the_seed_changes_the_rounding_and_nothing_else() -> None:
 
 
 # -- learning rates ----------------------------------------------------------------------------------------------
-
-SCHEDULERS = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.7**epoch),
-    "LambdaLR to zero": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: max(0.0, 1 - epoch / 3)),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=10),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=2),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=3),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.LinearLR(o, 0.5, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-}
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
@@ -475,7 +462,7 @@ def test_data_may_become_a_transposed_view_of_its_own_memory(size: int) -> None:
     weights, state = follow(start, gradients([p], 0), Hyper(**BASE), int(optimizer.state[p]["salt"]))
     p.data = p.data.t()
     take_steps(optimizer, [1])
-    weights, state, _ = reference.step(weights.t().contiguous(), gradients([p], 1)[0], state, Hyper(**BASE))
+    weights, state, _ = reference.step(weights.t().contiguous(), gradients([p], 1)[0].cpu(), state, Hyper(**BASE))
     assert_matches(optimizer, p, weights, state)
 
 
@@ -544,7 +531,7 @@ def test_a_parameter_may_leave_its_group() -> None:
 
 
 def test_a_closure_runs_once_under_enable_grad_and_its_loss_comes_back(compile_mode: bool) -> None:
-    network, x = model(), torch.ones(4, 48)
+    network, x = model(), torch.ones(4, 48, device=DEVICE)
     optimizer = Lamb16(network.named_parameters(), **BASE, compile=compile_mode)
     losses = []
 
@@ -740,7 +727,7 @@ def test_layer_stats_are_the_references(compile_mode: bool) -> None:
     assert list(stats) == [name for name, _ in network.named_parameters()]
     for name, p, before, grad in zip(stats, params, start, gradients(params, 0), strict=True):
         state = reference.init(before, int(optimizer.state[p]["salt"]) & 0xFFFFFFFF)
-        expected = reference.step(before, grad, state, Hyper(**BASE))[2]
+        expected = reference.step(before.cpu(), grad.cpu(), state, Hyper(**BASE))[2]
         assert set(stats[name]) == {"weight_norm", "update_norm", "trust_ratio"}
         for key, value in stats[name].items():
             assert value.item() == pytest.approx(getattr(expected, key), rel=1e-12)
@@ -763,3 +750,71 @@ def test_repr_shows_the_hyperparameters() -> None:
     text = repr(Lamb16(parameters(), **BASE))
     assert text.startswith("Lamb16 (")
     assert "trust_scale: 0.382" in text
+
+
+# -- what a long-lived training script does ----------------------------------------------------------------------
+
+
+def test_replaced_parameters_do_not_keep_their_states_alive() -> None:
+    """Pruning and growing: a parameter and its state leave, others come."""
+    optimizer = Lamb16([{"params": parameters([(30,)])}, {"params": parameters([(2100,)])}], **BASE, compile=False)
+    take_steps(optimizer, [0])
+    dropped = []
+    for t in range(1, 5):
+        old = optimizer.param_groups[0]["params"][0]
+        dropped.append(weakref.ref(optimizer.state.pop(old)["exp_avg"]))
+        optimizer.param_groups[0]["params"][0] = parameters([(30 + t,)])[0]
+        take_steps(optimizer, [t])
+    del old
+    gc.collect()
+    assert [ref() for ref in dropped] == [None] * 4
+    assert int(optimizer.state[optimizer.param_groups[1]["params"][0]]["step"]) == 5
+    assert list(optimizer.layer_stats()) == ["0", "1"]
+
+
+def test_an_emptied_state_starts_anew() -> None:
+    a, b, c = parameters([(7,), (2100,), (5,)])
+    optimizer = Lamb16([a, b, c], **BASE, compile=False)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    optimizer.state[a].clear()
+    a.grad, c.grad = None, torch.ones_like(c)
+    optimizer.step()
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (a, b, c)] == [1, 3, 2]
+
+
+def test_a_learning_rate_a_hair_below_zero_is_no_error(compile_mode: bool) -> None:
+    """Some schedulers end there. It may be stepped with, saved and loaded."""
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    take_steps(optimizer, [0])
+    before = [p.detach().clone() for p in all_params(optimizer)]
+    optimizer.param_groups[0]["lr"] = -1e-18
+    all_params(optimizer)[0].grad = None
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    take_steps(optimizer, [1])
+    assert all(torch.equal(p, q) for p, q in zip(all_params(optimizer), before, strict=True))
+
+
+def test_a_hyperparameter_changed_to_a_wrong_value_is_refused_before_anything_moves(compile_mode: bool) -> None:
+    optimizer = Lamb16([{"params": parameters()}, {"params": parameters(seed=1)}], **BASE, compile=compile_mode)
+    take_steps(optimizer, [0])
+    for name, value in (("betas", (0.9, 1.5)), ("eps", 0.0), ("trust_clip", -1.0), ("weight_decay", float("nan"))):
+        before, right = snapshot(optimizer), optimizer.param_groups[1][name]
+        optimizer.param_groups[1][name] = value
+        with pytest.raises(ValueError, match=rf"{name}=.*{value}".replace("(", r"\(").replace(")", r"\)")):
+            take_steps(optimizer, [1])
+        optimizer.param_groups[1][name] = right
+        assert_same(before, snapshot(optimizer))
+
+
+def test_names_that_two_groups_share_are_told_apart() -> None:
+    """As for two modules, each with named parameters of its own."""
+    groups = [{"params": list(torch.nn.Linear(3, 2).named_parameters())} for _ in range(2)]
+    optimizer = Lamb16(groups, **BASE, compile=False)
+    for p in all_params(optimizer):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == ["weight", "bias", "1.weight", "1.bias"]

@@ -61,12 +61,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_wheel_is_built_with_all_modules(tmp_path: Path) -> None:
-    """Builds from the source tree; pip brings the build backend."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
+    """Built from the source tree without the network, and installed into an empty folder, from where it works."""
+    pip = [sys.executable, "-m", "pip", "-q"]
+    built = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run([*pip, *built], check=True, capture_output=True)
     (wheel,) = tmp_path.glob(f"lamb16-{lamb16.__version__}-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {f"lamb16/{path.relative_to(ROOT / 'src/lamb16')}" for path in (ROOT / "src/lamb16").rglob("*.py")}
     assert sources | {"lamb16/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "test" in name]
+    target = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
+    code = "import lamb16; print(lamb16.__file__, lamb16.__version__)"
+    run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(target)}, capture_output=True, check=True)
+    assert run.stdout.decode().split() == [str(target / "lamb16/__init__.py"), lamb16.__version__]

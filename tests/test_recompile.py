@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 from torch.optim import lr_scheduler
 
-from helpers import SHAPES, all_params, gradients, model, parameters, take_steps
+from helpers import DEVICE, SCHEDULERS, SHAPES, all_params, gradients, model, parameters, take_steps
 from lamb16 import Lamb16
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
@@ -45,6 +45,16 @@ def test_learning_rates_and_step_counts() -> None:
             scheduler.step()
         optimizer.param_groups[0]["lr"] = 0
         take_steps(optimizer, [15])
+
+
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler(name: str) -> None:
+    optimizer = warm()
+    scheduler = SCHEDULERS[name](optimizer)
+    for t in range(4):
+        take_steps(optimizer, [t])
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
 
 
 @pytest.mark.usefixtures("frozen")
@@ -86,7 +96,8 @@ def test_layouts() -> None:
     params = [p.detach().t().contiguous().t() if p.dim() == 2 else p.detach() for p in parameters(SHAPES)]
     optimizer = warm([torch.nn.Parameter(p) for p in params])
     for p in all_params(optimizer):
-        p.grad = torch.ones(p.shape[::-1]).t() if p.dim() == 2 else torch.ones(2 * p.numel())[::2]
+        wide = torch.ones(2 * p.numel(), device=p.device)
+        p.grad = wide[: p.numel()].view(p.shape[::-1]).t() if p.dim() == 2 else wide[::2]
     optimizer.step()
 
 
@@ -120,7 +131,7 @@ def test_gradient_scaling_closures_and_skips() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 
     def closure() -> torch.Tensor:
-        loss = network(torch.ones(2, 48)).square().sum()
+        loss = network(torch.ones(2, 48, device=DEVICE)).square().sum()
         scaler.scale(loss).backward()
         return loss
 

@@ -15,7 +15,7 @@ MOMENT_DTYPES = {
     "float8": (torch.float8_e4m3fn, torch.float8_e5m2),
     "float32": (torch.float32, torch.float32),
 }
-SMALLEST_NORMAL = 2.0**-126
+SMALLEST_EPS = 2.0**-100  # so that eps · (1 − β1) is a normal float32 too
 
 
 def _number(value: object) -> bool:
@@ -44,7 +44,7 @@ def _betas(value: object) -> bool:
 
 
 def _eps(value: object) -> bool:
-    return _number(value) and SMALLEST_NORMAL <= value <= 1  # type: ignore[operator]
+    return _number(value) and SMALLEST_EPS <= value <= 1  # type: ignore[operator]
 
 
 def _flag(value: object) -> bool:
@@ -54,7 +54,7 @@ def _flag(value: object) -> bool:
 RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "lr": (_lr, "a finite number >= 0 or a one-element floating-point tensor"),
     "betas": (_betas, "two numbers in [0, 1)"),
-    "eps": (_eps, "a number in [2^-126, 1] (it is also the lower clamp of squared weights)"),
+    "eps": (_eps, "a number in [2^-100, 1] (it is also the lower clamp of squared weights)"),
     "weight_decay": (_non_negative, "a finite number >= 0"),
     "trust_scale": (_non_negative, "a finite number >= 0"),
     "trust_lr": (_positive, "a finite number > 0"),
@@ -65,10 +65,13 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def check_hyperparameters(group: dict[str, Any], where: str = "") -> None:
-    """Raise ValueError naming the first hyperparameter of ``group`` that is out of range."""
+def check_hyperparameters(group: dict[str, Any], where: str = "", *, running: bool = False) -> None:
+    """Raise ValueError naming the first hyperparameter of ``group`` that is out of range.
+
+    ``running``: leave out lr, which schedulers own by then; some end a hair below 0.
+    """
     for name, (valid, wanted) in RULES.items():
-        if name in group and not valid(group[name]):
+        if name in group and not (running and name == "lr") and not valid(group[name]):
             raise ValueError(f"Lamb16{where}: {name}={group[name]!r} is invalid; it must be {wanted}")
 
 
@@ -118,6 +121,8 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {found}, expected "
                 f"{' or '.join(map(str, allowed))} for moment_dtype={moment_dtype!r}"
             )
+        if value.dtype != torch.float32 and _has_nan(value, key):
+            raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} holds NaN codes: it is damaged")
         if value.shape != param.shape:
             raise ValueError(
                 f"Lamb16.load_state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, but the parameter "
@@ -145,6 +150,19 @@ def _check_norm(value: float, key: str, name: str) -> None:
         )
 
 
+def _has_nan(codes: Tensor, key: str) -> bool:
+    """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
+    magnitude = codes.view(torch.uint8) & 0x7F
+    return bool((magnitude > (0x7E if key == "exp_avg" else 0x7B)).any())
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raise ValueError unless ``state_dict`` is made like an optimizer's."""
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"Lamb16.load_state_dict: no optimizer state dict: it has no {kind.__name__} {key!r}")
+
+
 def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError unless both have the same groups of the same sizes."""
     if len(saved) != len(current):
@@ -159,3 +177,11 @@ def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, An
                 f"Lamb16.load_state_dict: group {k} of the state dict has {len(a['params'])} parameters, "
                 f"the optimizer's has {len(b['params'])}"
             )
+
+
+def check_owners(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for a state that belongs to no parameter."""
+    named = {key for group in state_dict["param_groups"] for key in group["params"]}
+    unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in named]
+    if unknown:
+        raise ValueError(f"Lamb16.load_state_dict: there is a state for {unknown[0]!r}, which no parameter group names")

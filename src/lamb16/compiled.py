@@ -18,8 +18,6 @@ from torch import Tensor
 from . import update
 from .update import FACTORS, HYPER, ROW
 
-CHUNK = 1  # large tensors a call
-
 
 class Kind(NamedTuple):
     """What compiled code is specialised on."""
@@ -127,11 +125,9 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
 
     lanes = torch.arange(ROW, dtype=torch.int32, device=device)
     if name == "measure":
-        parts = [part(13 + i) for i in range(CHUNK)]
-        return parts, zeros(CHUNK, FACTORS), zeros(CHUNK, 2, dtype=torch.int32), zeros(CHUNK, 2, dtype=torch.float64)
+        return part(13), zeros(FACTORS), zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)
     if name == "apply":
-        parts = [part(13 + i) for i in range(CHUNK)]
-        return parts, zeros(CHUNK, FACTORS), zeros(CHUNK, 4, dtype=torch.int32), lanes
+        return part(13), zeros(FACTORS), zeros(4, dtype=torch.int32), lanes
     table = dynamic(tensors, FACTORS, dtype=torch.float32)
     if name == "scale":
         return (

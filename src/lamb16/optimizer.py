@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .checks import RULES, check_gradient, check_groups, check_hyperparameters, check_parameter, check_state
+from .checks import (
+    RULES,
+    check_gradient,
+    check_groups,
+    check_hyperparameters,
+    check_owners,
+    check_parameter,
+    check_state,
+    check_state_dict,
+)
 from .compiled import Kind
 from .plan import Plan, Store, compile_graphs, init_state
 from .update import TRUST_RATIO, UPDATE_NORM, WEIGHT_NORM
@@ -43,7 +52,7 @@ class Lamb16(Optimizer):
             float16, any shape. Names make the rounding independent of the parameters' order.
         lr: learning rate, a float >= 0 or a one-element tensor; changing it never recompiles.
         betas: decay rates of the two moments, each in [0, 1).
-        eps: added to sqrt(v), and the lower clamp of squared weights and updates in the norms; in [2^-126, 1].
+        eps: added to sqrt(v), and the lower clamp of squared weights and updates in the norms; in [2^-100, 1].
         weight_decay: decoupled weight decay, inside the trust ratio as in LAMB.
         trust_scale: exponent of the trust ratio; 0 switches the ratio off, 1 is proportional.
         trust_lr: learning rate at which the trust ratio is not changed.
@@ -63,9 +72,10 @@ class Lamb16(Optimizer):
     that step and counted in :attr:`skipped`.
 
     Raises:
-        ValueError: a hyperparameter is out of range (also in a group).
+        ValueError: a hyperparameter is out of range (also in a group, or changed to a wrong value between steps); from
+            ``step``, a state does not fit its parameter.
         TypeError: a parameter is complex, sparse or of another dtype.
-        RuntimeError: from ``step``: a sparse gradient, or no compiler works.
+        RuntimeError: from ``step``: a sparse gradient, or no compiler works. A step that raises has changed nothing.
 
     Example::
 
@@ -192,13 +202,15 @@ class Lamb16(Optimizer):
         frozen = tuple(key)
         plans = self._plans.get(frozen)
         if plans is None or not all(plan.fits(self.state) for plan in plans):
-            if plans is not None:  # it may hold states that were dropped or replaced: all is read in again
+            if plans is not None or self._holds_dropped_states():  # all is read in again
                 self._plans.clear()
                 self._stores.clear()
             plans = self._plans[frozen] = self._make_plans(grads)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
+        for plan in plans:
+            plan.check_changed_groups()
         return plans, grads
 
     def _make_plans(self, grads: dict[Tensor, Tensor]) -> list[Plan]:
@@ -206,7 +218,7 @@ class Lamb16(Optimizer):
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
         missing: list[tuple[Tensor, dict[str, Any], int]] = []
         for group in self.param_groups:
-            check_hyperparameters(group)
+            check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
                 if p in grads:
                     check_parameter(p, self._name(group, i))
@@ -222,6 +234,11 @@ class Lamb16(Optimizer):
         for p, group, i in missing:
             self.state[p].update(init_state(p, self._salt(self._name(group, i)), group["moment_dtype"] == "float8"))
         return [self._make_plan(kind, pairs) for kind, pairs in members.items()]
+
+    def _holds_dropped_states(self) -> bool:
+        """Whether a store still holds a state that was taken from ``self.state``, or emptied."""
+        live = {id(state) for state in self.state.values() if state}
+        return any(id(entry) not in live for store in self._stores.values() for entry in store.entries)
 
     def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]]) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
@@ -263,7 +280,10 @@ class Lamb16(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How many tensor updates were left out because of a non-finite gradient; reading waits for the device."""
+        """How many tensor updates were left out because of a non-finite gradient; reading waits for the device.
+
+        Counted since this object was made: deepcopy and pickle keep the count, ``state_dict`` does not hold it.
+        """
         return sum(int(count) for count in self._skipped.values())
 
     def layer_stats(self) -> dict[str, dict[str, Tensor]]:
@@ -274,12 +294,16 @@ class Lamb16(Optimizer):
         device. Nothing is copied to the host. For a skipped tensor the update norm and ratio are those that were not
         used.
         """
-        names = {p: self._name(group, i) for group in self.param_groups for i, p in enumerate(group["params"])}
+        names: dict[Tensor, str] = {}
+        for k, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = self._name(group, i)
+                names[p] = f"{k}.{name}" if name in names.values() else name
         stats = {}
         for plan in self._last:
             report = plan.report.clone()
             for row, p in zip(report, plan.params, strict=False):
-                if p.numel():
+                if p.numel() and p in names:
                     stats[names[p]] = {
                         "weight_norm": row[WEIGHT_NORM],
                         "update_norm": row[UPDATE_NORM],
@@ -317,11 +341,10 @@ class Lamb16(Optimizer):
 
     def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The saved groups with this optimizer's parameters in them."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"Lamb16.load_state_dict: this is no optimizer state dict, it has no {key!r}")
+        check_state_dict(state_dict)
         saved = state_dict["param_groups"]
         check_groups(saved, self.param_groups)
+        check_owners(state_dict)
         groups = []
         for k, (new, old) in enumerate(zip(saved, self.param_groups, strict=True)):
             missing = set(RULES) - set(new)
@@ -329,7 +352,7 @@ class Lamb16(Optimizer):
                 raise ValueError(
                     f"Lamb16.load_state_dict: group {k} has no {sorted(missing)}: this is another optimizer's state"
                 )
-            check_hyperparameters(new, f".load_state_dict (group {k})")
+            check_hyperparameters(new, f".load_state_dict (group {k})", running=True)
             group = {key: deepcopy(value) for key, value in new.items() if key not in ("params", "param_names")}
             group["params"] = old["params"]
             if "param_names" in old:
@@ -356,7 +379,7 @@ class Lamb16(Optimizer):
             for name in CODES:
                 loaded[name].view(-1).view(_bits(loaded[name])).copy_(value[name].reshape(-1).view(_bits(value[name])))
             for name in ("step", "exp_avg_norm", "exp_avg_sq_norm"):
-                loaded[name].fill_(value[name])
+                loaded[name].fill_(int(value[name]) if name == "step" else float(value[name]))
             state[p] = loaded
         return state
 

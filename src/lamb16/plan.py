@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import update
-from .compiled import CHUNK, Kind, Step, step_functions
+from .checks import check_hyperparameters
+from .compiled import Kind, Step, step_functions
 from .fp8 import E4M3, E5M2
 from .update import FACTORS, GRAD_FACTOR, HYPER, LR, ROW
 
@@ -230,6 +231,12 @@ class Plan:
                 return False
         return self.store.holds(self.states)
 
+    def check_changed_groups(self) -> None:
+        """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
+        for (group, _, _), seen in zip(self.groups, self.hyper_seen, strict=True):
+            if seen is None or _hyper_values(group)[1:] != seen[1:]:
+                check_hyperparameters(group, running=True)
+
     def run(
         self, grads: Sequence[Tensor], skipped: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -238,7 +245,7 @@ class Plan:
         weights = [p.detach() for p in self.params]
         weights = [w if c else w.contiguous() for w, c in zip(weights, self.contiguous, strict=True)]
         flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().contiguous().view(-1) for g in grads]
-        f, chunks = self.functions, self._chunks(flat_p, flat_g)
+        f, blocks = self.functions, self._blocks(flat_p, flat_g)
         packed = len(self.cuts) > 0
 
         if packed:
@@ -246,15 +253,15 @@ class Plan:
             f.measure_packed(
                 self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
             )
-        for parts, tensors, slots in chunks:
-            f.measure(parts, self.carry[tensors], self.peaks[slots], self.sums[slots])
+        for slot, (i, part) in enumerate(blocks, 1):
+            f.measure(part, self.carry[i], self.peaks[slot], self.sums[slot])
         f.scale(
             self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
             self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,
             self.carry, self.table, self.rounding, self.report, self.kind.float8,
         )  # fmt: skip
-        for parts, tensors, _ in chunks:
-            f.apply(parts, self.table[tensors], self.rounding[tensors], self.lanes)
+        for i, part in blocks:
+            f.apply(part, self.table[i], self.rounding[i], self.lanes)
         if packed:
             f.apply_packed(self.packed, self.table, self.rounding, self.owner, self.start, self.lanes)
             self._unpack(flat_p)
@@ -263,15 +270,14 @@ class Plan:
                 p.detach().copy_(w)
         self.store.writer, self.store.version = self, self.store.stamp()
 
-    def _chunks(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[tuple[list[Part], slice, slice]]:
-        """The large tensors with the slices of the tables that belong to them, CHUNK a call."""
-        chunks = []
-        for slot, ((i, rows), (p, m, v)) in enumerate(zip(self.large, self.large_parts, strict=True), 1):
+    def _blocks(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[tuple[int, Part]]:
+        """The large tensors' positions and row views."""
+        blocks = []
+        for (i, rows), (p, m, v) in zip(self.large, self.large_parts, strict=True):
             n = rows * ROW
             p = flat_p[i][:n].view(rows, ROW) if p is None else p
-            g = flat_g[i][:n].view(rows, ROW)
-            chunks.append(([(p, g, m, v)], slice(i, i + CHUNK), slice(slot, slot + CHUNK)))
-        return chunks
+            blocks.append((i, (p, flat_g[i][:n].view(rows, ROW), m, v)))
+        return blocks
 
     def _pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
         self.cut_p = [flat_p[i][a : a + n] for i, a, n in self.cuts]
@@ -290,7 +296,7 @@ class Plan:
         """Bring the tables up to date with the groups, the gradient scale and whoever else wrote the state."""
         stale = self.store.writer is not self or self.store.version != self.store.stamp()
         for k, (group, a, b) in enumerate(self.groups):
-            if isinstance(group["lr"], Tensor):
+            if _on_device(group["lr"]):
                 self.hyper[a:b, LR] = group["lr"].to(torch.float64)
             values = _hyper_values(group)
             if values == self.hyper_seen[k]:
@@ -298,7 +304,7 @@ class Plan:
             if self.hyper_seen[k] is None or values[1:] != self.hyper_seen[k][1:]:
                 self._fill_group(group, a, b)
                 stale = True
-            if not isinstance(group["lr"], Tensor):
+            if not _on_device(group["lr"]):
                 self.hyper[a:b, LR] = float(group["lr"])
             self.hyper_seen[k] = values
         if grad_scale is not None or self.scaled:
@@ -319,6 +325,11 @@ class Plan:
 
 
 def _hyper_values(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What to compare to see a change; a tensor lr is copied every step instead."""
-    lr = None if isinstance(group["lr"], Tensor) else group["lr"]
+    """What to compare to see a change; an lr on a device is copied there every step instead."""
+    lr = None if _on_device(group["lr"]) else float(group["lr"])
     return (lr, *group["betas"], *(group[name] for name in HYPER[3:]), group["maximize"])
+
+
+def _on_device(lr: float | Tensor) -> bool:
+    """Whether reading the learning rate would wait for a device."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -53,9 +53,9 @@ class Factors(NamedTuple):
     step_size: Tensor  # lr · trust ratio
 
 
-def tensor_factors(table: Tensor, row: int) -> Factors:
-    """The factors of one tensor, 0-d."""
-    return Factors(*(table[row, column] for column in range(13)))
+def tensor_factors(row: Tensor) -> Factors:
+    """The factors of one tensor, 0-d, from its row of the table, [FACTORS]."""
+    return Factors(*(row[column] for column in range(13)))
 
 
 def packed_factors(table: Tensor, owner: Tensor) -> Factors:
@@ -107,19 +107,15 @@ def measure_block(
     return magnitude, v.view(torch.int32), clamped_square(weights, f.floor), clamped_square(u, f.floor)
 
 
-def measure(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], table: Tensor, peaks: Tensor, sums: Tensor) -> None:
-    """First pass over large tensors.
+def measure(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, peaks: Tensor, sums: Tensor) -> None:
+    """First pass over a large tensor.
 
-    ``parts``: for each tensor p, g, codes of m and of v, all [rows, ROW]; ``table`` [tensors, FACTORS] float32.
-    Writes ``peaks`` [tensors, 2] int32 (bits of max|m|, max v) and ``sums`` [tensors, 2] float64.
+    ``part``: p, g, codes of m and of v, all [rows, ROW]; ``row`` [FACTORS] float32 of the table. Writes ``peaks`` [2]
+    int32 (bits of max|m| and max v) and ``sums`` [2] float64.
     """
-    rows_p, rows_s = [], []
-    for i, part in enumerate(parts):
-        a, b, c, d = measure_block(*part, tensor_factors(table, i))
-        rows_p.append(torch.stack([a.amax(), b.amax()]))
-        rows_s.append(torch.stack([c.sum(), d.sum()]))
-    peaks.copy_(torch.stack(rows_p))
-    sums.copy_(torch.stack(rows_s))
+    a, b, c, d = measure_block(*part, tensor_factors(row))
+    peaks.copy_(torch.stack([a.amax(), b.amax()]))
+    sums.copy_(torch.stack([c.sum(), d.sum()]))
 
 
 def measure_packed(
@@ -258,12 +254,11 @@ def select_bits(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return blend(mask, a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
-def apply(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], table: Tensor, rounding: Tensor, lanes: Tensor) -> None:
-    """Second pass over large tensors; arguments as for :func:`measure`, ``lanes`` = 0..ROW-1 int32."""
-    for i, part in enumerate(parts):
-        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
-        index = lanes + (first + rounding[i, SALT])
-        write_block(part, tensor_factors(table, i), index, rounding[i, OFFSET], (lanes >> 31) | rounding[i, SKIP])
+def apply(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, rounding: Tensor, lanes: Tensor) -> None:
+    """Second pass over a large tensor; as for :func:`measure`, ``rounding`` [4] int32, ``lanes`` = 0..ROW-1 int32."""
+    first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
+    index = lanes + (first + rounding[SALT])
+    write_block(part, tensor_factors(row), index, rounding[OFFSET], (lanes >> 31) | rounding[SKIP])
 
 
 def apply_packed(

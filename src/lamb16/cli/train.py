@@ -70,7 +70,8 @@ def _add_optimizer_options(group: Any, default: TrainConfig) -> None:
     unset = argparse.SUPPRESS
     group.add_argument(
         "--optimizer", choices=OPTIMIZERS, default=default.optimizer,
-        help="lamb: LAMB in FP32; adam: torch.optim.Adam; published: the published proof of concept's rule",
+        help="lamb: LAMB in FP32; adam: torch.optim.Adam, its weight decay not decoupled; "
+        "published: the published proof of concept's rule",
     )  # fmt: skip
     group.add_argument("--lr", type=float, default=unset, help=f"(default: {_listed(DEFAULT_LR)})")
     group.add_argument(
