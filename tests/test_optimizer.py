@@ -818,3 +818,26 @@ def test_names_that_two_groups_share_are_told_apart() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert list(optimizer.layer_stats()) == ["weight", "bias", "1.weight", "1.bias"]
+
+
+def test_a_state_without_an_entry_is_refused_by_name() -> None:
+    optimizer = Lamb16(parameters(), **BASE, compile=False)
+    take_steps(optimizer, [0])
+    del optimizer.state[all_params(optimizer)[1]]["salt"]
+    before = [p.detach().clone() for p in all_params(optimizer)]
+    with pytest.raises(ValueError, match=r"parameter 1 has no \['salt'\]"):
+        take_steps(optimizer, [1])
+    assert all(torch.equal(p, q) for p, q in zip(all_params(optimizer), before, strict=True))
+
+
+def test_kinds_side_by_side_change_kind_and_keep_their_state(compile_mode: bool) -> None:
+    """Float32 and bfloat16 parameters in one group; one changes its dtype between steps, as model.bfloat16() does."""
+    params = [*parameters([(7,), (2100,)]), *parameters([(9,)], dtype=torch.bfloat16)]
+    optimizer = Lamb16(params, **BASE, compile=compile_mode)
+    take_steps(optimizer, [0])
+    params[0].grad, params[0].data = None, params[0].data.bfloat16()
+    take_steps(optimizer, [1, 2])
+    params[0].grad, params[0].data = None, params[0].data.float()
+    take_steps(optimizer, [3])
+    assert [int(optimizer.state[p]["step"]) for p in params] == [4, 4, 4]
+    assert [p.dtype for p in params] == [torch.float32, torch.float32, torch.bfloat16]

@@ -126,7 +126,7 @@ class Lamb16(Optimizer):
 
     def _forget(self) -> None:
         """Drop everything that is derived from parameters and state."""
-        self._stores: dict[torch.device, Store] = {}
+        self._stores: dict[Kind, Store] = {}
         self._plans: OrderedDict[Any, list[Plan]] = OrderedDict()
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
@@ -247,12 +247,18 @@ class Lamb16(Optimizer):
                 slices.append((group, i, i))
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
-        store = self._stores.setdefault(kind.device, Store(kind.device))
+        store = self._stores.setdefault(kind, Store(kind.device))
         return Plan(kind, params, [self.state[p] for p in params], store, slices, self._compile)
 
     def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
         """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
         name, float8, state = self._name(group, i), group["moment_dtype"] == "float8", self.state[p]
+        missing = {*CODES, *Store.NAMES} - set(state)
+        if missing:
+            raise ValueError(
+                f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
+                "start anew, or load a state with Lamb16.load_state_dict"
+            )
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
             codes = state[key].view(dtype) if float8 and state[key].dtype == torch.uint8 else state[key]

@@ -25,7 +25,7 @@ MAX_PIECES = 2  # packed pieces of one tensor: its tail, or all of it where it i
 
 
 class Store:
-    """The scalar state of all tensors on a device, in two tables; ``state[p]`` holds 0-d views of them.
+    """The scalar state of all tensors of a kind, in two tables; ``state[p]`` holds 0-d views of them.
 
     ``norms`` [tensors + 1, 2] float32 and ``counters`` [tensors + 1, 2] int32 (step, salt): 16 bytes a tensor. Slot 0
     is scratch for padding. A state entry that is not this store's view (after loading, unpickling, or when someone
