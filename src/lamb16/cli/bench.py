@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 from lamb16 import Lamb, Lamb16, PublishedLamb16
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import SETS
+from lamb16.cli.training import state_bytes
 
 BYTES = 26  # what the two passes move for a float32 parameter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,12 +81,6 @@ def copy_of(numel: int, device: torch.device) -> Callable[[], Tensor]:
         return target
 
     return run
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of all state tensors."""
-    tensors = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def measure(
