@@ -232,7 +232,7 @@ class Lamb16(Optimizer):
             for kind, pairs in members.items():
                 compile_graphs(kind, [p for p, _ in pairs])
         for p, group, i in missing:
-            self.state[p].update(init_state(p, self._salt(self._name(group, i)), group["moment_dtype"] == "float8"))
+            self.state[p].update(init_state(p, tensor_salt(self._seed, self._name(group, i)), group["moment_dtype"] == "float8"))
         return [self._make_plan(kind, pairs) for kind, pairs in members.items()]
 
     def _holds_dropped_states(self) -> bool:
@@ -276,11 +276,6 @@ class Lamb16(Optimizer):
             if not codes.is_contiguous() or codes.device != p.device:
                 codes = _to(codes, p.device)
             state[key] = codes
-
-    def _salt(self, name: str) -> int:
-        """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
-        digest = hashlib.blake2s(f"{self._seed}:{name}".encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little")
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -410,6 +405,12 @@ class Lamb16(Optimizer):
                 group.setdefault(name, self.defaults[name])
         self._forget()
         self._skipped = skipped
+
+
+def tensor_salt(seed: int, name: str) -> int:
+    """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
+    digest = hashlib.blake2s(f"{seed}:{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:

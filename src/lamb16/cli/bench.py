@@ -84,14 +84,22 @@ def copy_of(numel: int, device: torch.device) -> Callable[[], Tensor]:
 
 
 def measure(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, rounds: int
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    contenders: dict[str, Factory] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a contender: first step, median and range of a step, ratios, state."""
+    """One row a contender (default: :data:`CONTENDERS`): first step, median and range of a step, ratios, state.
+
+    The yardstick takes part whether it is named or not.
+    """
+    contenders = CONTENDERS if contenders is None else {YARDSTICK: CONTENDERS[YARDSTICK]} | contenders
     params = make_params(shapes, dtype, device)
     numel = sum(p.numel() for p in params)
     calls: dict[str, Callable[[], Any]] = {COPY: copy_of(numel, device)}
     rows: dict[str, dict[str, Any]] = {COPY: {"name": COPY}}
-    for name, factory in CONTENDERS.items():
+    for name, factory in contenders.items():
         optimizer = factory(params)
         print(f"  {name}: first step ...", file=sys.stderr)
         first = timed(optimizer.step, device)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamb16.cli import CommandError
+from lamb16.cli import CommandError, contenders
+from lamb16.cli.contenders import CONTENDERS
 from lamb16.cli.data import DATASETS, ImageData, load
 from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.cli.model import build_model
 
-OPTIMIZERS = ("lamb16", "lamb", "adam", "published")
+OPTIMIZERS = tuple(CONTENDERS)
 SCHEDULES = ("constant", "linear", "cosine")
 MOMENT_DTYPES = ("float8", "float32")
-DEFAULT_LR = {"lamb16": 0.01, "lamb": 0.01, "adam": 0.001, "published": 0.01}
+DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 FINAL_LR = 0.01  # of the first learning rate, at the last step of a falling schedule
 TEST_BATCH = 1000
@@ -142,21 +143,13 @@ def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the named parameters of `model`."""
-    import lamb16
-
     config = config.completed()
-    assert config.lr is not None
-    parameters = list(model.named_parameters())
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, **common)
-    if config.optimizer == "lamb":
-        return lamb16.Lamb(parameters, **common)
-    if config.optimizer == "published":
-        return lamb16.PublishedLamb16(parameters, **common)
     given = {"trust_scale": config.trust_scale, "moment_dtype": config.moment_dtype}
-    special: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return lamb16.Lamb16(parameters, **common, **special, compile=not config.eager, seed=config.seed)
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {"compile": not config.eager, "seed": config.seed}
+    return contenders.build(
+        config.optimizer, model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, **options
+    )
 
 
 def build_scheduler(
@@ -185,9 +178,13 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes of all tensors in `optimizer.state`."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of."""
+    return sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+    return tensor.numel() * tensor.element_size() if parts is None else sum(_bytes(getattr(tensor, k)) for k in parts)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,0 +1,88 @@
+"""The optimizers that are compared, by name: this project's, torch's, and the low-bit ones of other libraries."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import lamb16
+from lamb16.cli import CommandError
+
+Named = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How an optimizer is made; ``module`` must be importable, ``special`` are the options that only it takes."""
+
+    label: str
+    build: Callable[..., Optimizer]
+    default_lr: float
+    module: str = "torch"
+    special: frozenset[str] = frozenset()
+
+
+def _torchao(name: str) -> Callable[..., Optimizer]:
+    def build(named: Named, **settings: Any) -> Optimizer:
+        optimizer: Optimizer = getattr(importlib.import_module("torchao.optim"), name)(_plain(named), **settings)
+        return optimizer
+
+    return build
+
+
+def _bitsandbytes(named: Named, **settings: Any) -> Optimizer:
+    optimizer: Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(_plain(named), **settings)
+    return optimizer
+
+
+def _plain(named: Named) -> list[Tensor]:
+    return [p for _, p in named]
+
+
+CONTENDERS = {
+    "lamb16": Contender(
+        "Lamb16",
+        lamb16.Lamb16,
+        0.01,
+        special=frozenset({"trust_scale", "moment_dtype", "compile", "seed", "eps", "bias_correction"}),
+    ),
+    "lamb": Contender("LAMB (FP32)", lamb16.Lamb, 0.01),
+    "adam": Contender("Adam", torch.optim.Adam, 0.001),
+    "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
+    "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
+    "adamw8bit": Contender("AdamW8bit (torchao)", _torchao("AdamW8bit"), 0.001, "torchao"),
+    "adamw4bit": Contender("AdamW4bit (torchao)", _torchao("AdamW4bit"), 0.001, "torchao"),
+    "adamw8bit-bnb": Contender("AdamW8bit (bitsandbytes)", _bitsandbytes, 0.001, "bitsandbytes"),
+}
+
+
+def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
+    """The optimizer ``name`` over named parameters; of the ``options`` it gets those it takes."""
+    contender = CONTENDERS[name]
+    taken = {key: value for key, value in options.items() if key in contender.special | {"betas"}}
+    try:
+        return contender.build(list(named), lr=lr, weight_decay=weight_decay, **taken)
+    except ImportError as error:
+        raise CommandError(
+            f"{contender.label} needs '{contender.module}' ({error}); install it with: pip install 'lamb16[peers]'"
+        ) from error
+
+
+@functools.cache
+def why_unusable(name: str, device: str = "cpu") -> str | None:
+    """None if the optimizer can take a step on ``device``, else the reason in one line; tried on a small tensor."""
+    p = nn.Parameter(torch.ones(64, 64, device=device))
+    p.grad = torch.ones_like(p)
+    try:
+        build(name, [("p", p)], lr=1e-3, weight_decay=0.01, compile=False).step()
+        finite = bool(torch.isfinite(p).all()) and not bool((p == 1).all())
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None if finite else "its step left the weights as they were, or made them non-finite"

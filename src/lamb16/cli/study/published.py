@@ -1,0 +1,125 @@
+"""The published demonstration, with this project's, torch's and other low-bit optimizers.
+
+The two-layer CNN on MNIST, batch 1024 / lr 0.02 / 10 epochs and batch 128 / lr 0.01 / 5 epochs, weight decay 0.01, with a
+constant and with a linearly falling learning rate. Every optimizer gets the same hyperparameters, as in the demonstration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamb16.cli import bench, contenders
+from lamb16.cli.contenders import CONTENDERS
+from lamb16.cli.model import TwoLayerCNN
+from lamb16.cli.study.mnist import MnistRun, describe, execute
+from lamb16.cli.study.report import COLOURS, band, figure, grouped, median, number, spread, table
+from lamb16.cli.study.runs import Result, Results
+from lamb16.cli.study.sizes import Sizes
+
+__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+
+OPTIMIZERS = ("lamb16", "lamb", "adam", "published", "adamw8bit", "adamw4bit", "adamw8bit-bnb")
+SCHEDULES = ("constant", "linear")
+
+Pair = tuple[MnistRun, Result]
+
+
+def jobs(sizes: Sizes) -> list[MnistRun]:
+    """All runs of the optimizers that work here; seeds outermost, so that an interrupted study has whole seeds."""
+    usable = [name for name in OPTIMIZERS if contenders.why_unusable(name) is None]
+    return [
+        MnistRun(name, sizes.dataset, batch, lr, epochs, schedule, seed, quick=sizes.quick)
+        for seed in sizes.published_seeds
+        for batch, lr, epochs in sizes.published
+        for schedule in SCHEDULES
+        for name in usable
+    ]
+
+
+def prepare(results: Results, sizes: Sizes) -> None:
+    """Measure the step times, and note which optimizers do not work here; once a result file."""
+    if "step_times" in results.extra:
+        return
+    reasons = {name: contenders.why_unusable(name) for name in OPTIMIZERS}
+    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
+    rivals = {
+        CONTENDERS[name].label: _factory(name, sizes.quick) for name in OPTIMIZERS if reasons[name] is None
+    }  # fmt: skip
+    rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, rivals)
+    results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
+    results.extra["threads"] = torch.get_num_threads()
+    results.save()
+
+
+def _factory(name: str, eager: bool) -> bench.Factory:
+    def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        named = [(str(i), p) for i, p in enumerate(params)]
+        return contenders.build(name, named, lr=1e-4, weight_decay=0.01, compile=not eager)
+
+    return build
+
+
+def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
+    """Accuracies and losses, and step times with state sizes, as Markdown."""
+    rows = []
+    for (batch, lr, schedule, name), group in grouped(pairs, _setting).items():
+        results = [result for _, result in group]
+        rows.append([
+            f"{batch}, {lr:g}, {schedule}",
+            CONTENDERS[name].label,
+            spread([100 * r["best_accuracy"] for r in results], ".2f"),
+            spread([100 * r["last_accuracy"] for r in results], ".2f"),
+            spread([r["train_loss"] for r in results], ".2g"),
+            str(len(results)),
+        ])  # fmt: skip
+    header = ["batch, lr, schedule", "optimizer", "best epoch, %", "last epoch, %", "training loss, last epoch", "seeds"]
+    found = {"accuracy": table(header, rows)}
+    if "step_times" in extra:
+        bits = {CONTENDERS[run.optimizer].label: result["state_bytes_per_parameter"] for run, result in pairs}
+        timed = [
+            [
+                row["name"],
+                f"{row['median_s'] * 1e3:.2f}",
+                f"{row['to_adamw']:.1f}",
+                number(bits.get(row["name"], row["state_bytes"] / sum(p.numel() for p in TwoLayerCNN().parameters())), ".2f"),
+            ]
+            for row in extra["step_times"]
+        ]
+        found["step time"] = table(["optimizer", "step, ms", "to AdamW fused", "state bytes a parameter"], timed)
+        if extra["unusable"]:
+            missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
+            found["not run"] = table(["optimizer", "why it could not be run"], missing)
+    return found
+
+
+def _setting(pair: Pair) -> tuple[int, float, str, str]:
+    run = pair[0]
+    return run.batch_size, run.lr, run.schedule, run.optimizer
+
+
+def plots(pairs: list[Pair], folder: Path) -> list[Path]:
+    """One line an optimizer: training loss and test accuracy by epoch, a column a setting."""
+    settings = grouped(pairs, lambda pair: _setting(pair)[:3])
+    path = folder / "published.svg"
+    with figure(path, len(settings), 2) as axes:
+        for column, ((batch, lr, schedule), group) in enumerate(settings.items()):
+            upper, lower = axes[column], axes[column + len(settings)]
+            for name, own in grouped(group, lambda pair: pair[0].optimizer).items():
+                results = [result for _, result in own]
+                epochs = range(1, own[0][0].epochs + 1)
+                label, colour = CONTENDERS[name].label, COLOURS[name]
+                band(upper, epochs, [r["train_losses"] for r in results], label, colour)
+                band(lower, epochs, [[100 * a for a in r["accuracies"]] for r in results], label, colour)
+            upper.set(title=f"batch {batch}, lr {lr:g}, {schedule}", yscale="log", ylabel="training loss")
+            best = max(median(100 * r["best_accuracy"] for _, r in own) for own in _by_optimizer(group))
+            lower.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(max(0.0, best - 2.5), min(100.0, best + 0.3)))
+        axes[0].legend(fontsize=7)
+    return [path]
+
+
+def _by_optimizer(group: list[Pair]) -> list[list[Pair]]:
+    return list(grouped(group, lambda pair: pair[0].optimizer).values())

@@ -1,0 +1,103 @@
+"""Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
+
+The three tasks of `moments`, four decades of learning rates, warm-up over a tenth of the steps and a linear fall.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lamb16.cli.contenders import CONTENDERS
+from lamb16.cli.study.report import COLOURS, figure, grouped, median, number, table
+from lamb16.cli.study.runs import Result, Results
+from lamb16.cli.study.sizes import Sizes
+from lamb16.cli.study.training import Run, describe, execute
+
+__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+
+OPTIMIZERS = ("lamb16", "lamb", "adamw", "published")
+BASIN = 1.05  # the basin is where the loss is at most 5 % above the best of all optimizers
+
+Pair = tuple[Run, Result]
+
+
+def jobs(sizes: Sizes) -> list[Run]:
+    """Every optimizer at every rate on every task."""
+    return [
+        Run(task, name, lr, seed, steps, batch_size, sizes.dataset)
+        for seed in sizes.rate_seeds
+        for task, (steps, batch_size, _) in sizes.tasks.items()
+        for lr in sizes.rates
+        for name in OPTIMIZERS
+    ]
+
+
+def prepare(results: Results, sizes: Sizes) -> None:
+    """Nothing beside the runs."""
+
+
+def losses(pairs: list[Pair]) -> dict[str, dict[str, dict[float, float]]]:
+    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
+    return {
+        task: {
+            name: {
+                lr: median(result["validation_loss"] for _, result in same)
+                for lr, same in grouped(own, lambda pair: pair[0].lr).items()
+            }
+            for name, own in grouped(group, lambda pair: pair[0].optimizer).items()
+        }
+        for task, group in grouped(pairs, lambda pair: pair[0].task).items()
+    }
+
+
+def basin(curve: dict[float, float], limit: float) -> float:
+    """The decades of learning rate around the minimum in which the loss, linear in log(lr), is below ``limit``."""
+    points = [(math.log10(lr), loss if math.isfinite(loss) else 1e9) for lr, loss in sorted(curve.items())]
+    best = min(range(len(points)), key=lambda k: points[k][1])
+    if points[best][1] > limit:
+        return 0.0
+    return sum(_reach(points[best:: side] if side > 0 else points[best::-1], limit) for side in (1, -1))
+
+
+def _reach(points: list[tuple[float, float]], limit: float) -> float:
+    """How far from the first point the curve stays below the limit, to the last point at most."""
+    for (x, y), (next_x, next_y) in zip(points, points[1:], strict=False):
+        if next_y > limit:
+            return abs(x - points[0][0]) + abs(next_x - x) * (limit - y) / (next_y - y)
+    return abs(points[-1][0] - points[0][0])
+
+
+def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
+    """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
+    found = losses(pairs)
+    rates = sorted({run.lr for run, _ in pairs})
+    rows, summary = [], []
+    for task, curves in found.items():
+        best = {name: min(curve.values()) for name, curve in curves.items()}
+        limit = BASIN * min(best.values())
+        for name, curve in curves.items():
+            rows.append([task, CONTENDERS[name].label, *(number(curve[lr], ".4g") for lr in rates)])
+            at = min(curve, key=lambda lr, curve=curve: curve[lr])
+            to_adamw = f"{100 * (best[name] / best['adamw'] - 1):+.2f}"
+            width = f"{basin(curve, limit):.2f}"
+            summary.append([task, CONTENDERS[name].label, number(best[name], ".5g"), f"{at:.2g}", to_adamw, width])
+    header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %", "basin, decades"]
+    return {"basin": table(header, summary), "loss": table(["task", "optimizer", *(f"{lr:.2g}" for lr in rates)], rows)}
+
+
+def plots(pairs: list[Pair], folder: Path) -> list[Path]:
+    """Loss against learning rate, a panel a task."""
+    found = losses(pairs)
+    path = folder / "rates.svg"
+    with figure(path, len(found)) as axes:
+        for panel, (task, curves) in zip(axes, found.items(), strict=True):
+            for name, curve in curves.items():
+                points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
+                panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=CONTENDERS[name].label, color=COLOURS[name])
+            least = min(min(curve.values()) for curve in curves.values())
+            panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
+        axes[0].set_ylabel("validation loss")
+        axes[0].legend(fontsize=7)
+    return [path]

@@ -1,0 +1,131 @@
+"""The runner of the study: results are kept one by one, used again only if nothing changed, and progress is shown."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lamb16.cli import CommandError
+from lamb16.cli.study import runs
+from lamb16.cli.study.runs import Result, Results, run_all
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that takes no time."""
+
+    optimizer: str
+    seed: int
+    folder: str  # where each execution leaves a file
+
+
+def execute(job: Job) -> Result:
+    if job.seed < 0:
+        raise ValueError("this one fails")
+    Path(job.folder, f"{job.seed}-{time.monotonic_ns()}").touch()
+    return {"train_loss": job.seed / 3, "validation_loss": float("inf"), "process": os.getpid()}
+
+
+def describe(job: Job) -> str:
+    return f"seed {job.seed}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "executed"
+    made.mkdir()
+    return made
+
+
+def test_results_come_in_order_from_other_processes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Job("adam", seed, str(folder)) for seed in (3, 1, 2, 1)]
+    found = run_all(jobs, execute, Results(tmp_path / "r.json", "toy"), 2, describe)
+    assert [round(3 * result["train_loss"]) for result in found] == [3, 1, 2, 1]
+    assert len(list(folder.iterdir())) == 3, "equal jobs run once"
+    assert all(result["process"] != os.getpid() for result in found)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "toy: 3 runs, 2 at a time"
+    assert [line.split(",")[0] for line in lines[1:]] == ["[1/3", "[2/3", "[3/3"]
+    assert "seed 3: train loss 1" in "".join(lines)
+
+
+def test_only_what_is_missing_is_run(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    run_all([Job("adam", 1, str(folder))], execute, Results(path, "toy"), 1, describe)
+    found = run_all([Job("adam", k, str(folder)) for k in (1, 2)], execute, Results(path, "toy"), 1, describe)
+    assert len(list(folder.iterdir())) == 2
+    assert len(found) == len(json.loads(path.read_text())["runs"]) == 2
+    assert found[0]["validation_loss"] is None, "what JSON has no number for"
+
+
+def test_a_changed_optimizer_is_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, jobs = tmp_path / "r.json", [Job("lamb16", 1, str(folder)), Job("adam", 1, str(folder))]
+    run_all(jobs, execute, Results(path, "toy"), 1, describe)
+    monkeypatch.setattr(runs, "digest", lambda module: "another")
+    run_all(jobs, execute, Results(path, "toy"), 1, describe)
+    assert len(list(folder.iterdir())) == 3, "adam's code is torch's, which did not change"
+    assert len(json.loads(path.read_text())["runs"]) == 2, "the stale result is replaced"
+
+
+def test_a_digest_ignores_comments_and_sees_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    texts = {
+        "plain": 'def f(x):\n    """One."""\n    return x + 1\n',
+        "remarks": '"""Two."""\n\ndef f(x):\n    """Three."""\n    return (x + 1)  # four\n',
+        "changed": 'def f(x):\n    """One."""\n    return x + 2\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / f"digest_{name}.py").write_text(text)
+    found = {name: runs.digest(f"digest_{name}") for name in texts}
+    assert found["plain"] == found["remarks"] != found["changed"]
+
+
+def test_a_failing_run_ends_the_study_and_keeps_the_others(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with pytest.raises(ValueError, match="this one fails"):
+        run_all([Job("adam", k, str(folder)) for k in (1, -1)], execute, Results(path, "toy"), 1, describe)
+    assert Results(path, "toy").get(Job("adam", 1, str(folder))) is not None
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"study": "other", "extra": {}, "runs": []}'])
+def test_a_foreign_file_is_refused_and_left_alone(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(CommandError, match=r"r\.json.*move it away"):
+        Results(path, "toy")
+    assert path.read_text() == content
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The real command, interrupted as by Ctrl-C after its first result, ends at once and resumes."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from lamb16.cli import main
+        if __name__ == "__main__":
+            sys.exit(main(["compare", "batches", "--quick", "--workers", "1", "--out", sys.argv[1]]))
+        """
+    )
+    command = tmp_path / "command.py"
+    command.write_text(script)
+    arguments = [sys.executable, str(command), str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("[1/6"):
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    kept = len(json.loads((tmp_path / "out" / "batches.json").read_text())["runs"])
+    assert 1 <= kept < 6
+    again = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert f"batches: {6 - kept} runs" in again.stderr
+    assert "batches: batch size" in again.stdout

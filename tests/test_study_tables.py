@@ -1,0 +1,97 @@
+"""What is computed from the runs' results: basins, medians, tables and plots."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamb16.cli.study import ablations, moments, rates, report
+from lamb16.cli.study.sizes import FULL, QUICK
+from lamb16.cli.study.training import Run
+
+CURVE = {0.001: 2.0, 0.01: 1.0, 0.1: 1.5, 1.0: math.inf}
+
+
+@pytest.mark.parametrize(
+    ("limit", "decades"),
+    [
+        (0.9, 0.0),  # never reached
+        (1.25, 0.25 + 0.5),  # both sides by interpolation
+        (1.5, 0.5 + 1.0),
+        (2.5, 1.0 + 1.0),  # to the first rate, and to the diverged one
+    ],
+)
+def test_basin_is_measured_in_decades_around_the_minimum(limit: float, decades: float) -> None:
+    assert rates.basin(CURVE, limit) == pytest.approx(decades, abs=1e-6)
+
+
+def test_a_second_valley_does_not_count() -> None:
+    assert rates.basin({0.001: 1.1, 0.01: 3.0, 0.1: 1.0, 1.0: 3.0}, 2.0) == pytest.approx(0.5 + 0.5)
+
+
+def test_medians_take_diverged_runs_as_infinite() -> None:
+    assert report.median([1.0, None, 3.0]) == 3.0
+    assert report.spread([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
+
+
+def _rate_pairs() -> list[rates.Pair]:
+    values = {"lamb16": 0.9, "adamw": 1.0, "lamb": 1.2, "published": 2.0}
+    return [
+        (Run("cnn", name, lr, 1, 5, 5), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
+        for name, loss in values.items()
+        for lr in (0.001, 0.01, 0.1)
+    ]
+
+
+def test_rates_compare_the_best_of_each_optimizer() -> None:
+    tables = rates.tables(_rate_pairs(), {})
+    assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.10 |" in tables["basin"]
+    assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.00 |" in tables["basin"]
+    assert "| cnn | LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["loss"]
+
+
+def test_plots_are_the_same_for_the_same_results(tmp_path: Path) -> None:
+    texts = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (path,) = rates.plots(_rate_pairs(), folder)
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    assert "PublishedLamb16" in texts[0]
+
+
+def _moment_pairs(loss: float) -> list[moments.Pair]:
+    layer: dict[str, Any] = dict.fromkeys(
+        ("cosine", "m_error", "v_log_error", "m_saturated", "m_zero", "v_zero", "v_smallest", "least_cosine"), 0.5
+    )
+    pairs = []
+    for seed in (1, 2):
+        for kind in moments.MOMENTS:
+            result = {"validation_loss": loss if kind == "float8" else 1.0 + seed / 100, "curve": [1.0]}
+            if kind == "float8":
+                result["probes"] = {"layers": {"w": layer}, "cosines": [0.5]}
+            run = Run("cnn", "lamb16", 0.01, seed, 5, 5, moment_dtype=kind, probed=kind == "float8")
+            pairs.append((run, result))
+    return pairs
+
+
+def test_moments_compare_seed_by_seed() -> None:
+    text = moments.tables(_moment_pairs(1.0201), {})["loss"]
+    assert "| cnn | 0.999 | 1 | 1.0201 | 1.015 | +1.00, +0.01 | 0.70 |" in text
+
+
+def test_every_ablation_has_a_name_and_one_run_a_task() -> None:
+    jobs = ablations.jobs(QUICK)
+    names = [(job.task, ablations.name_of(job)) for job in jobs]
+    assert sorted(names) == sorted((task, name) for task in QUICK.tasks for name in ablations.ABLATIONS)
+
+
+@pytest.mark.parametrize("sizes", [FULL, QUICK])
+def test_runs_of_moments_come_in_pairs(sizes: Any) -> None:
+    jobs = moments.jobs(sizes)
+    assert len(set(jobs)) == len(jobs)
+    settings = [vars(job) | {"probed": None} for job in jobs]
+    for a, b in zip(settings[::2], settings[1::2], strict=True):
+        assert {key for key in a if a[key] != b[key]} == {"moment_dtype"}

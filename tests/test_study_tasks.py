@@ -1,0 +1,153 @@
+"""The study's tasks, single trainings of them, and what the probes see."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lamb16 import Lamb16
+from lamb16.cli import contenders
+from lamb16.cli.study import tasks
+from lamb16.cli.study.probes import Shadow
+from lamb16.cli.study.training import Run, build, describe, execute
+
+SMALL: dict[str, Any] = {"steps": 12, "batch_size": 16, "dataset": "digits"}
+
+
+def test_tokens_are_numbered_by_frequency() -> None:
+    stream = tasks.tokens()
+    assert len(stream) > 900_000
+    counts = torch.bincount(stream, minlength=tasks.VOCABULARY)
+    assert len(counts) == tasks.VOCABULARY
+    assert (counts[1:-1] >= counts[2:]).all()
+    assert 0 < counts[-1] < 100, "rows of the embedding that are rarely used"
+
+
+def test_the_language_model_predicts_the_next_token_of_text_it_was_not_trained_on() -> None:
+    task = tasks.load_task("lm", "digits", None)
+    for inputs, targets in (task.train, task.validation):
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    seen = {tuple(row) for row in task.train[0].tolist()}
+    assert not seen & {tuple(row) for row in task.validation[0].tolist()}
+
+
+def test_the_language_model_does_not_look_ahead() -> None:
+    model = tasks.load_task("lm", "digits", None).model(0)
+    first = torch.randint(0, tasks.VOCABULARY, (2, tasks.CONTEXT), generator=torch.Generator().manual_seed(0))
+    second = first.clone()
+    second[:, 40:] = 5
+    with torch.no_grad():
+        a, b = model(first), model(second)
+    assert torch.equal(a[:, :40], b[:, :40])
+    assert not torch.equal(a[:, 40:], b[:, 40:])
+
+
+def test_every_example_comes_once_before_any_comes_twice() -> None:
+    task = tasks.load_task("cnn", "digits", None)
+    count = len(task.train[0])
+    seen = [x for x, _ in task.batches(50, math.ceil(2 * count / 50), seed=1)]
+    first = torch.cat(seen)[:count].flatten(1).sum(1).sort().values
+    assert torch.allclose(first, task.train[0].flatten(1).sum(1).sort().values)
+
+
+@pytest.mark.parametrize("task", ["lm", "cnn", "autoencoder", "published-cnn"])
+def test_a_training_depends_on_its_settings_only(task: str) -> None:
+    run = Run(task, "lamb16", 0.01, 3, **SMALL | {"steps": 3, "batch_size": 2})
+    first, second = execute(run, None), execute(run, None)
+    assert first["curve"] == second["curve"]
+    assert first["validation_loss"] == second["validation_loss"]
+    other = execute(Run(task, "lamb16", 0.01, 4, **SMALL | {"steps": 3, "batch_size": 2}), None)
+    assert other["curve"] != first["curve"]
+
+
+@pytest.mark.parametrize("name", ["lamb16", "lamb", "adamw", "published", "variant"])
+def test_the_loss_falls(name: str) -> None:
+    result = execute(Run("autoencoder", name, 0.01, 1, **SMALL | {"steps": 30}), None)
+    assert result["train_loss"] < 0.8 * result["curve"][0]
+    assert len(result["curve"]) <= 40
+    assert 0 < result["validation_loss"] < 1
+
+
+def test_a_diverged_training_ends_early_with_an_infinite_loss() -> None:
+    result = execute(Run("autoencoder", "adamw", 1e4, 1, **SMALL | {"steps": 30}), None)
+    assert math.isinf(result["validation_loss"])
+    assert len(result["curve"]) < 30
+
+
+def test_settings_reach_the_optimizer() -> None:
+    model = nn.Linear(3, 2)
+    run = Run(
+        "cnn", "lamb16", 0.02, 5, **SMALL, beta2=0.99, weight_decay=0.3, moment_dtype="float32", trust_scale=0.7,
+        bias_correction=False,
+    )  # fmt: skip
+    for optimizer in (build(run, model), build(Run(**vars(run) | {"optimizer": "variant"}), model)):
+        group = optimizer.param_groups[0]
+        wanted = {
+            "lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.3, "moment_dtype": "float32", "trust_scale": 0.7,
+            "bias_correction": False,
+        }  # fmt: skip
+        assert {key: group[key] for key in wanted} == wanted
+    assert "beta2 0.99" in describe(run)
+
+
+def _probed(moment_dtype: str) -> tuple[dict[str, Any], Lamb16]:
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(64, 32, generator=generator))
+    optimizer = Lamb16([("p", p)], lr=0.01, compile=False, moment_dtype=moment_dtype, bias_correction=False)
+    shadow = Shadow(optimizer)
+    for _ in range(10):
+        p.grad = torch.randn(p.shape, generator=generator)
+        shadow.before_step(probe=True)
+        optimizer.step()
+    return shadow.summary(), optimizer
+
+
+def test_probes_see_no_difference_with_fp32_moments() -> None:
+    summary, _ = _probed("float32")
+    layer = summary["layers"]["p"]
+    assert layer["cosine"] == pytest.approx(1, abs=1e-6)
+    assert max(layer[key] for key in ("m_error", "v_log_error", "m_zero", "v_zero", "m_saturated")) < 1e-6
+    assert len(summary["cosines"]) == 9, "before the first step there is nothing to compare"
+
+
+def test_probes_see_the_rounding_of_8_bits() -> None:
+    layer = _probed("float8")[0]["layers"]["p"]
+    assert 0.99 < layer["least_cosine"] <= layer["cosine"] < 1
+    assert 0.01 < layer["m_error"] < 0.1
+    assert 0.01 < layer["v_log_error"] < 0.2
+    assert layer["v_zero"] == 0
+
+
+def test_probes_see_saturated_and_vanished_moments() -> None:
+    """States made by hand: half of m at the largest code, a quarter of v gone."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Lamb16([("p", p)], lr=0.01, compile=False)
+    p.grad = torch.ones(4)
+    shadow = Shadow(optimizer)
+    shadow.before_step(probe=False)
+    optimizer.step()
+    state = optimizer.state[p]
+    state["exp_avg"].view(torch.uint8).copy_(torch.tensor([126, 126 | 128, 0, 8], dtype=torch.uint8))
+    state["exp_avg_sq"].view(torch.uint8).copy_(torch.tensor([0, 1, 60, 60], dtype=torch.uint8))
+    shadow.before_step(probe=True)
+    layer = shadow.summary()["layers"]["p"]
+    assert (layer["m_saturated"], layer["m_zero"]) == (0.5, 0.25)
+    assert (layer["v_zero"], layer["v_smallest"]) == (0.25, 0.25)
+
+
+def test_contenders_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("No module named 'torchao'")
+
+    entry = contenders.Contender("Other", missing, 0.1, "torchao")
+    monkeypatch.setitem(contenders.CONTENDERS, "adamw8bit", entry)
+    contenders.why_unusable.cache_clear()
+    try:
+        reason = contenders.why_unusable("adamw8bit")
+    finally:
+        contenders.why_unusable.cache_clear()
+    assert reason is not None
+    assert "lamb16[peers]" in reason
+    assert contenders.why_unusable("lamb16") is None

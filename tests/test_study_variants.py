@@ -1,0 +1,78 @@
+"""The rule with parts exchanged: the default is Lamb16 bit for bit, and every part makes a difference."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import CODES, raw
+from lamb16 import Lamb16
+from lamb16.cli.study.ablations import ABLATIONS
+from lamb16.cli.study.variants import Parts, Variant
+
+SHAPES = {"matrix": (33, 17), "kernel": (5, 3, 3, 3), "vector": (40,), "scalar": ()}
+
+
+def _run(optimizer_class: type[Any], steps: int = 12, **options: Any) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Weights and states after steps with growing, sparse gradients of very different sizes; the first are zero."""
+    generator = torch.Generator().manual_seed(3)
+    params = {name: nn.Parameter(torch.randn(shape, generator=generator) * 0.05) for name, shape in SHAPES.items()}
+    normal = [torch.randn(2, *p.shape, generator=generator) for p in params.values()]
+    scales = [10.0 ** (2.5 * exponent) * sign.sign() for exponent, sign in normal]
+    optimizer = optimizer_class(list(params.items()), lr=0.02, weight_decay=0.1, **options)
+    for step in range(steps):
+        for p, scale in zip(params.values(), scales, strict=True):
+            kept = torch.rand(p.shape, generator=generator) < 0.9
+            p.grad = scale * kept * 1.11**step * (step > 0)
+        optimizer.step()
+    return [p.detach() for p in params.values()], [optimizer.state[p] for p in params.values()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias_correction": True},
+        {"bias_correction": False},
+        {"betas": (0.8, 0.99), "eps": 1e-4, "maximize": True},
+        {"trust_scale": 0.5, "trust_lr": 0.01, "trust_clip": 0.2, "seed": 7},
+        {"moment_dtype": "float32"},
+    ],
+)
+def test_the_default_parts_are_lamb16(options: dict[str, Any]) -> None:
+    weights, states = _run(Variant, parts=Parts(), **options)
+    theirs, their_states = _run(Lamb16, compile=False, **options)
+    for a, b, mine, other in zip(weights, theirs, states, their_states, strict=True):
+        assert torch.equal(raw(a), raw(b))
+        for key in (*CODES, "exp_avg_norm", "exp_avg_sq_norm", "step", "salt"):
+            assert torch.equal(raw(mine[key]), raw(other[key])), key
+
+
+@pytest.mark.parametrize("name", [name for name, options in ABLATIONS.items() if options.get("parts")])
+def test_every_exchanged_part_makes_a_difference(name: str) -> None:
+    weights, _ = _run(Variant, steps=40, parts=Parts(**dict(ABLATIONS[name]["parts"])))
+    rule, _ = _run(Variant, steps=40)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, rule, strict=True))
+
+
+def test_a_scale_a_row_has_the_shape_of_rows() -> None:
+    _, states = _run(Variant, parts=Parts(scope="row"))
+    assert [tuple(state["exp_avg_norm"].shape) for state in states] == [(33, 1), (5, 1, 1, 1), (), ()]
+
+
+def test_v_may_become_zero_only_where_asked() -> None:
+    zeros = []
+    for never_zero in (True, False):
+        _, states = _run(Variant, parts=Parts(never_zero=never_zero, rounding="nearest"))
+        zeros.append(sum(int((state["exp_avg_sq"].view(torch.uint8) == 0).sum()) for state in states))
+    assert zeros[1] > zeros[0]
+
+
+def test_a_non_finite_gradient_changes_nothing() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Variant([("p", p)], lr=0.1)
+    p.grad = torch.tensor([1.0, float("inf"), 0.0])
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3))
+    assert optimizer.state[p]["step"] == 0
