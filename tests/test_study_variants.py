@@ -35,7 +35,7 @@ def _run(optimizer_class: type[Any], steps: int = 12, **options: Any) -> tuple[l
         {},
         {"bias_correction": True},
         {"bias_correction": False},
-        {"betas": (0.8, 0.99), "eps": 1e-4, "maximize": True},
+        {"betas": (0.8, 0.99), "eps": 0.05, "maximize": True},
         {"trust_scale": 0.5, "trust_lr": 0.01, "trust_clip": 0.2, "seed": 7},
         {"moment_dtype": "float32"},
     ],

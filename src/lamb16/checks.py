@@ -54,7 +54,7 @@ def _flag(value: object) -> bool:
 RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "lr": (_lr, "a finite number >= 0 or a one-element floating-point tensor"),
     "betas": (_betas, "two numbers in [0, 1)"),
-    "eps": (_eps, "a number in [2^-100, 1] (it is also the lower clamp of squared weights)"),
+    "eps": (_eps, "a number in [2^-100, 1] (it is also the lower clamp of squared updates in their norm)"),
     "weight_decay": (_non_negative, "a finite number >= 0"),
     "trust_scale": (_non_negative, "a finite number >= 0"),
     "trust_lr": (_positive, "a finite number > 0"),

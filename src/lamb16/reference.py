@@ -18,6 +18,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: the step of the rounding words from one optimizer step to the next
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 MIN_SCALE_M, MIN_SCALE_V = 2.0**-117, 2.0**-110  # smallest scales: every decoded moment is a normal float32
+WEIGHT_FLOOR = 0.01  # a weight counts in its tensor's norm with a square of at least this: biases start at 0
 OVERFLOW_V = 2.0**127  # a second moment from here on cannot be rounded up safely: the step is skipped
 
 
@@ -32,7 +33,7 @@ class Hyper:
     trust_scale: float = 0.382
     trust_lr: float = 1e-3
     trust_clip: float = 2.0
-    bias_correction: bool = False
+    bias_correction: bool = True
     maximize: bool = False
     moment_dtype: str = "float8"
 
@@ -96,7 +97,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State
     u = m / denominator + f32(h.weight_decay) * weights
 
     # The trust ratio, in float64.
-    weight_norm = math.sqrt(clamped_sum(weights, h.eps))
+    weight_norm = math.sqrt(clamped_sum(weights, WEIGHT_FLOOR))
     update_norm = math.sqrt(clamped_sum(u, h.eps))
     ratio = trust_ratio(weight_norm, update_norm, h)
     new_p = (weights - f32(h.lr * ratio) * u).to(p.dtype)
@@ -136,9 +137,9 @@ def inverse_bound(beta1: float, beta2: float) -> float:
     return math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2)) / (1 - beta1)
 
 
-def clamped_sum(x: Tensor, eps: float) -> float:
-    """Σ clamp(x², eps, 1): squares in float32, the sum in float64 so that its order does not matter."""
-    return float((x * x).clamp(f32(eps), 1.0).double().sum())
+def clamped_sum(x: Tensor, floor: float) -> float:
+    """Σ clamp(x², floor, 1): squares in float32, the sum in float64 so that its order does not matter."""
+    return float((x * x).clamp(f32(floor), 1.0).double().sum())
 
 
 def trust_ratio(weight_norm: float, update_norm: float, h: Hyper) -> float:

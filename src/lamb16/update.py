@@ -24,6 +24,8 @@ from .fp8 import E4M3, E5M2
 ROW = 1024
 GOLDEN = 0x9E3779B9 - (1 << 32)
 INF_BITS = 0x7F800000
+ONE_BITS = 0x3F800000
+WEIGHT_FLOOR_BITS = 0x3C23D70A  # 0.01, the least square of a weight in the norm
 OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be rounded up to infinity
 
 # Columns of the per-tensor tables. HYPER is float64 and filled by the host, the others belong to the functions here.
@@ -46,7 +48,7 @@ class Factors(NamedTuple):
     eps: Tensor  # eps · (1 − β1^t) with bias correction, else eps
     bound: Tensor  # rho / C: |m| · bound <= rho · sqrt(v) in exact arithmetic
     weight_decay: Tensor
-    floor: Tensor  # eps, the lower clamp of squares in both norms
+    floor: Tensor  # eps, the lower clamp of the update's squares in its norm
     grad_factor: Tensor  # 1 / grad_scale, negative for maximize
     encode_m: Tensor  # 1 / new scale of m
     encode_v: Tensor
@@ -74,10 +76,16 @@ def non_negative_max(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
-def clamped_square(x: Tensor, floor: Tensor) -> Tensor:
-    """clamp(x², floor, 1) in float32 through the bits, handed out in float64 for the sum."""
-    bits = torch.maximum((x * x).view(torch.int32), floor.view(torch.int32))
-    return torch.clamp(bits, max=0x3F800000).view(torch.float32).double()
+def clamped_weight(p: Tensor) -> Tensor:
+    """clamp(p², 0.01, 1) in float32 through the bits, handed out in float64 for the sum."""
+    bits = torch.clamp((p * p).view(torch.int32), min=WEIGHT_FLOOR_BITS, max=ONE_BITS)
+    return bits.view(torch.float32).double()
+
+
+def clamped_update(u: Tensor, floor: Tensor) -> Tensor:
+    """clamp(u², floor, 1), likewise."""
+    bits = torch.maximum((u * u).view(torch.int32), floor.view(torch.int32))
+    return torch.clamp(bits, max=ONE_BITS).view(torch.float32).double()
 
 
 def moments(g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
@@ -104,7 +112,7 @@ def measure_block(
     m, v = moments(g, codes_m, codes_v, f)
     u = direction(weights, m, v, f)
     magnitude = m.view(torch.int32) & 0x7FFFFFFF
-    return magnitude, v.view(torch.int32), clamped_square(weights, f.floor), clamped_square(u, f.floor)
+    return magnitude, v.view(torch.int32), clamped_weight(weights), clamped_update(u, f.floor)
 
 
 def measure(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, peaks: Tensor, sums: Tensor) -> None:

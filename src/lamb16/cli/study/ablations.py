@@ -31,10 +31,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "trust_scale 0": {"trust_scale": 0.0},
     "trust_scale 0.25": {"trust_scale": 0.25},
     "trust_scale 0.5": {"trust_scale": 0.5},
-    "bias correction": {"bias_correction": True},
+    "no bias correction": {"bias_correction": False},
+    "weights count as they are": {"parts": (("vector_floor", 1e-3), ("matrix_floor", 1e-3))},
+    "the same, no bias correction": {
+        "bias_correction": False,
+        "parts": (("vector_floor", 1e-3), ("matrix_floor", 1e-3)),
+    },
+    "only vectors count with 0.1 at least": {"parts": (("matrix_floor", 1e-3),)},
     "vectors outside the trust ratio": {"parts": (("vectors", "outside"),)},
-    "vectors with norm 0.1 at least": {"parts": (("vector_floor", 0.1),)},
-    "all with norm 0.1 at least": {"parts": (("vector_floor", 0.1), ("matrix_floor", 0.1))},
 }
 
 Pair = tuple[Run, Result]
@@ -43,9 +47,9 @@ Pair = tuple[Run, Result]
 def jobs(sizes: Sizes) -> list[Run]:
     """Every ablation on every task, the learning rate of the rule."""
     return [
-        Run(task, "variant", lr, seed, steps, batch_size, sizes.dataset, probed=True, **options)
+        Run(task, "variant", size.lr, seed, size.steps, size.batch_size, sizes.dataset, probed=True, **options)
         for seed in sizes.ablation_seeds
-        for task, (steps, batch_size, lr) in sizes.tasks.items()
+        for task, size in sizes.tasks.items()
         for options in ABLATIONS.values()
     ]
 

@@ -21,7 +21,8 @@ from lamb16.cli.study.sizes import Sizes
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-OPTIMIZERS = ("lamb16", "lamb", "adam", "published", "adamw8bit", "adamw4bit", "adamw8bit-bnb")
+PEERS = ("adamw8bit", "adamw4bit", "adamw8bit-bnb")
+OPTIMIZERS = ("lamb16", "lamb", "adam", "published", *PEERS)
 SCHEDULES = ("constant", "linear")
 
 Pair = tuple[MnistRun, Result]
@@ -36,6 +37,7 @@ def jobs(sizes: Sizes) -> list[MnistRun]:
         for batch, lr, epochs in sizes.published
         for schedule in SCHEDULES
         for name in usable
+        if name not in PEERS or seed in sizes.peer_seeds
     ]
 
 

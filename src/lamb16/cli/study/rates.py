@@ -1,6 +1,6 @@
 """Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
 
-The three tasks of `moments`, four decades of learning rates, warm-up over a tenth of the steps and a linear fall.
+The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps and a linear fall.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Pair = tuple[Run, Result]
 def jobs(sizes: Sizes) -> list[Run]:
     """Every optimizer at every rate on every task."""
     return [
-        Run(task, name, lr, seed, steps, batch_size, sizes.dataset)
+        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset)
         for seed in sizes.rate_seeds
-        for task, (steps, batch_size, _) in sizes.tasks.items()
-        for lr in sizes.rates
+        for task, size in sizes.tasks.items()
+        for lr in size.rates
         for name in OPTIMIZERS
     ]
 
@@ -72,19 +72,22 @@ def _reach(points: list[tuple[float, float]], limit: float) -> float:
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
     found = losses(pairs)
-    rates = sorted({run.lr for run, _ in pairs})
-    rows, summary = [], []
+    summary, by_rate = [], {}
     for task, curves in found.items():
         best = {name: min(curve.values()) for name, curve in curves.items()}
         limit = BASIN * min(best.values())
+        rates = sorted(next(iter(curves.values())))
+        by_rate[f"{task}: loss"] = table(
+            ["optimizer", *(f"{lr:.2g}" for lr in rates)],
+            [[CONTENDERS[name].label, *(number(curve[lr]) for lr in rates)] for name, curve in curves.items()],
+        )
         for name, curve in curves.items():
-            rows.append([task, CONTENDERS[name].label, *(number(curve[lr], ".4g") for lr in rates)])
             at = min(curve, key=lambda lr, curve=curve: curve[lr])
             to_adamw = f"{100 * (best[name] / best['adamw'] - 1):+.2f}"
             width = f"{basin(curve, limit):.2f}"
             summary.append([task, CONTENDERS[name].label, number(best[name], ".5g"), f"{at:.2g}", to_adamw, width])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %", "basin, decades"]
-    return {"basin": table(header, summary), "loss": table(["task", "optimizer", *(f"{lr:.2g}" for lr in rates)], rows)}
+    return {"basin": table(header, summary)} | by_rate
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:

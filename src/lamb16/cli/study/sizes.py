@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-TaskSize = tuple[int, int, float]  # steps, batch size, learning rate of Lamb16
+
+class TaskSize(NamedTuple):
+    """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    rates: tuple[float, ...]
+
+
+def half_decades(first: float, last: float) -> tuple[float, ...]:
+    """10^first, 10^(first + 1/2), ..., 10^last."""
+    return tuple(10 ** (first + k / 2) for k in range(round(2 * (last - first)) + 1))
 
 
 @dataclass(frozen=True)
@@ -13,7 +26,6 @@ class Sizes:
 
     tasks: dict[str, TaskSize]
     seeds: tuple[int, ...]
-    rates: tuple[float, ...]
     rate_seeds: tuple[int, ...]
     ablation_seeds: tuple[int, ...]
     batch_sizes: tuple[int, ...]
@@ -21,28 +33,36 @@ class Sizes:
     dataset: str
     published: tuple[tuple[int, float, int], ...]  # batch size, learning rate, epochs
     published_seeds: tuple[int, ...]
+    peer_seeds: tuple[int, ...]  # of the other libraries' optimizers
     timed_rounds: int
     quick: bool
 
 
 FULL = Sizes(
-    tasks={"lm": (500, 12, 0.003), "cnn": (400, 256, 0.01), "autoencoder": (400, 256, 0.01)},
+    tasks={
+        "lm": TaskSize(500, 12, 0.01, half_decades(-4, -1)),
+        "cnn": TaskSize(400, 256, 0.1, half_decades(-2.5, 0.5)),
+        "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3.5, -0.5)),
+    },
     seeds=(1, 2, 3),
-    rates=tuple(10 ** (k / 2) for k in range(-8, 1)),
     rate_seeds=(1,),
-    ablation_seeds=(1, 2),
+    ablation_seeds=(1,),
     batch_sizes=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
-    batch_epochs=3,
+    batch_epochs=2,
     dataset="mnist",
     published=((1024, 0.02, 10), (128, 0.01, 5)),
     published_seeds=(1, 2, 3, 4, 5),
+    peer_seeds=(1,),
     timed_rounds=30,
     quick=False,
 )
 QUICK = Sizes(
-    tasks={"cnn": (12, 32, 0.01), "autoencoder": (12, 32, 0.01)},
+    tasks={
+        "lm": TaskSize(2, 2, 0.01, (0.001, 0.01)),
+        "cnn": TaskSize(12, 32, 0.1, (0.01, 0.1)),
+        "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03)),
+    },
     seeds=(1,),
-    rates=(0.001, 0.01, 0.1),
     rate_seeds=(1,),
     ablation_seeds=(1,),
     batch_sizes=(64, 256),
@@ -50,6 +70,7 @@ QUICK = Sizes(
     dataset="digits",
     published=((128, 0.01, 2),),
     published_seeds=(1, 2),
+    peer_seeds=(1,),
     timed_rounds=3,
     quick=True,
 )

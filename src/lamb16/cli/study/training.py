@@ -44,7 +44,7 @@ class Run:
     weight_decay: float = 0.01
     moment_dtype: str = "float8"
     trust_scale: float | None = None
-    bias_correction: bool = False
+    bias_correction: bool = True
     gradient_scale: float = 1.0
     probed: bool = False
     parts: tuple[tuple[str, Any], ...] = field(default=())

@@ -36,8 +36,8 @@ class Parts:
     never_zero: bool = True  # v is at least the smallest code where v > 0
     bound: bool = True  # |m| <= C·sqrt(v)
     vectors: str = "inside"  # "outside": tensors of one dimension have trust ratio (trust_lr / lr)^trust_scale
-    vector_floor: float = 0.0  # the root mean square that weights of one dimension count with at least
-    matrix_floor: float = 0.0  # the same for all other tensors
+    vector_floor: float = 0.1  # the magnitude that every weight of a tensor of one dimension counts with at least
+    matrix_floor: float = 0.1  # the same for all other tensors
 
 
 class Variant(Optimizer):
@@ -105,7 +105,7 @@ class Variant(Optimizer):
         if p.ndim <= 1 and self._parts.vectors == "outside":
             return min(float((h.trust_lr / h.lr) ** h.trust_scale), h.trust_clip)
         floor = self._parts.vector_floor if p.ndim <= 1 else self._parts.matrix_floor
-        weight_norm = reference.clamped_sum(p, max(h.eps, floor * floor)) ** 0.5
+        weight_norm = reference.clamped_sum(p, floor * floor) ** 0.5
         return reference.trust_ratio(weight_norm, reference.clamped_sum(u, h.eps) ** 0.5, h)
 
 
