@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lamb16.cli import fidelity, main
+from lamb16.cli import main
+from lamb16.cli.study import fidelity
 
 # Quick form, seeds 0 to 4: lamb16 0.9915 to 0.9970 over all gradients, the published rule 0.63 to 0.70 on iid ones.
 LEAST_COSINE = 0.985

@@ -58,6 +58,11 @@ class Results:
         """The result of a run with these settings and the present code, if there is one."""
         return self._known.get(_identity(asdict(job), code(job)))
 
+    def recorded(self, job: Job) -> Result | None:
+        """The result of a run with these settings, whatever the code was that gave it."""
+        settings = json.loads(json.dumps(asdict(job)))
+        return next((run["result"] for run in self.runs if run["settings"] == settings), None)
+
     def add(self, job: Job, result: Result) -> None:
         """Keep a result, in the file too."""
         settings = asdict(job)

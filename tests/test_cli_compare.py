@@ -1,0 +1,90 @@
+"""`lamb16 compare` in its quick form: every study runs, writes its result and plots, and is not run twice."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lamb16.cli import compare, main
+from lamb16.cli.contenders import CONTENDERS, why_unusable
+from lamb16.cli.study import ablations, published
+from lamb16.cli.study.sizes import QUICK
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "results"
+    assert main(["compare", "all", "--quick", "--out", str(folder)]) == 0
+    return folder
+
+
+def printed(capsys: pytest.CaptureFixture[str], out: Path, study: str) -> tuple[str, str]:
+    """What the study prints when nothing is left to run."""
+    capsys.readouterr()
+    assert main(["compare", study, "--quick", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+@pytest.mark.parametrize("study", compare.TRAININGS)
+def test_every_study_leaves_a_result_and_a_plot(study: str, out: Path) -> None:
+    content = json.loads((out / f"{study}.json").read_text())
+    assert content["study"] == study
+    assert len(content["runs"]) == len(compare._module(study).jobs(QUICK))
+    assert all(run["result"]["train_loss"] > 0 for run in content["runs"])
+    assert (out / f"{study}.svg").read_text().count("<path") > 10
+
+
+@pytest.mark.parametrize("study", compare.TRAININGS)
+def test_a_finished_study_only_prints(study: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()
+    text, err = printed(capsys, out, study)
+    assert err == ""
+    assert "| nan |" not in text
+    assert f"wrote {out / study}.svg" in text
+    assert ((out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()) == before
+
+
+def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, _ = printed(capsys, out, "published")
+    tables = dict(re.findall(r"^published: ([a-z ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
+    for name in published.OPTIMIZERS:
+        label = CONTENDERS[name].label
+        assert (f"| {label} |" in tables["accuracy"]) == (f"| {label} |" in tables["step time"])
+        assert (f"| {label} |" in tables["accuracy"]) != (f"| {label} |" in tables.get("not run", ""))
+        assert (why_unusable(name) is None) == (f"| {label} |" in tables["accuracy"])
+
+
+def test_state_sizes_are_those_of_the_optimizers(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line.split(" | ") for line in printed(capsys, out, "published")[0].splitlines()]
+    bytes_of = {row[0].strip("| "): row[-1].strip(" |") for row in rows if len(row) == 4}
+    assert (bytes_of["Lamb16"], bytes_of["Adam"], bytes_of["LAMB (FP32)"]) == ("2.00", "8.00", "8.00")
+
+
+def test_ablations_table_has_every_row_and_fp32_is_exact(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, _ = printed(capsys, out, "ablations")
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert set(ablations.ABLATIONS) <= set(rows)
+    assert rows["FP32 moments"].endswith("| 1.0000 | 1.0000 | 1.0000 |")
+    assert rows["the rule"].count("| +0.00 | +0.00 ") == len(QUICK.tasks)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--workers", "0"], "--workers"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--quick", "--out", "file/results"], "--out"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    options: list[str], word: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(compare, "_run_study", lambda *_: pytest.fail("ran"))
+    assert main(["compare", "moments", *options]) == 2
+    err = capsys.readouterr().err
+    assert word in err
+    assert len(err.splitlines()) == 1

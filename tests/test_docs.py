@@ -1,0 +1,38 @@
+"""Every table of a study that docs/algorithm.md shows is what the committed results give."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lamb16.cli import compare
+from lamb16.cli.study import fidelity, runs
+from lamb16.cli.study.sizes import FULL
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "algorithm.md").read_text()
+
+
+@pytest.mark.parametrize("study", compare.TRAININGS)
+def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the code is by now: that is for the next run of the study to say."""
+    module = compare._module(study)
+    results = runs.Results(ROOT / "docs" / "results" / f"{study}.json", study)
+    unusable = results.extra.get("unusable", {})
+    monkeypatch.setattr("lamb16.cli.contenders.why_unusable", lambda name: unusable.get(name))
+    pairs = [(job, results.recorded(job)) for job in module.jobs(FULL)]
+    assert [job for job, result in pairs if result is None] == []
+    for title, table in module.tables(pairs, results.extra).items():
+        assert table in DOC, f"{study}: {title} in docs/algorithm.md is not what the results give:\n{table}"
+
+
+def test_the_fidelity_table_is_that_of_the_results() -> None:
+    content = json.loads((ROOT / "docs" / "results" / "fidelity.json").read_text())
+    assert fidelity.table(content["results"]) in DOC
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"], ids=lambda path: path.name)
+def test_links_and_pictures_exist(document: Path) -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []
