@@ -75,6 +75,13 @@ def bench(session: nox.Session, device: str) -> None:
 
 
 @nox.session
+def study(session: nox.Session) -> None:
+    """The study behind docs/algorithm.md, peers included; without arguments in its quick form."""
+    session.install("-e", ".[train,peers]")
+    session.run("lamb16", "compare", *(session.posargs or ["all", "--quick"]))
+
+
+@nox.session
 @nox.parametrize("device", ["cpu", "cuda"])
 def train(session: nox.Session, device: str) -> None:
     """The main job: train the two-layer CNN; arguments after ``--`` go to ``lamb16 train``."""

@@ -234,7 +234,9 @@ class Lamb16(Optimizer):
             for kind, pairs in members.items():
                 compile_graphs(kind, [p for p, _ in pairs])
         for p, group, i in missing:
-            self.state[p].update(init_state(p, tensor_salt(self._seed, self._name(group, i)), group["moment_dtype"] == "float8"))
+            self.state[p].update(
+                init_state(p, tensor_salt(self._seed, self._name(group, i)), group["moment_dtype"] == "float8")
+            )
         return [self._make_plan(kind, pairs) for kind, pairs in members.items()]
 
     def _holds_dropped_states(self) -> bool:

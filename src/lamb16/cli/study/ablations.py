@@ -1,7 +1,7 @@
 """What each part of the rule is worth: the tasks of `moments` with one part exchanged at a time.
 
-Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. What changes the size of the
-update as well is run at three learning rates half a decade apart, and compared with the rule at the best of its three.
+Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. What changes the size of
+the update as well is run at three learning rates half a decade apart, and compared with the rule at its best of three.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Task:
 
     def __init__(self, pairs: list[Pair]) -> None:
         self._by_name = {
-            name: grouped(own, lambda pair: pair[0].lr) for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
+            name: grouped(own, lambda pair: pair[0].lr)
+            for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
         }
         rates = sorted(self._by_name[BASELINE])
         self._lr = rates[len(rates) // 2]
@@ -116,7 +117,7 @@ def _tasks(pairs: list[Pair]) -> dict[str, Task]:
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
-    """The loss against the rule's in percent, at the same and at the best learning rate, and the cosines, as Markdown."""
+    """The loss against the rule's in percent, at the same and at the best rate, and the cosines, as Markdown."""
     tasks = _tasks(pairs)
     rows = []
     for name in ABLATIONS:

@@ -1,7 +1,7 @@
 """Batch sizes from 64 to 8,192 at a fixed number of epochs: the two-layer CNN on MNIST.
 
-The learning rate grows with the square root of the batch size from each optimizer's own at 128, as in the LAMB paper, and
-falls linearly.
+The learning rate grows with the square root of the batch size from each optimizer's own at 128, as in the LAMB paper,
+and falls linearly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What 8-bit storage does to a training, layer by layer: FP32 moments of the same gradients, kept beside the optimizer.
 
-The update that a step makes from stored moments is compared with the one that the same rule makes from the FP32 moments,
-on the same weights and gradients.
+The update that a step makes from stored moments is compared with the one that the same rule makes from the FP32
+moments, on the same weights and gradients.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The published demonstration, with this project's, torch's and other low-bit optimizers.
 
-The two-layer CNN on MNIST, batch 1024 / lr 0.02 / 10 epochs and batch 128 / lr 0.01 / 5 epochs, weight decay 0.01, with a
-constant and with a linearly falling learning rate. Every optimizer gets the same hyperparameters, as in the demonstration.
+The two-layer CNN on MNIST, batch 1024 / lr 0.02 / 10 epochs and batch 128 / lr 0.01 / 5 epochs, weight decay 0.01, with
+a constant and with a linearly falling learning rate. Every optimizer gets the same hyperparameters, as in the
+demonstration; other libraries' optimizers run with one seed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,14 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             spread([r["train_loss"] for r in results], ".2g"),
             str(len(results)),
         ])  # fmt: skip
-    header = ["batch, lr, schedule", "optimizer", "best epoch, %", "last epoch, %", "training loss, last epoch", "seeds"]
+    header = [
+        "batch, lr, schedule",
+        "optimizer",
+        "best epoch, %",
+        "last epoch, %",
+        "training loss, last epoch",
+        "seeds",
+    ]
     found = {"accuracy": table(header, rows)}
     if "step_times" in extra:
         bits = {CONTENDERS[run.optimizer].label: result["state_bytes_per_parameter"] for run, result in pairs}
@@ -87,7 +95,10 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
                 row["name"],
                 f"{row['median_s'] * 1e3:.2f}",
                 f"{row['to_adamw']:.1f}",
-                number(bits.get(row["name"], row["state_bytes"] / sum(p.numel() for p in TwoLayerCNN().parameters())), ".2f"),
+                number(
+                    bits.get(row["name"], row["state_bytes"] / sum(p.numel() for p in TwoLayerCNN().parameters())),
+                    ".2f",
+                ),
             ]
             for row in extra["step_times"]
         ]

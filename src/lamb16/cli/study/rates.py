@@ -1,10 +1,13 @@
 """Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
 
-The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's. The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps and a linear fall.
+The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's.
+The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps, a
+linear fall.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -58,12 +61,12 @@ def basin(curve: dict[float, float], limit: float) -> float:
     best = min(range(len(points)), key=lambda k: points[k][1])
     if points[best][1] > limit:
         return 0.0
-    return sum(_reach(points[best:: side] if side > 0 else points[best::-1], limit) for side in (1, -1))
+    return sum(_reach(points[best::side] if side > 0 else points[best::-1], limit) for side in (1, -1))
 
 
 def _reach(points: list[tuple[float, float]], limit: float) -> float:
     """How far from the first point the curve stays below the limit, to the last point at most."""
-    for (x, y), (next_x, next_y) in zip(points, points[1:], strict=False):
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
         if next_y > limit:
             return abs(x - points[0][0]) + abs(next_x - x) * (limit - y) / (next_y - y)
     return abs(points[-1][0] - points[0][0])
@@ -81,7 +84,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             [[CONTENDERS[name].label, *(number(curve[lr]) for lr in rates)] for name, curve in curves.items()],
         )
         for name, curve in curves.items():
-            at = min(curve, key=lambda lr, curve=curve: curve[lr])
+            at = min(curve, key=curve.__getitem__)
             to_adamw = f"{100 * (best[name] / best['adamw'] - 1):+.2f}"
             widths = [f"{basin(curve, BASIN * best[which]):.2f}" for which in (name, "adamw")]
             summary.append([task, CONTENDERS[name].label, number(best[name], ".5g"), f"{at:.2g}", to_adamw, *widths])
@@ -98,7 +101,9 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
             for name, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=CONTENDERS[name].label, color=COLOURS[name])
+                panel.plot(
+                    *zip(*points, strict=True), "o-", markersize=3, label=CONTENDERS[name].label, color=COLOURS[name]
+                )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
         axes[0].set_ylabel("validation loss")

@@ -52,7 +52,9 @@ def figure(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
     matplotlib = require("matplotlib")
     matplotlib.use("svg")
     pyplot = require("matplotlib.pyplot")
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    ):
         drawing, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
         yield list(axes.flat)
         drawing.tight_layout()
@@ -60,7 +62,9 @@ def figure(path: Path, columns: int, rows: int = 1) -> Iterator[list[Any]]:
         pyplot.close(drawing)
 
 
-def band(axes: Any, x: Sequence[float], lines: Sequence[Sequence[float | None]], label: str, colour: str | None) -> None:
+def band(
+    axes: Any, x: Sequence[float], lines: Sequence[Sequence[float | None]], label: str, colour: str | None
+) -> None:
     """The median of several runs as a line, their range as a band; runs that end early are cut where they do."""
     length = min(len(line) for line in lines)
     columns = [[math.nan if line[k] is None else float(line[k] or 0.0) for line in lines] for k in range(length)]

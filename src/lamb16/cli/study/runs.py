@@ -125,7 +125,11 @@ def _is_docstring(statement: ast.AST) -> bool:
 
 
 def run_all(
-    jobs: Sequence[Job], execute: Callable[[Job], Result], results: Results, workers: int, describe: Callable[[Job], str]
+    jobs: Sequence[Job],
+    execute: Callable[[Job], Result],
+    results: Results,
+    workers: int,
+    describe: Callable[[Job], str],
 ) -> list[Result]:
     """The results of all jobs in order; those that ``results`` does not hold are run, ``workers`` at a time.
 

@@ -7,6 +7,7 @@ biases that start at zero.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ class NormedCNN(nn.Module):
         super().__init__()
         widths = (1, 16, 32, 64)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.head = nn.Linear(widths[-1], 10)
@@ -143,7 +144,7 @@ def autoencoder_model() -> nn.Module:
     """A multi-layer perceptron 784-256-32-256-784 over flat images, logits of pixels."""
     widths = (784, 256, 32, 256, 784)
     layers: list[nn.Module] = [nn.Flatten()]
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -97,7 +97,11 @@ def build(run: Run, model: nn.Module) -> Optimizer:
             model.named_parameters(), Parts(**dict(run.parts)), lr=run.lr, weight_decay=run.weight_decay, **options
         )
     if run.optimizer == "lamb16":
-        options |= {"moment_dtype": run.moment_dtype, "bias_correction": run.bias_correction, "compile": run.steps >= COMPILED_STEPS}
+        options |= {
+            "moment_dtype": run.moment_dtype,
+            "bias_correction": run.bias_correction,
+            "compile": run.steps >= COMPILED_STEPS,
+        }
     return contenders.build(
         run.optimizer, model.named_parameters(), lr=run.lr, weight_decay=run.weight_decay, **options
     )
@@ -143,8 +147,8 @@ def _curve(losses: list[float]) -> list[float]:
 def validation_loss(model: nn.Module, task: Task) -> float:
     """The mean loss over the validation examples."""
     model.eval()
-    total, (inputs, targets) = torch.zeros((), dtype=torch.float64), task.validation
-    for x, y in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(*(torch.split(part, CHUNK) for part in task.validation), strict=True):
         part: Tensor = task.loss(model(x), y)
         total += part * len(x)
-    return float(total) / len(inputs)
+    return float(total) / len(task.validation[0])

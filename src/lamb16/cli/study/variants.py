@@ -89,7 +89,9 @@ class Variant(Optimizer):
         rho = c1 / c2**0.5
         bound = rho * reference.inverse_bound(beta1, beta2) if self._parts.bound else 0.0
         sign = -1.0 if h.maximize else 1.0
-        values = torch.tensor([1 - beta1, 1 - beta2, rho, h.eps * c1, bound, h.weight_decay, h.eps, sign, 0.0, 0.0, 0.0])
+        values = torch.tensor(
+            [1 - beta1, 1 - beta2, rho, h.eps * c1, bound, h.weight_decay, h.eps, sign, 0.0, 0.0, 0.0]
+        )
         decode = state["exp_avg_norm"] * reference.f32(beta1), state["exp_avg_sq_norm"] * reference.f32(beta2)
         return Factors(*decode, *values)
 
