@@ -94,7 +94,15 @@ def _ulp(p, grad, state, h):
     return torch.nextafter(p, torch.tensor(torch.inf)), new, stats
 
 
-@pytest.mark.parametrize("wrong", [_other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _ulp])
+def _other_weight_floor(p, grad, state, h):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "WEIGHT_FLOOR", h.eps)
+        return reference.step(p, grad, state, h)
+
+
+@pytest.mark.parametrize(
+    "wrong", [_other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _other_weight_floor, _ulp]
+)
 def test_a_wrong_rule_fails(compile: bool, wrong) -> None:
     """Negative control: each of these must not pass the comparison above."""
     with pytest.raises(AssertionError, match="differ"):

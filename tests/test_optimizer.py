@@ -15,6 +15,7 @@ from helpers import (
     CODES,
     DEVICE,
     SCHEDULERS,
+    SHAPES,
     all_params,
     assert_follows_reference,
     assert_matches,
@@ -117,6 +118,18 @@ def test_eager_and_compiled_give_the_same_bits() -> None:
     assert_same(snapshot(eager), snapshot(compiled))
 
 
+@pytest.mark.parametrize(("start", "counted"), [(0.0, 0.1), (-0.05, 0.1), (0.2, 0.2), (-3.0, 1.0)])
+def test_a_weight_counts_with_a_magnitude_between_a_tenth_and_one(
+    compile_mode: bool, start: float, counted: float
+) -> None:
+    params = [nn.Parameter(torch.full(shape, start, device=DEVICE)) for shape in SHAPES]
+    optimizer = Lamb16(params, lr=0.01, compile=compile_mode)
+    take_steps(optimizer, range(1))
+    for i, p in enumerate(params):
+        norm = optimizer.layer_stats()[str(i)]["weight_norm"].item()
+        assert norm == pytest.approx(counted * p.numel() ** 0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: bool) -> None:
     lr, beta1, beta2, eps, decay, steps = 0.02, 0.8, 0.95, 1e-4, 0.3, 6
@@ -141,7 +154,7 @@ def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: b
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g**2
             u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * p
-            weight_norm, update_norm = ((x**2).clamp(eps, 1).sum().sqrt() for x in (p, u))
+            weight_norm, update_norm = ((x**2).clamp(low, 1).sum().sqrt() for x, low in ((p, 0.01), (u, eps)))
             ratio = min(float(weight_norm / update_norm * 1e-3 / lr) ** 0.382, 2.0)
             p = p - lr * ratio * u
         assert torch.allclose(param.double() - start[i], p - start[i], rtol=1e-5, atol=1e-6)
