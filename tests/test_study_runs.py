@@ -65,6 +65,7 @@ def test_only_what_is_missing_is_run(folder: Path, tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 2
     assert len(found) == len(json.loads(path.read_text())["runs"]) == 2
     assert found[0]["validation_loss"] is None, "what JSON has no number for"
+    assert [result["train_loss"] for result in found] == [0.333333, 0.666667], "read or new, the same digits"
 
 
 def test_a_changed_optimizer_is_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +91,10 @@ def test_a_digest_ignores_comments_and_sees_statements(tmp_path: Path, monkeypat
 
 
 def test_a_failing_run_ends_the_study_and_keeps_the_others(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
+    path, before = tmp_path / "r.json", dict(os.environ)
     with pytest.raises(ValueError, match="this one fails"):
         run_all([Job("adam", k, str(folder)) for k in (1, -1)], execute, Results(path, "toy"), 1, describe)
+    assert dict(os.environ) == before
     assert Results(path, "toy").get(Job("adam", 1, str(folder))) is not None
 
 

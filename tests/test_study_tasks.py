@@ -74,6 +74,7 @@ def test_a_diverged_training_ends_early_with_an_infinite_loss() -> None:
     result = execute(Run("autoencoder", "adamw", 1e4, 1, **SMALL | {"steps": 30}), None)
     assert math.isinf(result["validation_loss"])
     assert len(result["curve"]) < 30
+    assert result["train_loss"] >= max(result["curve"]), "the mean of the last losses, of which there are few"
 
 
 def test_settings_reach_the_optimizer() -> None:
@@ -118,6 +119,28 @@ def test_probes_see_the_rounding_of_8_bits() -> None:
     assert 0.01 < layer["m_error"] < 0.1
     assert 0.01 < layer["v_log_error"] < 0.2
     assert layer["v_zero"] == 0
+
+
+def test_probes_see_what_the_bound_is_for() -> None:
+    """Without it an element whose v became 0 makes the update; with it its share is limited. By hand."""
+    for bounded, element in ((False, 0.09 / 1e-6), (True, 7.270292)):
+        p = nn.Parameter(torch.ones(2))
+        optimizer = Lamb16([("p", p)], lr=0.01, compile=False)
+        p.grad = torch.tensor([1.0, 1.0])
+        shadow = Shadow(optimizer, bounded)
+        shadow.before_step(probe=False)
+        optimizer.step()
+        optimizer.state[p]["exp_avg_sq"].view(torch.uint8)[0] = 0
+        p.grad = torch.tensor([0.0, 1.0])
+        exact_m, exact_v = torch.tensor([0.09, 0.19]), torch.tensor([0.999e-3, 1.999e-3])
+        stored = optimizer.state[p]["exp_avg"].float() * optimizer.state[p]["exp_avg_norm"]
+        stored_v = optimizer.state[p]["exp_avg_sq"].float() * optimizer.state[p]["exp_avg_sq_norm"]
+        second = (0.9 * stored[1] + 0.1) / ((0.999 * stored_v[1] + 1e-3).sqrt() + 1e-6)
+        first = element * stored[0] / 0.1 if not bounded else element
+        shadow.before_step(probe=True)
+        u, exact = torch.tensor([first, second]), exact_m / (exact_v.sqrt() + 1e-6)
+        wanted = torch.cosine_similarity(u, exact, dim=0).item()
+        assert shadow.summary()["layers"]["p"]["cosine"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_probes_see_saturated_and_vanished_moments() -> None:

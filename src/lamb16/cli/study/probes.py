@@ -21,8 +21,9 @@ LARGEST_M = 126  # the largest code of e4m3fn
 class Shadow:
     """The FP32 moments of every parameter of a Lamb16, and what was seen when :meth:`probe` was asked for."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, bounded: bool = True) -> None:
+        """``bounded``: whether the optimizer itself bounds its update by C, as the rule with FP32 moments does."""
+        self._optimizer, self._bounded = optimizer, bounded
         self._group = optimizer.param_groups[0]
         self._names: list[str] = self._group["param_names"]
         self._params: list[Tensor] = self._group["params"]
@@ -44,14 +45,14 @@ class Shadow:
             if stored:
                 fresh_m = beta1 * stored[0] + (1 - beta1) * p.grad
                 fresh_v = beta2 * stored[1] + (1 - beta2) * p.grad.square()
-                u, exact = self._direction(fresh_m, fresh_v), self._direction(m, v)
+                u, exact = self._direction(fresh_m, fresh_v, self._bounded), self._direction(m, v, True)
                 layers[name] = {"cosine": _cosine(u, exact)} | errors
         if layers:
             self.seen.append(layers)
 
-    def _direction(self, m: Tensor, v: Tensor) -> Tensor:
-        """The update without weight decay; bias correction would not change its direction but for eps."""
-        bound = reference.inverse_bound(*self._group["betas"])
+    def _direction(self, m: Tensor, v: Tensor, bounded: bool) -> Tensor:
+        """The update without weight decay; bias correction would not change its direction but for a smaller eps."""
+        bound = reference.inverse_bound(*self._group["betas"]) if bounded else 0.0
         return m / torch.maximum(v.sqrt() + self._group["eps"], m.abs() * bound)
 
     def summary(self) -> dict[str, Any]:

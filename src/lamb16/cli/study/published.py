@@ -16,8 +16,8 @@ from lamb16.cli import bench, contenders
 from lamb16.cli.contenders import CONTENDERS
 from lamb16.cli.model import TwoLayerCNN
 from lamb16.cli.study.mnist import MnistRun, describe, execute
-from lamb16.cli.study.report import COLOURS, band, figure, grouped, median, number, spread, table
-from lamb16.cli.study.runs import Result, Results
+from lamb16.cli.study.report import COLOURS, band, figure, grouped, median, spread, table
+from lamb16.cli.study.runs import Result, Results, code_of
 from lamb16.cli.study.sizes import Sizes
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
@@ -45,18 +45,18 @@ def jobs(sizes: Sizes) -> list[MnistRun]:
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
-    """Measure the step times, and note which optimizers do not work here; once a result file."""
-    if "step_times" in results.extra:
-        return
+    """Measure step times, unless the file holds them, and note why an optimizer does not work here."""
     reasons = {name: contenders.why_unusable(name) for name in OPTIMIZERS}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
-    shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
-    rivals = {
-        CONTENDERS[name].label: _factory(name, sizes.quick) for name in OPTIMIZERS if reasons[name] is None
-    }  # fmt: skip
-    rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, rivals)
-    results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
-    results.extra["threads"] = torch.get_num_threads()
+    usable = [name for name in OPTIMIZERS if reasons[name] is None]
+    timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
+    timed |= {"codes": {name: code_of(name) for name in usable}}
+    if results.extra.get("timed") != timed:
+        shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
+        rivals = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}
+        rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, rivals)
+        results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
+        results.extra["timed"] = timed
     results.save()
 
 
@@ -91,20 +91,18 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     ]
     found = {"accuracy": table(header, rows)}
     if "step_times" in extra:
-        bits = {CONTENDERS[run.optimizer].label: result["state_bytes_per_parameter"] for run, result in pairs}
+        own = sum(p.numel() for p in TwoLayerCNN().parameters())
         timed = [
-            [
-                row["name"],
-                f"{row['median_s'] * 1e3:.2f}",
-                f"{row['to_adamw']:.1f}",
-                number(
-                    bits.get(row["name"], row["state_bytes"] / sum(p.numel() for p in TwoLayerCNN().parameters())),
-                    ".2f",
-                ),
-            ]
+            [row["name"], f"{row['median_s'] * 1e3:.2f}", f"{row['to_adamw']:.1f}", f"{row['state_bytes'] / own:.2f}"]
             for row in extra["step_times"]
         ]
-        found["step time"] = table(["optimizer", "step, ms", "to AdamW fused", "state bytes a parameter"], timed)
+        header = [
+            "optimizer",
+            f"step, ms ({extra['timed']['threads']} threads)",
+            "to AdamW fused",
+            "state bytes a parameter",
+        ]
+        found["step time"] = table(header, timed)
         if extra["unusable"]:
             missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
             found["not run"] = table(["optimizer", "why it could not be run"], missing)

@@ -55,21 +55,30 @@ def losses(pairs: list[Pair]) -> dict[str, dict[str, dict[float, float]]]:
     }
 
 
-def basin(curve: dict[float, float], limit: float) -> float:
-    """The decades of learning rate around the minimum in which the loss, linear in log(lr), is below ``limit``."""
+def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
+    """The decades of learning rate around the minimum in which the loss, linear in log(lr), is below ``limit``.
+
+    Also whether the range that was measured ends inside the basin, so that it is at least as wide.
+    """
     points = [(math.log10(lr), loss if math.isfinite(loss) else 1e9) for lr, loss in sorted(curve.items())]
     best = min(range(len(points)), key=lambda k: points[k][1])
     if points[best][1] > limit:
-        return 0.0
-    return sum(_reach(points[best::side] if side > 0 else points[best::-1], limit) for side in (1, -1))
+        return 0.0, False
+    sides = [_reach(side, limit) for side in (points[best:], points[best::-1])]
+    return sum(width for width, _ in sides), any(cut for _, cut in sides)
 
 
-def _reach(points: list[tuple[float, float]], limit: float) -> float:
-    """How far from the first point the curve stays below the limit, to the last point at most."""
+def _reach(points: list[tuple[float, float]], limit: float) -> tuple[float, bool]:
+    """How far from the first point the curve stays below the limit, and whether it does so to the last point."""
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
         if next_y > limit:
-            return abs(x - points[0][0]) + abs(next_x - x) * (limit - y) / (next_y - y)
-    return abs(points[-1][0] - points[0][0])
+            return abs(x - points[0][0]) + abs(next_x - x) * (limit - y) / (next_y - y), False
+    return abs(points[-1][0] - points[0][0]), True
+
+
+def _width(curve: dict[float, float], limit: float) -> str:
+    width, cut = basin(curve, limit)
+    return f"{'≥ ' if cut else ''}{width:.2f}"
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
@@ -86,7 +95,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         for name, curve in curves.items():
             at = min(curve, key=curve.__getitem__)
             to_adamw = f"{100 * (best[name] / best['adamw'] - 1):+.2f}"
-            widths = [f"{basin(curve, BASIN * best[which]):.2f}" for which in (name, "adamw")]
+            widths = [_width(curve, BASIN * best[which]) for which in (name, "adamw")]
             summary.append([task, CONTENDERS[name].label, number(best[name], ".5g"), f"{at:.2g}", to_adamw, *widths])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
     header += ["decades within 10 % of its own best", "of AdamW's best"]

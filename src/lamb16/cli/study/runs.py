@@ -1,7 +1,8 @@
 """Many trainings, one after another in a few worker processes, each result kept in a file as soon as it is there.
 
 The file is the study's result and its memory: a study that was interrupted, or is asked for more, runs only what the
-file does not hold yet. A result is used again only if its settings, the versions and the optimizer's code are the same.
+file does not hold yet. A result is used again only if its settings, torch's version and the optimizer's code are the
+same; after a change of the tasks or of what is measured, move the file away.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from lamb16.cli import CommandError
 Job = Any  # a frozen dataclass of JSON values: the settings of one training
 Result = dict[str, Any]
 
+_RULE = ("lamb16.update", "lamb16.fp8", "lamb16.reference")
 SOURCES = {
-    "lamb16": ("lamb16.update", "lamb16.fp8"),
-    "variant": ("lamb16.update", "lamb16.fp8", "lamb16.cli.study.variants"),
+    "lamb16": (*_RULE, "lamb16.optimizer"),
+    "variant": (*_RULE, "lamb16.cli.study.variants"),
     "lamb": ("lamb16.baselines",),
     "published": ("lamb16.baselines",),
 }
@@ -66,6 +68,7 @@ class Results:
     def add(self, job: Job, result: Result) -> None:
         """Keep a result, in the file too."""
         settings = asdict(job)
+        result = _strict(result)  # as it will be read again, so that tables and plots are the same then
         self.runs = [run for run in self.runs if run["settings"] != json.loads(json.dumps(settings))]
         self.runs.append({"settings": settings, "code": code(job), "result": result})
         self._known[_identity(settings, code(job))] = result
@@ -75,7 +78,7 @@ class Results:
         """Replace the file at once, so that an interruption leaves the old or the new one; a line a run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Settings are kept digit for digit: they are what a run is found again by.
-        runs = sorted(json.dumps(run | {"result": _strict(run["result"])}, allow_nan=False) for run in self.runs)
+        runs = sorted(json.dumps(run, allow_nan=False) for run in self.runs)
         head = json.dumps({"study": self.study, "extra": _strict(self.extra)}, allow_nan=False)
         temporary = self.path.with_suffix(".part")
         temporary.write_text(head[:-1] + ', "runs": [\n' + ",\n".join(runs) + "\n]}\n")
@@ -99,7 +102,12 @@ def _strict(value: Any) -> Any:
 
 def code(job: Job) -> str:
     """The versions and the optimizer's source that a result depends on, as a short text."""
-    sources = SOURCES.get(job.optimizer, ())
+    return code_of(job.optimizer)
+
+
+def code_of(optimizer: str) -> str:
+    """The same for an optimizer by name."""
+    sources = SOURCES.get(optimizer, ())
     return f"torch {torch.__version__}" + "".join(f" {name.rsplit('.')[-1]} {digest(name)}" for name in sources)
 
 
@@ -151,6 +159,8 @@ def _run_missing(
 ) -> None:
     print(f"{results.study}: {len(missing)} runs, {workers} at a time", file=sys.stderr, flush=True)
     # glibc would give large activations back to the system and fault them in again at every step: a fifth of the time.
+    # Workers take the environment over when they start.
+    before = dict(os.environ)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
     start, total = time.monotonic(), len(missing)
@@ -160,7 +170,7 @@ def _run_missing(
         finished = 0
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in sorted(done, key=_failed):  # what has finished is kept before a failure ends the study
                 job = pending.pop(future)
                 result = future.result()
                 results.add(job, result)
@@ -174,6 +184,12 @@ def _run_missing(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+
+
+def _failed(future: Future[Result]) -> bool:
+    return future.exception() is not None
 
 
 def _prepare_worker() -> None:

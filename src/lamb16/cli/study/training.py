@@ -70,14 +70,16 @@ def execute(run: Run, folder: str | None) -> Result:
     model = task.model(run.seed)
     optimizer = build(run, model)
     scheduler = LambdaLR(optimizer, _schedule(run.steps))
-    shadow = Shadow(optimizer) if run.probed else None
+    shadow = Shadow(optimizer, dict(run.parts).get("bound", True)) if run.probed else None
     start = time.perf_counter()
     losses = _train(run, task, model, optimizer, scheduler, shadow)
     seconds = time.perf_counter() - start
+    tail = losses[-max(1, int(TAIL * run.steps)) :]
+    diverged = not losses[-1] < DIVERGED
     result: Result = {
         "curve": _curve(losses),
-        "train_loss": sum(losses[-max(1, int(TAIL * run.steps)) :]) / max(1, int(TAIL * run.steps)),
-        "validation_loss": validation_loss(model, task) if len(losses) == run.steps else math.inf,
+        "train_loss": sum(tail) / len(tail),
+        "validation_loss": math.inf if diverged else validation_loss(model, task),
         "state_bytes": state_bytes(optimizer),
         "seconds": seconds,
     }
@@ -151,4 +153,5 @@ def validation_loss(model: nn.Module, task: Task) -> float:
     for x, y in zip(*(torch.split(part, CHUNK) for part in task.validation), strict=True):
         part: Tensor = task.loss(model(x), y)
         total += part * len(x)
-    return float(total) / len(task.validation[0])
+    mean = float(total) / len(task.validation[0])
+    return mean if math.isfinite(mean) else math.inf
