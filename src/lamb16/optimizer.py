@@ -59,8 +59,8 @@ class Lamb16(Optimizer):
         trust_lr: learning rate at which the trust ratio is not changed.
         trust_clip: upper bound of the trust ratio.
         bias_correction: divide m by 1 − β1^t and v by 1 − β2^t in the update. LAMB's paper leaves it out, since its
-            trust ratio normalises the update; the damped ratio here does not, and the correction is worth several
-            percent of the loss of a short training (docs/algorithm.md).
+            trust ratio normalises the update; the damped ratio here does not, and without the correction the first
+            updates are several times larger. What that is worth depends on the task (docs/algorithm.md).
         maximize: ascend instead of descend.
         moment_dtype: ``"float8"``, or ``"float32"`` to keep a group's moments in FP32 under the same rule.
         compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly.

@@ -82,15 +82,17 @@ def _setting(pair: Pair) -> tuple[str, float, float]:
 
 def _layers(pairs: list[Pair]) -> str:
     """The means over the probes of the first seed's runs with the defaults."""
-    header = ["task", "layer", "cosine", "error of m", "log-error of v", "m at the limit", "m zero", "v zero"]
+    header = ["task", "layer", "cosine", "lowest", "error of m", "log-error of v"]
+    header += ["m at its largest", "m zero", "v zero", "v at its smallest"]
     rows, seen = [], set()
     for run, result in pairs:
         if "probes" not in result or run.task in seen:
             continue
         seen.add(run.task)
         for name, layer in result["probes"]["layers"].items():
-            shares = [f"{layer[key]:.3%}" for key in ("m_saturated", "m_zero", "v_zero")]
-            figures = [f"{layer['cosine']:.4f}", f"{layer['m_error']:.3f}", f"{layer['v_log_error']:.3f}"]
+            shares = [f"{layer[key]:.3%}" for key in ("m_saturated", "m_zero", "v_zero", "v_smallest")]
+            figures = [f"{layer['cosine']:.4f}", f"{layer['least_cosine']:.4f}"]
+            figures += [f"{layer['m_error']:.3f}", f"{layer['v_log_error']:.3f}"]
             rows.append([run.task, f"`{name}`", *figures, *shares])
     return table(header, rows)
 
