@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lamb16.cli import CommandError, main, require, training
+from lamb16.cli.contenders import why_unusable
 from lamb16.cli.data import ImageData, load
 from lamb16.cli.logs import TensorBoardLog
 from lamb16.cli.model import build_model
@@ -220,13 +221,19 @@ def test_a_diverged_loss_is_null_in_the_file(tmp_path: Path) -> None:
 
 
 # Of 360 normalized test images after 4 epochs (48 steps); measured with two seeds: at least 0.961, 0.880, 0.927, 0.969.
-LEARNED = {"lamb16": 0.93, "lamb": 0.85, "adam": 0.9, "published": 0.93}
+LEARNED = {"lamb16": 0.93, "lamb": 0.85, "adam": 0.9, "adamw": 0.9, "published": 0.93}
+PEERS = {"adamw8bit": 0.9, "adamw4bit": 0.9, "adamw8bit-bnb": 0.9}
 
 
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns_the_digits(optimizer: str, digits: ImageData) -> None:
+    reason = why_unusable(optimizer)
+    if reason is not None and optimizer in PEERS:
+        pytest.skip(reason)
     result = train(TrainConfig(optimizer=optimizer, epochs=4, schedule="linear", eager=True, normalize=True), digits)
-    assert result["final_accuracy"] >= LEARNED[optimizer]
+    assert json.dumps(result), "also where the learning rate is a tensor"
+    assert result["final_accuracy"] >= (LEARNED | PEERS)[optimizer]
     assert result["epochs"][-1]["train_loss"] < result["epochs"][0]["train_loss"] / 3
 
 

@@ -134,8 +134,8 @@ class PublishedLamb16(_Baseline):
 
     The update is formed from fresh FP32 moments without bias correction, and its trust ratio is
     min((sqrt(Σ clamp(p², eps, 1)) / sqrt(Σ clamp(u², eps, 1)) · trust_lr / lr)^trust_scale, trust_clip). What is
-    stored is m / norm clipped to ±15 in ``float8_e4m3fn`` and clamp(v, 0, 10) / norm in ``float8_e5m2``, both rounded to
-    nearest, where norm = sqrt(Σ clamp(x², 0, 10)) / numel + eps. On a wide layer that norm is far below the typical
+    stored is m / norm clipped to ±15 in ``float8_e4m3fn`` and clamp(v, 0, 10) / norm in ``float8_e5m2``, both rounded
+    to nearest, where norm = sqrt(Σ clamp(x², 0, 10)) / numel + eps. On a wide layer that norm is far below the typical
     entry, so that most of m saturates.
 
     Raises:
