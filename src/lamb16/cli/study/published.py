@@ -136,7 +136,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
             upper.set(title=f"batch {batch}, lr {lr:g}, {schedule}", yscale="log", ylabel="training loss")
             best = max(median(100 * r["best_accuracy"] for _, r in own) for own in _by_optimizer(group))
             lower.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(max(0.0, best - 2.5), min(100.0, best + 0.3)))
-        axes[0].legend(fontsize=7)
+        max(axes, key=lambda panel: len(panel.get_lines())).legend(fontsize=6)  # where every optimizer has a line
     return [path]
 
 

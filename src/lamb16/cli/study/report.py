@@ -41,8 +41,10 @@ def median(values: Iterable[float | None]) -> float:
 
 
 def spread(values: Sequence[float | None], form: str = ".4g") -> str:
-    """Median and range of a few seeds."""
+    """Median and range of a few seeds, the value alone of one."""
     known = [math.inf if value is None else value for value in values]
+    if len(known) == 1:
+        return number(known[0], form)
     return f"{number(median(known), form)} ({number(min(known), form)} to {number(max(known), form)})"
 
 
