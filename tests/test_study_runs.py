@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lamb16.cli import CommandError
-from lamb16.cli.study import runs
+from lamb16.cli.study import ablations, runs
 from lamb16.cli.study.runs import Result, Results, run_all
+from lamb16.cli.study.sizes import QUICK
 
 
 @dataclass(frozen=True)
@@ -108,26 +109,35 @@ def test_a_foreign_file_is_refused_and_left_alone(content: str, tmp_path: Path) 
 
 
 def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
-    """The real command, interrupted as by Ctrl-C after its first result, ends at once and resumes."""
-    script = textwrap.dedent(
-        """
-        import sys
-        from lamb16.cli import main
-        if __name__ == "__main__":
-            sys.exit(main(["compare", "batches", "--quick", "--workers", "1", "--out", sys.argv[1]]))
-        """
-    )
+    """The real command, interrupted as by Ctrl-C after its first result: it ends, and the next one does the rest."""
     command = tmp_path / "command.py"
-    command.write_text(script)
+    command.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from lamb16.cli import main
+            if __name__ == "__main__":
+                sys.exit(main(["compare", "ablations", "--quick", "--workers", "1", "--out", sys.argv[1]]))
+            """
+        )
+    )
     arguments = [sys.executable, str(command), str(tmp_path / "out")]
+    first = _interrupted_after_a_result(arguments)
+    assert first == f"ablations: {len(ablations.jobs(QUICK))} runs, 1 at a time\n"
+    kept = len(json.loads((tmp_path / "out" / "ablations.json").read_text())["runs"])
+    assert 1 <= kept < len(ablations.jobs(QUICK))
+    again = _interrupted_after_a_result(arguments)
+    assert again == f"ablations: {len(ablations.jobs(QUICK)) - kept} runs, 1 at a time\n"
+
+
+def _interrupted_after_a_result(arguments: list[str]) -> str:
+    """The first line of progress of a command that is interrupted when its first run has ended; there are many more."""
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
-        while not process.stderr.readline().startswith("[1/6"):
-            assert process.poll() is None
+        lines = [process.stderr.readline()]
+        while not lines[-1].startswith("[1/"):
+            assert lines[-1], "the command ended"
+            lines.append(process.stderr.readline())
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
-    kept = len(json.loads((tmp_path / "out" / "batches.json").read_text())["runs"])
-    assert 1 <= kept < 6
-    again = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert f"batches: {6 - kept} runs" in again.stderr
-    assert "batches: batch size" in again.stdout
+    return next(line for line in lines if line.startswith("ablations:"))
