@@ -114,9 +114,11 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
     command.write_text(
         textwrap.dedent(
             """
+            import signal
             import sys
             from lamb16.cli import main
             if __name__ == "__main__":
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
                 sys.exit(main(["compare", "ablations", "--quick", "--workers", "1", "--out", sys.argv[1]]))
             """
         )
