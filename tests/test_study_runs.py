@@ -118,7 +118,7 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
             import sys
             from lamb16.cli import main
             if __name__ == "__main__":
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
                 sys.exit(main(["compare", "ablations", "--quick", "--workers", "1", "--out", sys.argv[1]]))
             """
         )
