@@ -14,7 +14,9 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -164,12 +166,19 @@ def _run_missing(
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
     start, total = time.monotonic(), len(missing)
+    # An interruption inside `wait` could leave a lock of the pool taken, so it is only noted, and raised between waits.
+    interrupted: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is threading.main_thread() and handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
     try:
         pending: dict[Future[Result], Job] = {pool.submit(execute, job): job for job in missing}
         finished = 0
         while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            if interrupted:
+                raise KeyboardInterrupt
             for future in sorted(done, key=_failed):  # what has finished is kept before a failure ends the study
                 job = pending.pop(future)
                 result = future.result()
@@ -184,6 +193,8 @@ def _run_missing(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
         for name in set(os.environ) - set(before):
             del os.environ[name]
 
