@@ -36,7 +36,6 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     train: Batch
     validation: Batch
-    classes: bool = False  # whether accuracy means something
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
         """``steps`` batches: the examples in one random order after another."""
@@ -152,7 +151,7 @@ def autoencoder_model() -> nn.Module:
 def cnn(data: ImageData) -> Task:
     """Classify digits with :class:`NormedCNN`."""
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    return Task(NormedCNN, F.cross_entropy, train, test, classes=True)
+    return Task(NormedCNN, F.cross_entropy, train, test)
 
 
 def autoencoder(data: ImageData) -> Task:
@@ -168,7 +167,7 @@ def autoencoder(data: ImageData) -> Task:
 def published_cnn(data: ImageData) -> Task:
     """Classify digits with the published demonstration's network."""
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    return Task(TwoLayerCNN, F.cross_entropy, train, test, classes=True)
+    return Task(TwoLayerCNN, F.cross_entropy, train, test)
 
 
 @functools.cache
