@@ -99,7 +99,8 @@ def _own_code(function: Callable[..., None], suffix: str) -> Callable[..., None]
 def _options(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
-        return {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_000}
+        names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
+        return dict.fromkeys(names, 10_000)
     # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
     return {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 
@@ -123,9 +124,9 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    lanes = torch.arange(ROW, dtype=torch.int32, device=device)
+    lanes = update.make_lanes(device)
     if name == "measure":
-        return part(13), zeros(FACTORS), zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)
+        return part(13), zeros(FACTORS), lanes, zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)
     if name == "apply":
         return part(13), zeros(FACTORS), zeros(4, dtype=torch.int32), lanes
     table = dynamic(tensors, FACTORS, dtype=torch.float32)

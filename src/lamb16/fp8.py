@@ -1,7 +1,7 @@
 """fp8 codes as integers: decode, stochastic encode and power-of-two scales, for tensors of any 32-bit device.
 
-Codes are uint8, arithmetic is on the bit patterns of float32 held in int32. No native fp8 cast is used: those are
-missing on GPUs before sm_89 and slow on CPUs. No float32 subnormal appears, so flush-to-zero changes nothing here.
+Codes are uint8, arithmetic is on the bit patterns of float32 held in int32. Native fp8 casts are missing on GPUs before
+sm_89 and slow on CPUs, but for one. No float32 subnormal appears, so flush-to-zero changes nothing here.
 
 ``E4M3`` (first moment): 4 exponent bits, bias 7, 3 mantissa bits, largest 448, smallest normal 2^-6.
 ``E5M2`` (second moment): 5 exponent bits, bias 15, 2 mantissa bits, largest 57344, smallest normal 2^-14.
@@ -20,7 +20,7 @@ class Format(NamedTuple):
 
     dropped: int  # float32 mantissa bits that the code has no room for
     rebias: int  # difference of the exponent biases
-    min_normal: int  # float32 bits of the smallest normal value
+    min_exponent: int  # the smallest normal value is 2^min_exponent
     max_exponent: int  # the largest value is 1.75 · 2^max_exponent
     min_scale: int  # biased float32 exponent of the smallest scale
 
@@ -28,22 +28,35 @@ class Format(NamedTuple):
         """The scale of an all-zero moment; large enough that every decoded value is a normal float32."""
         return float(2.0 ** (self.min_scale - 127))
 
+    def smallest_normal(self) -> float:
+        """The smallest value with an implicit one."""
+        return float(2.0**self.min_exponent)
 
-E4M3 = Format(dropped=20, rebias=120, min_normal=121 << 23, max_exponent=8, min_scale=10)
-E5M2 = Format(dropped=21, rebias=112, min_normal=113 << 23, max_exponent=15, min_scale=17)
+
+E4M3 = Format(dropped=20, rebias=120, min_exponent=-6, max_exponent=8, min_scale=10)
+E5M2 = Format(dropped=21, rebias=112, min_exponent=-14, max_exponent=15, min_scale=17)
+
+SIGN_BIT = -(1 << 31)
 
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:
-    """float32 values of uint8 codes, unscaled. The sign bit is honoured for E4M3 and ignored for E5M2 (v >= 0)."""
+    """float32 values of uint8 codes, unscaled. Second moments are not negative: the sign bit of E5M2 must be 0."""
+    if fmt is E5M2 and codes.device.type == "cpu":  # two instructions; GPUs before sm_89 do not have this cast
+        return codes.view(torch.float8_e5m2).float()
+    return decode_bits(codes, fmt)
+
+
+def decode_bits(codes: Tensor, fmt: Format) -> Tensor:
+    """:func:`decode` in integer arithmetic."""
     c = codes.to(torch.int32)
-    magnitude = c & 0x7F
-    subnormal = (magnitude - (1 << (23 - fmt.dropped))) >> 31  # -1 where the exponent field is 0, else 0
-    # A subnormal code gets the smallest normal's exponent; its implicit one is subtracted as a float.
-    bits = (magnitude << fmt.dropped) + (fmt.rebias << 23) - (subnormal << 23)
-    value = bits.view(torch.float32) - (subnormal & fmt.min_normal).view(torch.float32)
-    if fmt is E5M2:
-        return value
-    return (value.view(torch.int32) | ((c & 0x80) << 24)).view(torch.float32)
+    bits = ((c & 0x7F) << fmt.dropped) + (fmt.rebias << 23)
+    # Right for normal codes. Twice that, less the smallest normal value, is right for subnormal ones; where the other
+    # holds each is the smaller of the two.
+    doubled = (bits + (1 << 23)).view(torch.float32) - fmt.smallest_normal()
+    value = torch.minimum(bits, doubled.view(torch.int32))
+    if fmt is E4M3:
+        value = value | ((c << 24) & SIGN_BIT)
+    return value.view(torch.float32)
 
 
 def encode(magnitude: Tensor, word: Tensor, fmt: Format) -> Tensor:
@@ -53,12 +66,13 @@ def encode(magnitude: Tensor, word: Tensor, fmt: Format) -> Tensor:
     rounds up with probability equal to its distance from the lower neighbour, in the subnormal range too. A zero
     word truncates; 2^31 (its top bit alone) rounds to nearest, ties up.
     """
-    bits = magnitude.view(torch.int32)
-    subnormal = (bits - fmt.min_normal) >> 31
-    # Adding 2^-6 (2^-14) lines a subnormal's bits up with the grid; the exponent this adds is taken off again.
-    lifted = (magnitude + (subnormal & fmt.min_normal).view(torch.float32)).view(torch.int32)
-    noise = (word >> (32 - fmt.dropped)) & ((1 << fmt.dropped) - 1)
-    return (lifted + (subnormal << 23) + noise - (fmt.rebias << 23)) >> fmt.dropped
+    # Adding 2^-6 (2^-14) lines a subnormal's bits up with the grid, one exponent too high; where the other holds each
+    # is the larger of the two.
+    lifted = (magnitude + fmt.smallest_normal()).view(torch.int32) - (1 << 23)
+    bits = torch.maximum(magnitude.view(torch.int32), lifted)
+    # The top bits as a number from 0: the sign flipped, an arithmetic shift, half the range added with the exponents.
+    noise = (word ^ SIGN_BIT) >> (32 - fmt.dropped)
+    return (bits + (noise + ((1 << (fmt.dropped - 1)) - (fmt.rebias << 23)))) >> fmt.dropped
 
 
 def scale_exponent(largest_bits: Tensor, fmt: Format) -> Tensor:

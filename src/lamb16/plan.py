@@ -179,7 +179,7 @@ class Plan:
         self.carry, self.table = zeros(count, FACTORS), zeros(count, FACTORS)
         self.rounding, self.report = zeros(count, 4, dtype=torch.int32), zeros(count, 3, dtype=torch.float64)
         self.no_inf = zeros()
-        self.lanes = torch.arange(ROW, dtype=torch.int32, device=device)
+        self.lanes = update.make_lanes(device)
 
         packed = max(len(self.cuts), 2) if self.cuts else 0
         slots = max(1 + len(self.large) + packed, 2)
@@ -254,7 +254,7 @@ class Plan:
                 self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
             )
         for slot, (i, part) in enumerate(blocks, 1):
-            f.measure(part, self.carry[i], self.peaks[slot], self.sums[slot])
+            f.measure(part, self.carry[i], self.lanes, self.peaks[slot], self.sums[slot])
         f.scale(
             self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
             self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,

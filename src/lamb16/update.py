@@ -33,7 +33,7 @@ HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "trust_scale", "trust_lr
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, TRUST_SCALE, TRUST_LR, TRUST_CLIP, BIAS_CORRECTION = range(9)
 FACTORS = 16  # float32: the fields of Factors in their order, padded to 64 bytes
 GRAD_FACTOR, ENCODE = 9, 10
-OFFSET, SALT, SKIP = range(3)  # int32 columns of the rounding table
+OFFSET, SALT, KEEP = range(3)  # int32 columns of the rounding table
 WEIGHT_NORM, UPDATE_NORM, TRUST_RATIO = range(3)  # float64 columns of the report
 
 
@@ -115,13 +115,16 @@ def measure_block(
     return magnitude, v.view(torch.int32), clamped_weight(weights), clamped_update(u, f.floor)
 
 
-def measure(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, peaks: Tensor, sums: Tensor) -> None:
+def measure(
+    part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, lanes: Tensor, peaks: Tensor, sums: Tensor
+) -> None:
     """First pass over a large tensor.
 
     ``part``: p, g, codes of m and of v, all [rows, ROW]; ``row`` [FACTORS] float32 of the table. Writes ``peaks`` [2]
     int32 (bits of max|m| and max v) and ``sums`` [2] float64.
     """
-    a, b, c, d = measure_block(*part, tensor_factors(row))
+    p, g = ((x.float().view(torch.int32) | lanes[1]).view(torch.float32) for x in part[:2])
+    a, b, c, d = measure_block(p, g, *part[2:], tensor_factors(row))
     peaks.copy_(torch.stack([a.amax(), b.amax()]))
     sums.copy_(torch.stack([c.sum(), d.sum()]))
 
@@ -135,9 +138,12 @@ def measure_packed(
     peaks: Tensor,
     sums: Tensor,
 ) -> None:
-    """First pass over pieces: p, g, codes [pieces, ROW], a piece a row, zero beyond its ``length`` [pieces, 1]."""
+    """First pass over pieces: p, g, codes [pieces, ROW], a piece a row, zero beyond its ``length`` [pieces, 1].
+
+    ``lanes`` as for :func:`apply`.
+    """
     a, b, c, d = measure_block(*part, packed_factors(table, owner))
-    inside = lanes < length
+    inside = lanes[0] < length
     peaks.copy_(torch.stack([a.amax(1), b.amax(1)], 1))
     sums.copy_(torch.stack([torch.where(inside, c, 0.0).sum(1), torch.where(inside, d, 0.0).sum(1)], 1))
 
@@ -168,6 +174,16 @@ def new_norms(peaks: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
         return ones, ones
     exponents = torch.stack([fp8.scale_exponent(peaks[:, 0], E4M3), fp8.scale_exponent(peaks[:, 1], E5M2)], 1)
     return fp8.power_of_two(exponents), fp8.power_of_two(254 - exponents)
+
+
+def still(table: Tensor, norms: Tensor) -> Tensor:
+    """The factor table [tensors, FACTORS] with which zero gradients leave codes of scales ``norms`` [tensors, 2] as is.
+
+    m is the decoded value plus -0 (a zero gradient times -1), so that it keeps the sign of a zero; scaled back it lies
+    on the grid, where no rounding word moves it.
+    """
+    ones = torch.ones_like(table[:, :1])
+    return torch.cat([norms, -ones, table[:, 3:GRAD_FACTOR], ones, 1 / norms, table[:, ENCODE + 2 :]], 1)
 
 
 def scale(
@@ -210,8 +226,9 @@ def scale(
     ratio = torch.clamp(base ** hyper[:, TRUST_SCALE], max=hyper[:, TRUST_CLIP])
 
     new_columns = torch.stack([inverse[:, 0], inverse[:, 1], (lr * ratio).float()], 1)
-    table.copy_(torch.cat([carry[:, :ENCODE], new_columns, carry[:, ENCODE + 3 :]], 1))
-    rounding.copy_(torch.stack([(step + 1) * GOLDEN, salt, -skip.int(), torch.zeros_like(step)], 1))
+    moving = torch.cat([carry[:, :ENCODE], new_columns, carry[:, ENCODE + 3 :]], 1)
+    table.copy_(torch.where(skip[:, None], still(moving, old), moving))
+    rounding.copy_(torch.stack([(step + 1) * GOLDEN, salt, skip.int() - 1, torch.zeros_like(step)], 1))
     report.copy_(torch.stack([norm[:, 0], norm[:, 1], ratio], 1))
 
     fresh = torch.where(skip[:, None], old, fresh)
@@ -224,49 +241,45 @@ def scale(
 
 
 def write_block(
-    part: tuple[Tensor, Tensor, Tensor, Tensor], f: Factors, index: Tensor, offset: Tensor, skip: Tensor
+    part: tuple[Tensor, Tensor, Tensor, Tensor], f: Factors, index: Tensor, offset: Tensor, keep: Tensor
 ) -> None:
     """Second pass over one block.
 
-    ``index`` is element index + salt, int32, of the block's shape; ``skip`` int32 is -1 where all is to stay as it is,
-    else 0, broadcast along the columns (given a column dimension, all three stores share one loop).
+    ``index`` is element index + salt, int32, of the block's shape; ``keep`` int32 is 0 where all is to stay as it is,
+    else -1, of a shape with the block's columns (so that all three stores share one loop). A tensor that is to stay
+    has factors that decode and encode its codes unchanged once its gradient is masked out, see :func:`still`.
     """
     p, g, codes_m, codes_v = part
     weights = p.float()
-    m, v = moments(g, codes_m, codes_v, f)
+    m, v = moments(masked(g.float(), keep), codes_m, codes_v, f)
     u = direction(weights, m, v, f)
-    new_p = (weights - u * f.step_size).to(p.dtype)
-    p.copy_(select_bits(skip, p, new_p))
+    p.copy_(weights - masked(u * f.step_size, keep))
     if codes_m.dtype == torch.float32:
-        codes_m.copy_(select_bits(skip, codes_m, m))
-        codes_v.copy_(select_bits(skip, codes_v, v))
+        codes_m.copy_(m)
+        codes_v.copy_(v)
         return
     word = fp8.hash32(index) + offset
     sign = (m.view(torch.int32) >> 24) & 0x80
     new_m = fp8.encode(m.abs() * f.encode_m, word, E4M3) | sign
     new_v = fp8.encode(v * f.encode_v, word, E5M2)
     new_v = torch.maximum(new_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
-    codes_m.copy_(blend(skip, codes_m.to(torch.int32), new_m).to(torch.uint8))
-    codes_v.copy_(blend(skip, codes_v.to(torch.int32), new_v).to(torch.uint8))
+    codes_m.copy_(new_m.to(torch.uint8))
+    codes_v.copy_(new_v.to(torch.uint8))
 
 
-def blend(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a where mask is -1, b where it is 0, in integers; ``where`` on bytes costs the CPU ten times as much."""
-    return b ^ ((a ^ b) & mask)
-
-
-def select_bits(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """:func:`blend` for float tensors of one dtype."""
-    if a.dtype != torch.float32:
-        return torch.where(mask != 0, a, b)
-    return blend(mask, a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """x where keep is -1, 0 where it is 0; ``where`` costs the CPU four instructions in place of one."""
+    return (x.view(torch.int32) & keep).view(torch.float32)
 
 
 def apply(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, rounding: Tensor, lanes: Tensor) -> None:
-    """Second pass over a large tensor; as for :func:`measure`, ``rounding`` [4] int32, ``lanes`` = 0..ROW-1 int32."""
+    """Second pass over a large tensor; as for :func:`measure`, ``rounding`` [4] int32.
+
+    ``lanes`` [2, ROW] int32 holds 0..ROW-1 and zeros.
+    """
     first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
-    index = lanes + (first + rounding[SALT])
-    write_block(part, tensor_factors(row), index, rounding[OFFSET], (lanes >> 31) | rounding[SKIP])
+    index = lanes[0] + (first + rounding[SALT])
+    write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
 
 
 def apply_packed(
@@ -279,9 +292,14 @@ def apply_packed(
 ) -> None:
     """Second pass over packed pieces; ``start`` [pieces, 1] int32 is the index of a piece's first element."""
     rows = rounding[owner]
-    index = lanes + (start + rows[:, SALT : SALT + 1])
+    index = lanes[0] + (start + rows[:, SALT : SALT + 1])
     f = packed_factors(table, owner)
-    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], (lanes >> 31) | rows[:, SKIP : SKIP + 1])
+    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1] | rows[:, KEEP : KEEP + 1])
+
+
+def make_lanes(device: torch.device) -> Tensor:
+    """The columns' indices and zeros, int32 [2, ROW]; loading them costs the CPU less than making them."""
+    return torch.stack([torch.arange(ROW, dtype=torch.int32), torch.zeros(ROW, dtype=torch.int32)]).to(device)
 
 
 def inverse_bound(beta1: float, beta2: float) -> float:
