@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import update
-from .update import FACTORS, HYPER, ROW
+from .update import FACTORS, HYPER, PIECE, ROW, Part, Results
 
 
 class Kind(NamedTuple):
@@ -27,11 +27,22 @@ class Kind(NamedTuple):
     grad_dtype: torch.dtype
     float8: bool
 
+    @property
+    def group(self) -> int:
+        """Large tensors a call. CUDA launches one kernel for all of them; on the CPU a loop a tensor gains nothing."""
+        return 16 if self.device.type == "cuda" else 1
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the first pass leaves its last reduction to a second kernel: many rows in parallel need one."""
+        return self.device.type == "cuda"
+
 
 class Step(NamedTuple):
     """The functions of a step, for one kind."""
 
     measure: Callable[..., None]
+    collect: Callable[..., None]
     measure_packed: Callable[..., None]
     scale: Callable[..., None]
     apply: Callable[..., None]
@@ -41,13 +52,7 @@ class Step(NamedTuple):
 def step_functions(kind: Kind, compile: bool) -> Step:
     """The functions for ``kind``; compiled ones are shared by all optimizers of the process."""
     if not compile:
-        return Step(
-            update.measure,
-            update.measure_packed,
-            update.scale,
-            update.apply,
-            update.apply_packed,
-        )
+        return Step(*(getattr(update, name) for name in Step._fields))
     return _compiled(kind)
 
 
@@ -115,26 +120,37 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
         torch._dynamo.mark_dynamic(tensor, 0)
         return tensor
 
-    def part(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def part(rows: int, columns: int = ROW) -> Part:
         codes = torch.uint8 if kind.float8 else torch.float32
         dtypes = (kind.param_dtype, kind.grad_dtype, codes, codes)
-        p, g, m, v = (dynamic(rows, ROW, dtype=dtype) for dtype in dtypes)
+        p, g, m, v = (dynamic(rows, columns, dtype=dtype) for dtype in dtypes)
         return p, g, m, v
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def results(size: int) -> Results:
+        make = zeros if size == 1 else dynamic
+        a, b, c, d = (make(size, dtype=dtype) for dtype in (*[torch.int32] * 2, *[torch.float64] * 2))
+        return a, b, c, d
+
     lanes = update.make_lanes(device)
+    group = range(kind.group)
+    sizes = [13 + 2 * k for k in group]
     if name == "measure":
-        return part(13), zeros(FACTORS), lanes, zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)
+        outputs = [results(size if kind.by_rows else 1) for size in sizes]
+        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], lanes, outputs, kind.by_rows
+    if name == "collect":
+        return [results(size) for size in sizes], [results(1) for _ in group]
     if name == "apply":
-        return part(13), zeros(FACTORS), zeros(4, dtype=torch.int32), lanes
+        roundings = [zeros(4, dtype=torch.int32) for _ in group]
+        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], roundings, lanes
     table = dynamic(tensors, FACTORS, dtype=torch.float32)
     if name == "scale":
         return (
             dynamic(slots, 2, dtype=torch.int32),
             dynamic(slots, 2, dtype=torch.float64),
-            dynamic(tensors, 3, dtype=torch.int64),
+            dynamic(tensors, update.MAX_SLOTS, dtype=torch.int64),
             dynamic(homes, 2, dtype=torch.float32),
             dynamic(homes, 2, dtype=torch.int32),
             dynamic(tensors, dtype=torch.int64),
@@ -152,6 +168,6 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
     if name == "measure_packed":
         length = dynamic(pieces, 1, dtype=torch.int32)
         peaks, sums = dynamic(pieces, 2, dtype=torch.int32), dynamic(pieces, 2, dtype=torch.float64)
-        return part(pieces), table, owner, length, lanes, peaks, sums
+        return part(pieces, PIECE), table, owner, length, lanes, peaks, sums
     start = dynamic(pieces, 1, dtype=torch.int32)
-    return part(pieces), table, dynamic(tensors, 4, dtype=torch.int32), owner, start, lanes
+    return part(pieces, PIECE), table, dynamic(tensors, 4, dtype=torch.int32), owner, start, lanes

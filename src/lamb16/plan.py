@@ -1,15 +1,15 @@
 """How a list of parameters is cut into blocks for the step functions of ``update.py``.
 
 A parameter of n elements is seen as a flat array. Its first n // 1024 rows of 1024 elements are one block of the
-*large* kind, if there are at least two rows; what is left is cut into *pieces* of at most 1024 elements, which are
-copied into a packed buffer, a piece a row, and back after the step. So a handful of compiled graphs serve every model,
-and hundreds of tiny tensors cost one call.
+*large* kind, if there are at least two rows; what is left, its *tail*, is copied into a packed buffer and back after
+the step. There it takes as many rows of 256 elements as it needs, a *piece* a row. So a handful of compiled graphs
+serve every model, and hundreds of tiny tensors cost one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,20 @@ from . import update
 from .checks import check_hyperparameters
 from .compiled import Kind, Step, step_functions
 from .fp8 import E4M3, E5M2
-from .update import FACTORS, GRAD_FACTOR, HYPER, LR, ROW
+from .update import FACTORS, GRAD_FACTOR, HYPER, LR, MAX_SLOTS, PIECE, ROW, Part, Results
 
-Part = tuple[Tensor, Tensor, Tensor, Tensor]
-MAX_PIECES = 2  # packed pieces of one tensor: its tail, or all of it where it is too small for rows
+
+class Tail(NamedTuple):
+    """What is packed of a tensor: its elements from ``start`` on, in the packed rows from ``row`` on."""
+
+    tensor: int
+    start: int
+    length: int
+    row: int
+
+    @property
+    def rows(self) -> int:
+        return -(-self.length // PIECE)
 
 
 class Store:
@@ -120,21 +130,24 @@ def flat_codes(codes: Tensor) -> Tensor:
     return codes if codes.dtype == torch.float32 else codes.view(torch.uint8)
 
 
-def cut(params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-    """Large blocks as (tensor, rows) and packed pieces as (tensor, first element, length)."""
-    large, pieces = [], []
+def cut(params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], list[Tail]]:
+    """Large blocks as (tensor, rows), and what is packed."""
+    large, tails, row = [], [], 0
     for i, p in enumerate(params):
         rows = p.numel() // ROW if p.numel() >= 2 * ROW else 0
         if rows:
             large.append((i, rows))
-        pieces += [(i, start, min(ROW, p.numel() - start)) for start in range(rows * ROW, p.numel(), ROW)]
-    return large, pieces
+        if p.numel() > rows * ROW:
+            tails.append(Tail(i, rows * ROW, p.numel() - rows * ROW, row))
+            row += tails[-1].rows
+    return large, tails
 
 
 def compile_graphs(kind: Kind, params: Sequence[Tensor]) -> None:
     """Compile what a step over these parameters needs; raises RuntimeError where no compiler works."""
-    large, pieces = cut(params)
-    wanted = ["scale"] + ["measure", "apply"] * bool(large) + ["measure_packed", "apply_packed"] * bool(pieces)
+    large, tails = cut(params)
+    wanted = ["scale"] + ["measure", "apply"] * bool(large) + ["measure_packed", "apply_packed"] * bool(tails)
+    wanted += ["collect"] * (bool(large) and kind.by_rows)
     for name in wanted:
         getattr(step_functions(kind, True), name).prepare()
 
@@ -159,7 +172,7 @@ class Plan:
         self.memory = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
         self.contiguous = [p.is_contiguous() for p in params]
-        self.large, self.cuts = cut(params)
+        self.large, self.tails = cut(params)
         self._allocate()
         self.hyper_seen: list[Any] = [None] * len(groups)
         self.scaled = False
@@ -181,38 +194,63 @@ class Plan:
         self.no_inf = zeros()
         self.lanes = update.make_lanes(device)
 
-        packed = max(len(self.cuts), 2) if self.cuts else 0
+        pieces = sum(tail.rows for tail in self.tails)
+        packed = max(pieces, 2) if pieces else 0
         slots = max(1 + len(self.large) + packed, 2)
         self.peaks, self.sums = zeros(slots, 2, dtype=torch.int32), zeros(slots, 2, dtype=torch.float64)
-        pieces = [[0] * (MAX_PIECES + 1) for _ in range(count)]
+        first = 1 + len(self.large)  # slot 0 stays zero
+        owned = [[0] * MAX_SLOTS for _ in range(count)]
         for slot, (i, _) in enumerate(self.large, 1):
-            pieces[i][0] = slot
-        for slot, (i, start, _) in enumerate(self.cuts, 1 + len(self.large)):
-            pieces[i][1 if pieces[i][0] else 1 + start // ROW] = slot
-        self.pieces = torch.tensor(pieces, device=device)
+            owned[i][0] = slot
+        for tail in self.tails:
+            owned[tail.tensor][1 : 1 + tail.rows] = range(first + tail.row, first + tail.row + tail.rows)
+        self.pieces = torch.tensor(owned, device=device)
+        self.packed_peaks, self.packed_sums = self.peaks[first:], self.sums[first:]
         self._allocate_packed(packed, zeros)
-
-        self.large_parts = [self._rows(i, rows) for i, rows in self.large]
+        self._allocate_large(zeros)
 
     def _allocate_packed(self, packed: int, zeros: Callable[..., Tensor]) -> None:
-        first = 1 + len(self.large)
-        self.packed_peaks, self.packed_sums = self.peaks[first : first + packed], self.sums[first : first + packed]
         codes = torch.uint8 if self.kind.float8 else torch.float32
-        self.packed: Part = (
-            zeros(packed, ROW, dtype=self.kind.param_dtype),
-            zeros(packed, ROW, dtype=self.kind.grad_dtype),
-            zeros(packed, ROW, dtype=codes),
-            zeros(packed, ROW, dtype=codes),
-        )
-        padding = [(0, 0, 0)] * (packed - len(self.cuts))
-        cuts = torch.tensor(self.cuts + padding, device=self.kind.device).view(-1, 3)
-        self.owner = cuts[:, 0].contiguous()
-        self.start, self.length = (cuts[:, k : k + 1].int().contiguous() for k in (1, 2))
-        rows = [[block[row, :n] for row, (_, _, n) in enumerate(self.cuts)] for block in self.packed]
-        self.rows_p, self.rows_g, self.rows_m, self.rows_v = rows
+        dtypes = (self.kind.param_dtype, self.kind.grad_dtype, codes, codes)
+        blocks = [zeros(packed, PIECE, dtype=dtype) for dtype in dtypes]
+        self.packed: Part = (blocks[0], blocks[1], blocks[2], blocks[3])
+        cuts = [
+            (tail.tensor, tail.start + k * PIECE, min(PIECE, tail.length - k * PIECE))
+            for tail in self.tails
+            for k in range(tail.rows)
+        ]
+        table = torch.tensor(cuts + [(0, 0, 0)] * (packed - len(cuts)), device=self.kind.device).view(-1, 3)
+        self.owner = table[:, 0].contiguous()
+        self.start, self.length = (table[:, k : k + 1].int().contiguous() for k in (1, 2))
+        flat = [block.view(-1) for block in blocks]
+        rows = [[x[t.row * PIECE : t.row * PIECE + t.length] for t in self.tails] for x in flat]
+        self.tails_p, self.tails_g, self.tails_m, self.tails_v = rows
         self.codes_m, self.codes_v = (
-            [flat_codes(self.moments[i][k])[start : start + n] for i, start, n in self.cuts] for k in (0, 1)
+            [flat_codes(self.moments[t.tensor][k])[t.start : t.start + t.length] for t in self.tails] for k in (0, 1)
         )
+
+    def _allocate_large(self, zeros: Callable[..., Tensor]) -> None:
+        """Row views of the codes, and where the results go; stand-ins fill the last group up."""
+        group = self.kind.group
+        spare = -len(self.large) % group
+        codes = torch.uint8 if self.kind.float8 else torch.float32
+        dtypes = (self.kind.param_dtype, self.kind.grad_dtype, codes, codes)
+        self.large_parts = [self._rows(i, rows) for i, rows in self.large]
+        blocks = [[zeros(2, ROW, dtype=dtype) for dtype in dtypes] for _ in range(spare)]
+        self.spare: list[Part] = [(p, g, m, v) for p, g, m, v in blocks]
+        unused = [(zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)) for _ in range(spare)]
+        pairs = list(zip(self.peaks[1:], self.sums[1:], strict=True))[: len(self.large)] + unused
+        self.results: list[Results] = [(a[:1], a[1:], b[:1], b[1:]) for a, b in pairs]
+        self.partial: list[Results] = self.results
+        if self.kind.by_rows:
+            sizes = [rows for _, rows in self.large] + [2] * spare
+            partial = [[zeros(n, dtype=d) for d in (*[torch.int32] * 2, *[torch.float64] * 2)] for n in sizes]
+            self.partial = [(a, b, c, d) for a, b, c, d in partial]
+        owners = [i for i, _ in self.large]
+        self.carries = [self.carry[i] for i in owners] + [zeros(FACTORS) for _ in range(spare)]
+        self.tables = [self.table[i] for i in owners] + [zeros(FACTORS) for _ in range(spare)]
+        self.roundings = [self.rounding[i] for i in owners] + [zeros(4, dtype=torch.int32) for _ in range(spare)]
+        self.calls = [slice(k, k + group) for k in range(0, len(self.large), group)]
 
     def _rows(self, i: int, rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """The row views of a tensor's weights (None if it is not contiguous) and codes."""
@@ -245,51 +283,51 @@ class Plan:
         weights = [p.detach() for p in self.params]
         weights = [w if c else w.contiguous() for w, c in zip(weights, self.contiguous, strict=True)]
         flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().contiguous().view(-1) for g in grads]
-        f, blocks = self.functions, self._blocks(flat_p, flat_g)
-        packed = len(self.cuts) > 0
-
-        if packed:
+        f, parts = self.functions, self._parts(flat_p, flat_g)
+        if self.tails:
             self._pack(flat_p, flat_g)
             f.measure_packed(
                 self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
             )
-        for slot, (i, part) in enumerate(blocks, 1):
-            f.measure(part, self.carry[i], self.lanes, self.peaks[slot], self.sums[slot])
+        for k in self.calls:
+            f.measure(parts[k], self.carries[k], self.lanes, self.partial[k], self.kind.by_rows)
+            if self.kind.by_rows:
+                f.collect(self.partial[k], self.results[k])
         f.scale(
             self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
             self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,
             self.carry, self.table, self.rounding, self.report, self.kind.float8,
         )  # fmt: skip
-        for i, part in blocks:
-            f.apply(part, self.table[i], self.rounding[i], self.lanes)
-        if packed:
+        for k in reversed(self.calls):  # the last ones are still in the cache
+            f.apply(parts[k], self.tables[k], self.roundings[k], self.lanes)
+        if self.tails:
             f.apply_packed(self.packed, self.table, self.rounding, self.owner, self.start, self.lanes)
-            self._unpack(flat_p)
+            self._unpack()
         for p, w, contiguous in zip(self.params, weights, self.contiguous, strict=True):
             if not contiguous:
                 p.detach().copy_(w)
         self.store.writer, self.store.version = self, self.store.stamp()
 
-    def _blocks(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[tuple[int, Part]]:
-        """The large tensors' positions and row views."""
-        blocks = []
+    def _parts(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[Part]:
+        """The row views of the large tensors, and what fills the last group up."""
+        parts: list[Part] = []
         for (i, rows), (p, m, v) in zip(self.large, self.large_parts, strict=True):
             n = rows * ROW
             p = flat_p[i][:n].view(rows, ROW) if p is None else p
-            blocks.append((i, (p, flat_g[i][:n].view(rows, ROW), m, v)))
-        return blocks
+            parts.append((p, flat_g[i][:n].view(rows, ROW), m, v))
+        return parts + self.spare
 
     def _pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
-        self.cut_p = [flat_p[i][a : a + n] for i, a, n in self.cuts]
-        torch._foreach_copy_(self.rows_p, self.cut_p)
-        torch._foreach_copy_(self.rows_g, [flat_g[i][a : a + n] for i, a, n in self.cuts])
-        torch._foreach_copy_(self.rows_m, self.codes_m)
-        torch._foreach_copy_(self.rows_v, self.codes_v)
+        self.cut_p = [flat_p[t.tensor][t.start : t.start + t.length] for t in self.tails]
+        torch._foreach_copy_(self.tails_p, self.cut_p)
+        torch._foreach_copy_(self.tails_g, [flat_g[t.tensor][t.start : t.start + t.length] for t in self.tails])
+        torch._foreach_copy_(self.tails_m, self.codes_m)
+        torch._foreach_copy_(self.tails_v, self.codes_v)
 
-    def _unpack(self, flat_p: list[Tensor]) -> None:
-        torch._foreach_copy_(self.cut_p, self.rows_p)
-        torch._foreach_copy_(self.codes_m, self.rows_m)
-        torch._foreach_copy_(self.codes_v, self.rows_v)
+    def _unpack(self) -> None:
+        torch._foreach_copy_(self.cut_p, self.tails_p)
+        torch._foreach_copy_(self.codes_m, self.tails_m)
+        torch._foreach_copy_(self.codes_v, self.tails_v)
         del self.cut_p
 
     def _fill(self, grad_scale: Tensor | None) -> None:

@@ -5,9 +5,10 @@
 2. :func:`scale` turns these few numbers, for all tensors at once, into new scales, trust ratios and step counts;
 3. :func:`apply` reads the same memory again, forms the same m, v and u, and writes weights and codes.
 
-Nothing of the size of a tensor is stored in between. Both passes work on 2-D *blocks* of :data:`ROW` columns; a block
-is a large tensor cut into rows (its scalars are one row of the tables), or many small pieces packed one a row (each
-row then has scalars of its own). ``plan.py`` cuts, ``reference.py`` says in plain words what is computed.
+Nothing of the size of a tensor is stored in between. Both passes work on 2-D *blocks*; a block is a large tensor cut
+into rows of :data:`ROW` elements (its scalars are one row of the tables), or many pieces of at most :data:`PIECE`
+elements packed one a row (each row then has scalars of its own). ``plan.py`` cuts, ``reference.py`` says in plain words
+what is computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from . import fp8
 from .fp8 import E4M3, E5M2
 
-ROW = 1024
+ROW = 1024  # columns of a large tensor's block
+PIECE = 256  # elements of a packed piece
+MAX_SLOTS = 1 + (2 * ROW - 1 + PIECE - 1) // PIECE  # a tensor's block and its packed pieces
 GOLDEN = 0x9E3779B9 - (1 << 32)
 INF_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
@@ -35,6 +38,9 @@ FACTORS = 16  # float32: the fields of Factors in their order, padded to 64 byte
 GRAD_FACTOR, ENCODE = 9, 10
 OFFSET, SALT, KEEP = range(3)  # int32 columns of the rounding table
 WEIGHT_NORM, UPDATE_NORM, TRUST_RATIO = range(3)  # float64 columns of the report
+
+Part = tuple[Tensor, Tensor, Tensor, Tensor]  # p, g, codes of m and of v
+Results = tuple[Tensor, Tensor, Tensor, Tensor]  # max|m| and max v (their bits), Σ clamp(p²), Σ clamp(u²)
 
 
 class Factors(NamedTuple):
@@ -104,9 +110,7 @@ def direction(p: Tensor, m: Tensor, v: Tensor, f: Factors) -> Tensor:
     return m / denominator + p * f.weight_decay
 
 
-def measure_block(
-    p: Tensor, g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def measure_block(p: Tensor, g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors) -> Results:
     """What is reduced, elementwise: the bits of |m| and v (int32), the clamped squares of p and u (float64)."""
     weights = p.float()
     m, v = moments(g, codes_m, codes_v, f)
@@ -115,35 +119,43 @@ def measure_block(
     return magnitude, v.view(torch.int32), clamped_weight(weights), clamped_update(u, f.floor)
 
 
-def measure(
-    part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, lanes: Tensor, peaks: Tensor, sums: Tensor
-) -> None:
-    """First pass over a large tensor.
+def measure(parts: list[Part], rows: list[Tensor], lanes: Tensor, results: list[Results], by_rows: bool) -> None:
+    """First pass over large tensors.
 
-    ``part``: p, g, codes of m and of v, all [rows, ROW]; ``row`` [FACTORS] float32 of the table. Writes ``peaks`` [2]
-    int32 (bits of max|m| and max v) and ``sums`` [2] float64.
+    A part's tensors are [r, ROW], with an r of its own; ``rows`` [FACTORS] float32 are rows of the table; ``lanes`` as
+    for :func:`apply`. Writes into each of ``results`` max|m| and max v (their bits, int32) and the two sums (float64):
+    [1], or with ``by_rows`` [r], for :func:`collect`.
     """
-    p, g = ((x.float().view(torch.int32) | lanes[1]).view(torch.float32) for x in part[:2])
-    a, b, c, d = measure_block(p, g, *part[2:], tensor_factors(row))
-    peaks.copy_(torch.stack([a.amax(), b.amax()]))
-    sums.copy_(torch.stack([c.sum(), d.sum()]))
+    for part, row, result in zip(parts, rows, results, strict=True):
+        # Zeros or-ed in tie everything to the columns: a loop over rows, and 1,024 columns, has no checks inside.
+        p = (part[0].float().view(torch.int32) | lanes[1]).view(torch.float32)
+        g = (part[1].float().view(torch.int32) | lanes[1]).view(torch.float32)
+        a, b, c, d = measure_block(p, g, part[2], part[3], tensor_factors(row))
+        dims = [1] if by_rows else [0, 1]
+        result[0].copy_(a.amax(dims))
+        result[1].copy_(b.amax(dims))
+        result[2].copy_(c.sum(dims))
+        result[3].copy_(d.sum(dims))
+
+
+def collect(partial: list[Results], results: list[Results]) -> None:
+    """Reduce what :func:`measure` wrote row by row, [r] each, to [1]."""
+    for (a, b, c, d), result in zip(partial, results, strict=True):
+        result[0].copy_(a.amax())
+        result[1].copy_(b.amax())
+        result[2].copy_(c.sum())
+        result[3].copy_(d.sum())
 
 
 def measure_packed(
-    part: tuple[Tensor, Tensor, Tensor, Tensor],
-    table: Tensor,
-    owner: Tensor,
-    length: Tensor,
-    lanes: Tensor,
-    peaks: Tensor,
-    sums: Tensor,
+    part: Part, table: Tensor, owner: Tensor, length: Tensor, lanes: Tensor, peaks: Tensor, sums: Tensor
 ) -> None:
-    """First pass over pieces: p, g, codes [pieces, ROW], a piece a row, zero beyond its ``length`` [pieces, 1].
+    """First pass over pieces: p, g, codes [pieces, PIECE], a piece a row, zero beyond its ``length`` [pieces, 1].
 
-    ``lanes`` as for :func:`apply`.
+    Writes ``peaks`` [pieces, 2] int32 and ``sums`` [pieces, 2] float64. ``lanes`` as for :func:`apply`.
     """
     a, b, c, d = measure_block(*part, packed_factors(table, owner))
-    inside = lanes[0] < length
+    inside = lanes[0, :PIECE] < length
     peaks.copy_(torch.stack([a.amax(1), b.amax(1)], 1))
     sums.copy_(torch.stack([torch.where(inside, c, 0.0).sum(1), torch.where(inside, d, 0.0).sum(1)], 1))
 
@@ -240,9 +252,7 @@ def scale(
     carry.copy_(torch.cat([ahead, carry[:, GRAD_FACTOR:]], 1))
 
 
-def write_block(
-    part: tuple[Tensor, Tensor, Tensor, Tensor], f: Factors, index: Tensor, offset: Tensor, keep: Tensor
-) -> None:
+def write_block(part: Part, f: Factors, index: Tensor, offset: Tensor, keep: Tensor) -> None:
     """Second pass over one block.
 
     ``index`` is element index + salt, int32, of the block's shape; ``keep`` int32 is 0 where all is to stay as it is,
@@ -272,29 +282,23 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
     return (x.view(torch.int32) & keep).view(torch.float32)
 
 
-def apply(part: tuple[Tensor, Tensor, Tensor, Tensor], row: Tensor, rounding: Tensor, lanes: Tensor) -> None:
-    """Second pass over a large tensor; as for :func:`measure`, ``rounding`` [4] int32.
+def apply(parts: list[Part], rows: list[Tensor], roundings: list[Tensor], lanes: Tensor) -> None:
+    """Second pass over large tensors; as for :func:`measure`. ``roundings`` [4] int32 are rows of that table.
 
     ``lanes`` [2, ROW] int32 holds 0..ROW-1 and zeros.
     """
-    first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
-    index = lanes[0] + (first + rounding[SALT])
-    write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
+    for part, row, rounding in zip(parts, rows, roundings, strict=True):
+        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
+        index = lanes[0] + (first + rounding[SALT])
+        write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
 
 
-def apply_packed(
-    part: tuple[Tensor, Tensor, Tensor, Tensor],
-    table: Tensor,
-    rounding: Tensor,
-    owner: Tensor,
-    start: Tensor,
-    lanes: Tensor,
-) -> None:
+def apply_packed(part: Part, table: Tensor, rounding: Tensor, owner: Tensor, start: Tensor, lanes: Tensor) -> None:
     """Second pass over packed pieces; ``start`` [pieces, 1] int32 is the index of a piece's first element."""
     rows = rounding[owner]
-    index = lanes[0] + (start + rows[:, SALT : SALT + 1])
+    index = lanes[0, :PIECE] + (start + rows[:, SALT : SALT + 1])
     f = packed_factors(table, owner)
-    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1] | rows[:, KEEP : KEEP + 1])
+    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1, :PIECE] | rows[:, KEEP : KEEP + 1])
 
 
 def make_lanes(device: torch.device) -> Tensor:
