@@ -1,12 +1,15 @@
 """`lamb16 bench`: what is stepped and reported; no test looks at a time."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lamb16.cli import bench, main
+from lamb16 import Lamb16
+from lamb16.cli import bench, contenders, main, timing
 from lamb16.cli.shapes import SETS
 
 
@@ -16,6 +19,7 @@ from lamb16.cli.shapes import SETS
         ("mlp", 16, 8_396_800),
         ("resnet50", 161, 25_557_032),
         ("bert-base", 197, 108_891_648),
+        ("bert-large", 389, 334_092_288),
         ("gpt2", 196, 124_439_808),
         ("tiny-tensors", 400, 189_800),
     ],
@@ -29,17 +33,66 @@ def test_a_run_reports_every_contender(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SETS, "mlp", lambda: [(70, 70), (9,)])
-    file = tmp_path / "bench.json"
-    assert main(["bench", "--shapes", "mlp", "--rounds", "2", "--device", "cpu", "--json", str(file)]) == 0
+    monkeypatch.setitem(bench.OWN, "broken", _broken)
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    options = ["--rounds", "2", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
+    assert main(["bench", "--shapes", "mlp", *options]) == 0
     written = json.loads(file.read_text())
     rows = {row["name"]: row for row in written["results"]["mlp"]}
-    assert set(rows) == {bench.COPY, *bench.CONTENDERS}
+    assert set(rows) == {bench.COPY, *bench.OWN}
+    assert rows.pop("broken")["error"] == "ValueError: no step for you"
     assert rows["Lamb16 compiled"]["state_bytes"] == 2 * 4909 + 2 * 16
     assert rows["AdamW fused"]["to_adamw"] == rows[bench.COPY]["to_copy"] == 1
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows.values())
     assert written["settings"]["rounds"] == 2
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in rows)
+    assert "could not run: ValueError" in table
+    assert "<svg" in picture.read_text()
+
+
+def _broken(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    raise ValueError("no step for you")
+
+
+def test_peers_are_run_or_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PEERS", ("adam", "nowhere"))
+    missing = contenders.Contender("Nowhere", lambda *_, **__: importlib.import_module("nowhere"), 0.1, "nowhere")
+    monkeypatch.setitem(contenders.CONTENDERS, "nowhere", missing)
+    factories = {contenders.CONTENDERS[name].label: bench._peer(name) for name in bench.PEERS}
+    rows = {row["name"]: row for row in bench.measure([(5, 5)], torch.float32, torch.device("cpu"), 1, factories)}
+    assert rows["Adam"]["median_s"] > 0
+    assert "nowhere" in rows["Nowhere"]["error"]
+
+
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        kept.append(torch.zeros(1000))
+        torch.ones(3000).add_(1)
+
+    assert 16_000 <= timing.peak_bytes(call, torch.device("cpu")) < 16_100  # the 1 is a tensor too
+
+
+def test_a_step_takes_no_memory_beyond_its_state() -> None:
+    """At most 1 % of the parameters' bytes, the compilation included; later steps take next to nothing."""
+    params = timing.make_params([(1024, 1024), (1024,), (300, 70)] * 2, torch.float32, torch.device("cpu"))
+    optimizer = Lamb16(params)
+    first = timing.peak_bytes(optimizer.step, torch.device("cpu"))
+    assert (
+        timing.state_bytes(optimizer)
+        < first
+        < timing.state_bytes(optimizer) + 0.01 * 4 * sum(p.numel() for p in params)
+    )
+    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) < 10_000
+
+
+def test_compile_times_are_taken_in_processes_of_their_own() -> None:
+    (row,) = timing.compile_times([1], 64, "float32", 1)
+    assert (row["tensors"], row["parameters"]) == (21, 2_036_416)
+    assert 0 < row["warm_s"] < row["cold_s"]
+    assert "| 21 | 2,036,416 |" in bench.compile_table([row])
 
 
 @pytest.mark.parametrize("options", [["--rounds", "0"], ["--threads", "0"], ["--device", "nowhere"]])

@@ -2,121 +2,61 @@
 
 All optimizers step the same parameters with the same gradients, in turn, round after round; the table gives medians
 and ratios within this one run. `copy` is a memory copy that moves as many bytes as lamb16's two passes, 26 a
-parameter: the floor that the memory bus sets.
+parameter: about what the memory bus allows. "Beyond state" is the most memory that the first step, compilation
+included, takes beyond parameters, gradients and state, in percent of the parameters' bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lamb16 import Lamb, Lamb16, PublishedLamb16
-from lamb16.cli import CommandError
-from lamb16.cli.shapes import SETS
-from lamb16.cli.training import state_bytes
+from lamb16.cli import CommandError, contenders, timing
+from lamb16.cli.shapes import SETS, Shape
+from lamb16.cli.timing import Factory, Row
 
-BYTES = 26  # what the two passes move for a float32 parameter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 YARDSTICK = "AdamW fused"
 COPY = "copy"
-
-Factory = Callable[[list[nn.Parameter]], Optimizer]
 COMMON: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
-CONTENDERS: dict[str, Factory] = {
-    "Lamb16 compiled": lambda params: Lamb16(params, **COMMON),
+COMPILED = "Lamb16 compiled"
+OWN: dict[str, Factory] = {
+    COMPILED: lambda params: Lamb16(params, **COMMON),
     "Lamb16 eager": lambda params: Lamb16(params, **COMMON, compile=False),
     YARDSTICK: lambda params: AdamW(params, **COMMON, fused=True),
     "AdamW foreach": lambda params: AdamW(params, **COMMON, foreach=True),
     "Lamb (FP32, loop)": lambda params: Lamb(params, **COMMON),
     "PublishedLamb16": lambda params: PublishedLamb16(params, **COMMON),
 }
+PEERS = ("adamwfp8", "adamw8bit", "adamw4bit", "adamw8bit-bnb", "lamb-timm", "lamb-po")
+COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shapes of BERT-large, scaled down
 
 
-def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
-    """Normal random parameters with gradients."""
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for shape in shapes:
-        p = nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(device, dtype))
-        p.grad = (torch.randn(shape, generator=generator) * 0.01).to(device, dtype)
-        params.append(p)
-    return params
+def _peer(name: str) -> Factory:
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        return contenders.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
 
-
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, on the device's own clock where it has one."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def copy_of(numel: int, device: torch.device) -> Callable[[], Tensor]:
-    """A copy that reads and writes BYTES / 2 a parameter, split so that its two buffers stay small."""
-    chunk = min(numel * BYTES // 2, 256 << 20)
-    source = torch.ones(chunk, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def run() -> Tensor:
-        left = numel * BYTES // 2
-        while left > 0:
-            target[: min(left, chunk)].copy_(source[: min(left, chunk)])
-            left -= chunk
-        return target
-
-    return run
+    return build
 
 
 def measure(
-    shapes: list[tuple[int, ...]],
+    shapes: list[Shape],
     dtype: torch.dtype,
     device: torch.device,
     rounds: int,
-    contenders: dict[str, Factory] | None = None,
-) -> list[dict[str, Any]]:
-    """One row a contender (default: :data:`CONTENDERS`): first step, median and range of a step, ratios, state.
-
-    The yardstick takes part whether it is named or not.
-    """
-    contenders = CONTENDERS if contenders is None else {YARDSTICK: CONTENDERS[YARDSTICK]} | contenders
-    params = make_params(shapes, dtype, device)
-    numel = sum(p.numel() for p in params)
-    calls: dict[str, Callable[[], Any]] = {COPY: copy_of(numel, device)}
-    rows: dict[str, dict[str, Any]] = {COPY: {"name": COPY}}
-    for name, factory in contenders.items():
-        optimizer = factory(params)
-        print(f"  {name}: first step ...", file=sys.stderr)
-        first = timed(optimizer.step, device)
-        rows[name] = {"name": name, "first_step_s": first, "state_bytes": state_bytes(optimizer)}
-        calls[name] = optimizer.step
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for k in range(rounds + 2):  # two rounds of warm-up
-        for name, call in calls.items():
-            seconds = timed(call, device)
-            if k >= 2:
-                times[name].append(seconds)
-    for name, row in rows.items():
-        row["median_s"], row["min_s"], row["max_s"] = statistics.median(times[name]), min(times[name]), max(times[name])
-        row["ns_per_param"] = row["median_s"] / numel * 1e9
-        for key, other in (("to_adamw", YARDSTICK), ("to_copy", COPY)):
-            row[key] = statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-    return list(rows.values())
+    factories: dict[str, Factory] | None = None,
+) -> list[Row]:
+    """:func:`timing.measure` with the yardstick and the copy; the factories default to :data:`OWN`."""
+    factories = OWN if factories is None else {YARDSTICK: OWN[YARDSTICK]} | factories
+    return timing.measure(shapes, dtype, device, rounds, factories, YARDSTICK, COPY)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -132,51 +72,127 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed steps of each optimizer")
+    parser.add_argument("--peers", action="store_true", help="with the installed optimizers of other libraries")
+    parser.add_argument(
+        "--compile-time",
+        action="store_true",
+        help="also the first step of 37 and of 405 tensors in fresh processes (CPU)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (SVG)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a table for every set of shapes."""
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise CommandError(f"--rounds and --threads must be at least 1, not {args.rounds} and {args.threads}")
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"cannot use --device {args.device}: {str(error).splitlines()[0]}") from error
+    device = _device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = {}
+    threads = torch.get_num_threads()
+    factories = OWN | ({contenders.CONTENDERS[name].label: _peer(name) for name in PEERS} if args.peers else {})
+    written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
     for name in args.shapes:
         shapes = SETS[name]()
         numel = sum(torch.Size(s).numel() for s in shapes)
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        print(f"\n{name}: {len(shapes)} tensors, {numel:,} parameters, {args.dtype}, {device}{threads}")
-        results[name] = measure(shapes, DTYPES[args.dtype], device, args.rounds)
-        print(table(results[name]))
+        where = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        print(f"\n{name}: {len(shapes)} tensors, {numel:,} parameters, {args.dtype}, {where}\n")
+        written["results"][name] = measure(shapes, DTYPES[args.dtype], device, args.rounds, factories)
+        print(table(written["results"][name]))
+    if args.compile_time:
+        written["compile_time"] = timing.compile_times(COMPILE_LAYERS, COMPILE_WIDTH, args.dtype, threads)
+        print("\nfirst step on the CPU, in a process of its own\n\n" + compile_table(written["compile_time"]))
     if args.json:
-        settings = {
-            "device": str(device),
-            "dtype": args.dtype,
-            "threads": torch.get_num_threads(),
-            "rounds": args.rounds,
-            "torch": torch.__version__,
-        }
-        Path(args.json).write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
+    if args.plot:
+        plot(written["results"], Path(args.plot))
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    return {
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor and its vector instructions, as far as they are known."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+HEADER = [
+    "",
+    "step, median",
+    "range",
+    "ns a parameter",
+    "to AdamW fused",
+    "to copy",
+    "first step",
+    "state",
+    "beyond state",
+]
+
+
+def table(rows: list[Row]) -> str:
     """The rows as a Markdown table, in the order they were run."""
-    lines = [
-        "| | step, median | range | ns a parameter | to AdamW fused | to copy | first step | state |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for row in rows:
-        first = f"{row['first_step_s']:.2f} s" if "first_step_s" in row else ""
-        state = f"{row['state_bytes'] / 1e6:.2f} MB" if "state_bytes" in row else ""
-        lines.append(
-            f"| {row['name']} | {row['median_s'] * 1e3:.2f} ms | {row['min_s'] * 1e3:.2f}–{row['max_s'] * 1e3:.2f} "
-            f"| {row['ns_per_param']:.2f} | {row['to_adamw']:.2f} | {row['to_copy']:.2f} | {first} | {state} |"
-        )
+        lines.append("| " + " | ".join([row["name"], *_cells(row)]) + " |")
     return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    if "error" in row:
+        return [f"could not run: {row['error']}"] + [""] * (len(HEADER) - 2)
+    return [
+        f"{row['median_s'] * 1e3:.2f} ms",
+        f"{row['min_s'] * 1e3:.2f}–{row['max_s'] * 1e3:.2f}",
+        f"{row['ns_per_param']:.2f}",
+        f"{row['to_adamw']:.2f}",
+        f"{row['to_copy']:.2f}",
+        f"{row['first_step_s']:.2f} s" if "first_step_s" in row else "",
+        f"{row['state_bytes'] / 1e6:.2f} MB" if "state_bytes" in row else "",
+        f"{row['extra_memory']:.1%}" if "extra_memory" in row else "",
+    ]
+
+
+def compile_table(rows: list[Row]) -> str:
+    """Seconds of the first step with an empty and with a full cache, as Markdown."""
+    lines = ["| tensors | parameters | empty cache | full cache |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['tensors']} | {row['parameters']:,} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, list[Row]], path: Path) -> None:
+    """Bars of ns a parameter, a panel a set of shapes; the copy is a line."""
+    from lamb16.cli.study.report import figure  # needs matplotlib
+
+    with figure(path, len(results)) as panels:
+        for axes, (name, rows) in zip(panels, results.items(), strict=True):
+            bars = [row for row in rows if "median_s" in row and row["name"] != COPY]
+            colours = ["#d62728" if "Lamb16 c" in row["name"] else "#1f77b4" for row in bars]
+            axes.barh([row["name"] for row in bars], [row["ns_per_param"] for row in bars], color=colours)
+            axes.axvline(next(row["ns_per_param"] for row in rows if row["name"] == COPY), color="0.3", linestyle=":")
+            axes.invert_yaxis()
+            axes.set(title=name, xlabel="ns a parameter; dotted: memory copy", xscale="log")
+    print(f"\nwrote {path}")

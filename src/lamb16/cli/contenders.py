@@ -37,6 +37,16 @@ def _torchao(name: str) -> Callable[..., Optimizer]:
     return build
 
 
+def _timm(named: Named, **settings: Any) -> Optimizer:
+    optimizer: Optimizer = importlib.import_module("timm.optim").Lamb(_plain(named), **settings)
+    return optimizer
+
+
+def _pytorch_optimizer(named: Named, **settings: Any) -> Optimizer:
+    optimizer: Optimizer = importlib.import_module("pytorch_optimizer").Lamb(_plain(named), **settings)
+    return optimizer
+
+
 def _bitsandbytes(named: Named, **settings: Any) -> Optimizer:
     optimizer: Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(_plain(named), **settings)
     return optimizer
@@ -58,8 +68,11 @@ CONTENDERS = {
     "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
     "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
     "adamw8bit": Contender("AdamW8bit (torchao)", _torchao("AdamW8bit"), 0.001, "torchao"),
+    "adamwfp8": Contender("AdamWFp8 (torchao)", _torchao("AdamWFp8"), 0.001, "torchao"),
     "adamw4bit": Contender("AdamW4bit (torchao)", _torchao("AdamW4bit"), 0.001, "torchao"),
     "adamw8bit-bnb": Contender("AdamW8bit (bitsandbytes)", _bitsandbytes, 0.001, "bitsandbytes"),
+    "lamb-timm": Contender("LAMB (timm)", _timm, 0.01, "timm"),
+    "lamb-po": Contender("LAMB (pytorch_optimizer)", _pytorch_optimizer, 0.01, "pytorch_optimizer"),
 }
 
 

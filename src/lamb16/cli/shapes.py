@@ -28,7 +28,7 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, 2048), (1000,)]
 
 
-def _transformer(layers: int, width: int, embeddings: list[Shape]) -> list[Shape]:
+def transformer(layers: int, width: int, embeddings: list[Shape]) -> list[Shape]:
     """Encoder or decoder blocks with separate query, key and value, and two norms each."""
     shapes = list(embeddings)
     for _ in range(layers):
@@ -41,12 +41,17 @@ def _transformer(layers: int, width: int, embeddings: list[Shape]) -> list[Shape
 
 def bert_base() -> list[Shape]:
     """BERT-base without its heads: 108.9 million parameters in 197 tensors."""
-    return _transformer(12, 768, [(30522, 768), (512, 768), (2, 768), (768,), (768,)])
+    return transformer(12, 768, [(30522, 768), (512, 768), (2, 768), (768,), (768,)])
+
+
+def bert_large() -> list[Shape]:
+    """BERT-large without its heads: 334.1 million parameters in 389 tensors."""
+    return transformer(24, 1024, [(30522, 1024), (512, 1024), (2, 1024), (1024,), (1024,)])
 
 
 def gpt2() -> list[Shape]:
     """GPT-2 small, with separate query, key and value: 124.4 million parameters in 196 tensors."""
-    return _transformer(12, 768, [(50257, 768), (1024, 768), (768,), (768,)])
+    return transformer(12, 768, [(50257, 768), (1024, 768), (768,), (768,)])
 
 
 def tiny_tensors() -> list[Shape]:
@@ -58,6 +63,7 @@ SETS: dict[str, Callable[[], list[Shape]]] = {
     "mlp": mlp,
     "resnet50": resnet50,
     "bert-base": bert_base,
+    "bert-large": bert_large,
     "gpt2": gpt2,
     "tiny-tensors": tiny_tensors,
 }
