@@ -303,7 +303,8 @@ def apply_packed(part: Part, table: Tensor, rounding: Tensor, owner: Tensor, sta
 
 def make_lanes(device: torch.device) -> Tensor:
     """The columns' indices and zeros, int32 [2, ROW]; loading them costs the CPU less than making them."""
-    return torch.stack([torch.arange(ROW, dtype=torch.int32), torch.zeros(ROW, dtype=torch.int32)]).to(device)
+    columns = torch.arange(ROW, dtype=torch.int32, device=device)
+    return torch.stack([columns, torch.zeros_like(columns)])
 
 
 def inverse_bound(beta1: float, beta2: float) -> float:

@@ -91,14 +91,14 @@ def _layers(pairs: list[Pair]) -> str:
         seen.add(run.task)
         for name, layer in result["probes"]["layers"].items():
             shares = [f"{layer[key]:.3%}" for key in ("m_saturated", "m_zero", "v_zero", "v_smallest")]
-            figures = [f"{layer['cosine']:.4f}", f"{layer['least_cosine']:.4f}"]
+            figures = [f"{layer['cosine']:.4f}", f"{min(layer['cosines']):.4f}"]
             figures += [f"{layer['m_error']:.3f}", f"{layer['v_log_error']:.3f}"]
             rows.append([run.task, f"`{name}`", *figures, *shares])
     return table(header, rows)
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
-    """Loss curves with both kinds of moments, and the cosine of the updates over training, a column a task."""
+    """Loss curves with both kinds of moments, and each layer's cosine of the updates over training."""
     default = [pair for pair in pairs if _setting(pair)[1:] == (0.999, 1.0)]
     tasks = grouped(default, lambda pair: pair[0].task)
     path = folder / "moments.svg"
@@ -110,11 +110,18 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
                 steps = [(k + 1) * run.steps / len(result["curve"]) for k in range(len(result["curve"]))]
                 upper.plot(steps, result["curve"], style, label=kind)
             upper.set(title=task, ylabel="training loss")
-            for run, result in group:
-                if "probes" in result:
-                    cosines = result["probes"]["cosines"]
-                    steps = [(k + 1) * run.steps / len(cosines) for k in range(len(cosines))]
-                    lower.plot(steps, cosines, label=f"seed {run.seed}")
-            lower.set(xlabel="step", ylabel="cosine of u, mean layer")
+            run, result = next(pair for pair in group if "probes" in pair[1])
+            _plot_layers(lower, run, {name: layer["cosines"] for name, layer in result["probes"]["layers"].items()})
         axes[0].legend(fontsize=7)
     return [path]
+
+
+def _plot_layers(axes: Any, run: Run, cosines: dict[str, list[float]]) -> None:
+    """A line a layer; the three that fall lowest have a colour and their name."""
+    worst = sorted(cosines, key=lambda name: min(cosines[name]))[:3]
+    for name, line in sorted(cosines.items(), key=lambda item: item[0] in worst):  # these above the grey ones
+        steps = [(k + 1) * run.steps / len(line) for k in range(len(line))]
+        style = {"label": name} if name in worst else {"color": "0.75"}
+        axes.plot(steps, line, linewidth=1, **style)
+    axes.set(xlabel="step", ylabel=f"cosine of u by layer, seed {run.seed}")
+    axes.legend(fontsize=6)

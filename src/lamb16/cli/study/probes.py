@@ -56,14 +56,13 @@ class Shadow:
         return m / torch.maximum(v.sqrt() + self._group["eps"], m.abs() * bound)
 
     def summary(self) -> dict[str, Any]:
-        """Per layer the mean over the probes of each figure, and the smallest cosine; the first step has no state."""
-        layers = {}
+        """Per layer the mean over the probes of each figure, and its cosines; the first step has no state."""
+        layers: dict[str, dict[str, Any]] = {}
         for name in self.seen[0] if self.seen else ():
             rows = [probe[name] for probe in self.seen]
             layers[name] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-            layers[name]["least_cosine"] = min(row["cosine"] for row in rows)
-        over_time = [_mean([layer["cosine"] for layer in probe.values()]) for probe in self.seen]
-        return {"layers": layers, "cosines": over_time}
+            layers[name]["cosines"] = [row["cosine"] for row in rows]
+        return {"layers": layers}
 
 
 def _decoded(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -32,10 +32,10 @@ from lamb16.cli import CommandError
 Job = Any  # a frozen dataclass of JSON values: the settings of one training
 Result = dict[str, Any]
 
-_RULE = ("lamb16.update", "lamb16.fp8", "lamb16.reference")
+# What an optimizer's numbers follow from. The rule is reference.py's: tests hold the fast step to its bits.
 SOURCES = {
-    "lamb16": (*_RULE, "lamb16.optimizer"),
-    "variant": (*_RULE, "lamb16.cli.study.variants"),
+    "lamb16": ("lamb16.reference",),
+    "variant": ("lamb16.reference", "lamb16.cli.study.variants"),
     "lamb": ("lamb16.baselines",),
     "published": ("lamb16.baselines",),
 }

@@ -33,7 +33,7 @@ class Sizes:
     dataset: str
     published: tuple[tuple[int, float, int], ...]  # batch size, learning rate, epochs
     published_seeds: tuple[int, ...]
-    peers: tuple[tuple[int, float, int], ...]  # the same for other libraries' optimizers, with the first seed
+    peers: tuple[tuple[int, float, int], ...]  # the same for other libraries' optimizers
     timed_rounds: int
     quick: bool
 
