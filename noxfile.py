@@ -5,6 +5,7 @@ Sessions for CUDA say that they are skipped where there is no GPU. Every environ
 
 from __future__ import annotations
 
+import pathlib
 import shutil
 import subprocess
 
@@ -72,6 +73,24 @@ def bench(session: nox.Session, device: str) -> None:
     need(session, device)
     install(session, "2.14")
     session.run("lamb16", "bench", "--device", device, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("torch", list(TORCH))
+def gpu(session: nox.Session, torch: str) -> None:
+    """Everything that needs a GPU: all tests and property tests on it, CUDA graphs among them, then the benchmark.
+
+    Eager, compiled and replayed from a CUDA graph, float32 and bfloat16; the results are written to gpu-results/.
+    """
+    need(session, "cuda")
+    install(session, torch)
+    session.run("pytest", *session.posargs, env={"LAMB16_TEST_DEVICE": "cuda"})
+    folder = pathlib.Path("gpu-results")
+    folder.mkdir(exist_ok=True)
+    for dtype in ("float32", "bfloat16"):
+        shapes = ["mlp", "resnet50", "bert-base", "tiny-tensors"]
+        file = folder / f"bench-torch-{torch}-{dtype}.json"
+        session.run("lamb16", "bench", "--device", "cuda", "--dtype", dtype, "--shapes", *shapes, "--json", str(file))
 
 
 @nox.session

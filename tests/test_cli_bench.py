@@ -35,7 +35,7 @@ def test_a_run_reports_every_contender(
     monkeypatch.setitem(SETS, "mlp", lambda: [(70, 70), (9,)])
     monkeypatch.setitem(bench.OWN, "broken", _broken)
     file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
-    options = ["--rounds", "2", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
+    options = ["--rounds", "2", "--passes", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
     assert main(["bench", "--shapes", "mlp", *options]) == 0
     written = json.loads(file.read_text())
     rows = {row["name"]: row for row in written["results"]["mlp"]}
@@ -48,6 +48,8 @@ def test_a_run_reports_every_contender(
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in rows)
     assert "could not run: ValueError" in table
+    assert {"measure", "apply", "scale"} <= set(written["passes"]["mlp"])
+    assert all(ns > 0 for ns in written["passes"]["mlp"].values())
     assert "<svg" in picture.read_text()
 
 

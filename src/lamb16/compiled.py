@@ -28,14 +28,20 @@ class Kind(NamedTuple):
     float8: bool
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of weights, gradients and codes as the graphs see them."""
+        codes = torch.uint8 if self.float8 else torch.float32
+        return self.param_dtype, self.grad_dtype, codes, codes
+
+    @property
     def group(self) -> int:
         """Large tensors a call. CUDA launches one kernel for all of them; on the CPU a loop a tensor gains nothing."""
-        return 16 if self.device.type == "cuda" else 1
+        return 1 if self.device.type == "cpu" else 16
 
     @property
     def by_rows(self) -> bool:
         """Whether the first pass leaves its last reduction to a second kernel: many rows in parallel need one."""
-        return self.device.type == "cuda"
+        return self.device.type != "cpu"
 
 
 class Step(NamedTuple):
@@ -78,10 +84,10 @@ class _Lazy:
 
     def _compile(self) -> Callable[..., None]:
         function = _own_code(getattr(update, self.name), str(self.kind))
-        compiled = torch.compile(function, fullgraph=True, options=_options(self.kind.device))
+        compiled = torch.compile(function, fullgraph=True, options=options(self.kind.device))
         try:
             with torch.no_grad():
-                compiled(*_stand_ins(self.name, self.kind))
+                compiled(*stand_ins(self.name, self.kind))
         except Exception as error:
             raise RuntimeError(
                 f"lamb16 could not compile its {self.name} step for {self.kind.device.type} with torch.compile "
@@ -101,29 +107,44 @@ def _own_code(function: Callable[..., None], suffix: str) -> Callable[..., None]
     return copy
 
 
-def _options(device: torch.device) -> dict[str, Any]:
+def options(device: torch.device) -> dict[str, Any]:
+    """What Inductor is told on this kind of device."""
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
         return dict.fromkeys(names, 10_000)
-    # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
-    return {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+    return {
+        # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
+        "emulate_precision_casts": True,
+        "eager_numerics.division_rounding": True,
+        # One launch for a whole group; the memory that this check fears for is not there, since nothing is stored.
+        "combo_kernels": True,
+        "combo_kernel_max_num_nodes": 64,
+        "combo_kernel_max_num_args": 1000,
+        "combo_kernel_peak_memory_pct_threshold": None,
+    }
 
 
-def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
+def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
     """Arguments of the right kinds, every varying size different from every other and marked dynamic."""
     device = kind.device
     tensors, slots, homes, pieces = 5, 11, 7, 3
 
-    def dynamic(*shape: int, dtype: torch.dtype) -> Tensor:
+    def dynamic(*shape: int, dtype: torch.dtype, dims: tuple[int, ...] = (0,)) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=device)
-        torch._dynamo.mark_dynamic(tensor, 0)
+        for dim in dims:
+            torch._dynamo.mark_dynamic(tensor, dim)
         return tensor
 
+    def columns(size: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        # Like the columns of a table, but each with memory of its own: views of one would be traced as its slices.
+        found = [torch.empty_strided((size,), (count,), dtype=dtype, device=device).zero_() for _ in range(count)]
+        for column in found:
+            torch._dynamo.mark_dynamic(column, 0)
+        return found
+
     def part(rows: int, columns: int = ROW) -> Part:
-        codes = torch.uint8 if kind.float8 else torch.float32
-        dtypes = (kind.param_dtype, kind.grad_dtype, codes, codes)
-        p, g, m, v = (dynamic(rows, columns, dtype=dtype) for dtype in dtypes)
+        p, g, m, v = (dynamic(rows, columns, dtype=dtype) for dtype in kind.dtypes)
         return p, g, m, v
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,34 +161,36 @@ def _stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
     if name == "measure":
         outputs = [results(size if kind.by_rows else 1) for size in sizes]
         return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], lanes, outputs, kind.by_rows
+    chunks = 17
     if name == "collect":
-        return [results(size) for size in sizes], [results(1) for _ in group]
+        start, length = (dynamic(chunks, 1, dtype=torch.int64) for _ in range(2))
+        return results(19), start, length, lanes, columns(chunks, 2, torch.int32), columns(chunks, 2, torch.float64)
     if name == "apply":
         roundings = [zeros(4, dtype=torch.int32) for _ in group]
         return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], roundings, lanes
-    table = dynamic(tensors, FACTORS, dtype=torch.float32)
     if name == "scale":
         return (
-            dynamic(slots, 2, dtype=torch.int32),
-            dynamic(slots, 2, dtype=torch.float64),
-            dynamic(tensors, update.MAX_SLOTS, dtype=torch.int64),
-            dynamic(homes, 2, dtype=torch.float32),
-            dynamic(homes, 2, dtype=torch.int32),
+            columns(slots, 2, torch.int32),
+            columns(slots, 2, torch.float64),
+            dynamic(tensors, chunks, dtype=torch.int64, dims=(0, 1)),
+            columns(homes, 2),
+            columns(homes, 2, torch.int32),
             dynamic(tensors, dtype=torch.int64),
             dynamic(tensors, len(HYPER), dtype=torch.float64),
             dynamic(tensors, dtype=torch.float64),
             zeros(),
             zeros(dtype=torch.int64),
-            dynamic(tensors, FACTORS, dtype=torch.float32),
-            table,
-            dynamic(tensors, 4, dtype=torch.int32),
-            dynamic(tensors, 3, dtype=torch.float64),
+            columns(tensors, FACTORS),
+            columns(tensors, FACTORS),
+            columns(tensors, 4, torch.int32),
+            columns(tensors, 3, torch.float64),
             kind.float8,
         )
+    table = dynamic(tensors, FACTORS, dtype=torch.float32)
     owner = dynamic(pieces, dtype=torch.int64)
     if name == "measure_packed":
         length = dynamic(pieces, 1, dtype=torch.int32)
-        peaks, sums = dynamic(pieces, 2, dtype=torch.int32), dynamic(pieces, 2, dtype=torch.float64)
+        peaks, sums = columns(pieces, 2, torch.int32), columns(pieces, 2, torch.float64)
         return part(pieces, PIECE), table, owner, length, lanes, peaks, sums
     start = dynamic(pieces, 1, dtype=torch.int32)
     return part(pieces, PIECE), table, dynamic(tensors, 4, dtype=torch.int32), owner, start, lanes

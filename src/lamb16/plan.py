@@ -8,8 +8,9 @@ serve every model, and hundreds of tiny tensors cost one call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +19,8 @@ from . import update
 from .checks import check_hyperparameters
 from .compiled import Kind, Step, step_functions
 from .fp8 import E4M3, E5M2
-from .update import FACTORS, GRAD_FACTOR, HYPER, LR, MAX_SLOTS, PIECE, ROW, Part, Results
-
-
-class Tail(NamedTuple):
-    """What is packed of a tensor: its elements from ``start`` on, in the packed rows from ``row`` on."""
-
-    tensor: int
-    start: int
-    length: int
-    row: int
-
-    @property
-    def rows(self) -> int:
-        return -(-self.length // PIECE)
+from .packing import ForeachPacking, TablePacking, Tail
+from .update import FACTORS, GRAD_FACTOR, HYPER, LR, PIECE, ROW, Part, Results
 
 
 class Store:
@@ -47,6 +36,7 @@ class Store:
     def __init__(self, device: torch.device) -> None:
         self.norms = torch.ones(1, 2, dtype=torch.float32, device=device)
         self.counters = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        self.norm_columns, self.counter_columns = list(self.norms.unbind(1)), list(self.counters.unbind(1))
         self.entries: list[dict[str, Any]] = []  # the state of slot i + 1
         self.views: list[tuple[Tensor, ...]] = []
         self.slots: dict[int, int] = {}  # id of a state dict (kept alive by entries) -> slot
@@ -80,6 +70,7 @@ class Store:
         self.norms = torch.ones(count + len(fresh), 2, dtype=torch.float32, device=old_norms.device)
         self.counters = torch.zeros(count + len(fresh), 2, dtype=torch.int32, device=old_norms.device)
         self.norms[:count], self.counters[:count] = old_norms, old_counters
+        self.norm_columns, self.counter_columns = list(self.norms.unbind(1)), list(self.counters.unbind(1))
         for slot in range(1, count):  # first what was changed outside, then the views move to the new tables
             if not self.holds([self.entries[slot - 1]]):
                 self._read(slot)
@@ -168,6 +159,7 @@ class Plan:
         compile: bool,
     ) -> None:
         self.kind, self.params, self.states, self.store, self.groups = kind, params, states, store, groups
+        self.compile = compile
         self.functions: Step = step_functions(kind, compile)
         self.memory = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
@@ -196,56 +188,66 @@ class Plan:
 
         pieces = sum(tail.rows for tail in self.tails)
         packed = max(pieces, 2) if pieces else 0
-        slots = max(1 + len(self.large) + packed, 2)
+        chunks = self._chunks()
+        slots = max(1 + len(chunks) + packed, 2)
         self.peaks, self.sums = zeros(slots, 2, dtype=torch.int32), zeros(slots, 2, dtype=torch.float64)
-        first = 1 + len(self.large)  # slot 0 stays zero
-        owned = [[0] * MAX_SLOTS for _ in range(count)]
-        for slot, (i, _) in enumerate(self.large, 1):
-            owned[i][0] = slot
+        owned: list[list[int]] = [[] for _ in range(count)]
+        for slot, (i, _, _) in enumerate(chunks, 1):  # slot 0 stays zero
+            owned[i].append(slot)
+        first = 1 + len(chunks)
         for tail in self.tails:
-            owned[tail.tensor][1 : 1 + tail.rows] = range(first + tail.row, first + tail.row + tail.rows)
-        self.pieces = torch.tensor(owned, device=device)
-        self.packed_peaks, self.packed_sums = self.peaks[first:], self.sums[first:]
+            owned[tail.tensor] += range(first + tail.row, first + tail.row + tail.rows)
+        most = max(2, *(len(slots) for slots in owned))
+        self.pieces = torch.tensor([slots + [0] * (most - len(slots)) for slots in owned], device=device)
         self._allocate_packed(packed, zeros)
-        self._allocate_large(zeros)
+        self._allocate_large(chunks, zeros)
+
+        def columns(table: Tensor, start: int = 0, end: int | None = None) -> list[Tensor]:
+            return list(table[start:end].unbind(1))
+
+        self.all_peaks, self.all_sums = columns(self.peaks), columns(self.sums)
+        self.chunk_peaks, self.chunk_sums = columns(self.peaks, 1, first), columns(self.sums, 1, first)
+        self.packed_peaks, self.packed_sums = columns(self.peaks, first), columns(self.sums, first)
+        self.carry_columns, self.table_columns = columns(self.carry), columns(self.table)
+        self.rounding_columns, self.report_columns = columns(self.rounding), columns(self.report)
+
+    def _chunks(self) -> list[tuple[int, int, int]]:
+        """(tensor, first row, rows) of what gives one result: all rows of a large tensor, or at most 1,024 of them."""
+        if not self.kind.by_rows:
+            return [(i, 0, rows) for i, rows in self.large]
+        chunks = [(i, k, min(ROW, rows - k)) for i, rows in self.large for k in range(0, rows, ROW)]
+        return [*chunks, (chunks[0][0], 0, 0)] if len(chunks) == 1 else chunks  # two or more, as of everything
 
     def _allocate_packed(self, packed: int, zeros: Callable[..., Tensor]) -> None:
-        codes = torch.uint8 if self.kind.float8 else torch.float32
-        dtypes = (self.kind.param_dtype, self.kind.grad_dtype, codes, codes)
-        blocks = [zeros(packed, PIECE, dtype=dtype) for dtype in dtypes]
+        blocks = [zeros(packed, PIECE, dtype=dtype) for dtype in self.kind.dtypes]
         self.packed: Part = (blocks[0], blocks[1], blocks[2], blocks[3])
-        cuts = [
-            (tail.tensor, tail.start + k * PIECE, min(PIECE, tail.length - k * PIECE))
-            for tail in self.tails
-            for k in range(tail.rows)
-        ]
-        table = torch.tensor(cuts + [(0, 0, 0)] * (packed - len(cuts)), device=self.kind.device).view(-1, 3)
+        pieces = [piece for tail in self.tails for piece in tail.pieces()]
+        table = torch.tensor(pieces + [(0, 0, 0)] * (packed - len(pieces)), device=self.kind.device).view(-1, 3)
         self.owner = table[:, 0].contiguous()
         self.start, self.length = (table[:, k : k + 1].int().contiguous() for k in (1, 2))
-        flat = [block.view(-1) for block in blocks]
-        rows = [[x[t.row * PIECE : t.row * PIECE + t.length] for t in self.tails] for x in flat]
-        self.tails_p, self.tails_g, self.tails_m, self.tails_v = rows
-        self.codes_m, self.codes_v = (
-            [flat_codes(self.moments[t.tensor][k])[t.start : t.start + t.length] for t in self.tails] for k in (0, 1)
-        )
+        codes = [(flat_codes(m), flat_codes(v)) for m, v in self.moments]
+        by_table = self.compile and self.kind.device.type == "cuda" and self.tails
+        self.packing = (TablePacking if by_table else ForeachPacking)(self.tails, self.packed, codes)
 
-    def _allocate_large(self, zeros: Callable[..., Tensor]) -> None:
+    def _allocate_large(self, chunks: list[tuple[int, int, int]], zeros: Callable[..., Tensor]) -> None:
         """Row views of the codes, and where the results go; stand-ins fill the last group up."""
         group = self.kind.group
         spare = -len(self.large) % group
-        codes = torch.uint8 if self.kind.float8 else torch.float32
-        dtypes = (self.kind.param_dtype, self.kind.grad_dtype, codes, codes)
         self.large_parts = [self._rows(i, rows) for i, rows in self.large]
-        blocks = [[zeros(2, ROW, dtype=dtype) for dtype in dtypes] for _ in range(spare)]
+        blocks = [[zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes] for _ in range(spare)]
         self.spare: list[Part] = [(p, g, m, v) for p, g, m, v in blocks]
-        unused = [(zeros(2, dtype=torch.int32), zeros(2, dtype=torch.float64)) for _ in range(spare)]
-        pairs = list(zip(self.peaks[1:], self.sums[1:], strict=True))[: len(self.large)] + unused
-        self.results: list[Results] = [(a[:1], a[1:], b[:1], b[1:]) for a, b in pairs]
-        self.partial: list[Results] = self.results
         if self.kind.by_rows:
             sizes = [rows for _, rows in self.large] + [2] * spare
-            partial = [[zeros(n, dtype=d) for d in (*[torch.int32] * 2, *[torch.float64] * 2)] for n in sizes]
-            self.partial = [(a, b, c, d) for a, b, c, d in partial]
+            flat = [zeros(sum(sizes), dtype=dtype) for dtype in (*[torch.int32] * 2, *[torch.float64] * 2)]
+            self.partial: Results = (flat[0], flat[1], flat[2], flat[3])
+            self.results: list[Results] = list(zip(*(torch.split(x, sizes) for x in flat), strict=True))
+            first = dict(zip((i for i, _ in self.large), itertools.accumulate(sizes, initial=0), strict=False))
+            padded = [(first[i] + k, n) for i, k, n in chunks]
+            table = torch.tensor(padded, device=self.kind.device).view(-1, 2)
+            self.chunk_start, self.chunk_length = table[:, :1].contiguous(), table[:, 1:].contiguous()
+        else:
+            pairs = list(zip(self.peaks[1:], self.sums[1:], strict=True))[: len(self.large)]
+            self.results = [(a[:1], a[1:], b[:1], b[1:]) for a, b in pairs]
         owners = [i for i, _ in self.large]
         self.carries = [self.carry[i] for i in owners] + [zeros(FACTORS) for _ in range(spare)]
         self.tables = [self.table[i] for i in owners] + [zeros(FACTORS) for _ in range(spare)]
@@ -285,24 +287,25 @@ class Plan:
         flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().contiguous().view(-1) for g in grads]
         f, parts = self.functions, self._parts(flat_p, flat_g)
         if self.tails:
-            self._pack(flat_p, flat_g)
+            self.packing.pack(flat_p, flat_g)
             f.measure_packed(
                 self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
             )
         for k in self.calls:
-            f.measure(parts[k], self.carries[k], self.lanes, self.partial[k], self.kind.by_rows)
-            if self.kind.by_rows:
-                f.collect(self.partial[k], self.results[k])
+            f.measure(parts[k], self.carries[k], self.lanes, self.results[k], self.kind.by_rows)
+        if self.kind.by_rows and self.large:
+            f.collect(self.partial, self.chunk_start, self.chunk_length, self.lanes, self.chunk_peaks, self.chunk_sums)
         f.scale(
-            self.peaks, self.sums, self.pieces, self.store.norms, self.store.counters, self.home, self.hyper,
-            self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()), skipped,
-            self.carry, self.table, self.rounding, self.report, self.kind.float8,
+            self.all_peaks, self.all_sums, self.pieces, self.store.norm_columns, self.store.counter_columns, self.home,
+            self.hyper, self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()),
+            skipped, self.carry_columns, self.table_columns, self.rounding_columns, self.report_columns,
+            self.kind.float8,
         )  # fmt: skip
         for k in reversed(self.calls):  # the last ones are still in the cache
             f.apply(parts[k], self.tables[k], self.roundings[k], self.lanes)
         if self.tails:
             f.apply_packed(self.packed, self.table, self.rounding, self.owner, self.start, self.lanes)
-            self._unpack()
+            self.packing.unpack()
         for p, w, contiguous in zip(self.params, weights, self.contiguous, strict=True):
             if not contiguous:
                 p.detach().copy_(w)
@@ -316,19 +319,6 @@ class Plan:
             p = flat_p[i][:n].view(rows, ROW) if p is None else p
             parts.append((p, flat_g[i][:n].view(rows, ROW), m, v))
         return parts + self.spare
-
-    def _pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
-        self.cut_p = [flat_p[t.tensor][t.start : t.start + t.length] for t in self.tails]
-        torch._foreach_copy_(self.tails_p, self.cut_p)
-        torch._foreach_copy_(self.tails_g, [flat_g[t.tensor][t.start : t.start + t.length] for t in self.tails])
-        torch._foreach_copy_(self.tails_m, self.codes_m)
-        torch._foreach_copy_(self.tails_v, self.codes_v)
-
-    def _unpack(self) -> None:
-        torch._foreach_copy_(self.cut_p, self.tails_p)
-        torch._foreach_copy_(self.codes_m, self.tails_m)
-        torch._foreach_copy_(self.codes_v, self.tails_v)
-        del self.cut_p
 
     def _fill(self, grad_scale: Tensor | None) -> None:
         """Bring the tables up to date with the groups, the gradient scale and whoever else wrote the state."""

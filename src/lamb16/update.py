@@ -24,7 +24,6 @@ from .fp8 import E4M3, E5M2
 
 ROW = 1024  # columns of a large tensor's block
 PIECE = 256  # elements of a packed piece
-MAX_SLOTS = 1 + (2 * ROW - 1 + PIECE - 1) // PIECE  # a tensor's block and its packed pieces
 GOLDEN = 0x9E3779B9 - (1 << 32)
 INF_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
@@ -35,7 +34,7 @@ OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be round
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "trust_scale", "trust_lr", "trust_clip", "bias_correction")
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, TRUST_SCALE, TRUST_LR, TRUST_CLIP, BIAS_CORRECTION = range(9)
 FACTORS = 16  # float32: the fields of Factors in their order, padded to 64 bytes
-GRAD_FACTOR, ENCODE = 9, 10
+GRAD_FACTOR, ENCODE, STEP_SIZE = 9, 10, 12
 OFFSET, SALT, KEEP = range(3)  # int32 columns of the rounding table
 WEIGHT_NORM, UPDATE_NORM, TRUST_RATIO = range(3)  # float64 columns of the report
 
@@ -138,30 +137,45 @@ def measure(parts: list[Part], rows: list[Tensor], lanes: Tensor, results: list[
         result[3].copy_(d.sum(dims))
 
 
-def collect(partial: list[Results], results: list[Results]) -> None:
-    """Reduce what :func:`measure` wrote row by row, [r] each, to [1]."""
-    for (a, b, c, d), result in zip(partial, results, strict=True):
-        result[0].copy_(a.amax())
-        result[1].copy_(b.amax())
-        result[2].copy_(c.sum())
-        result[3].copy_(d.sum())
+def collect(
+    partial: Results, start: Tensor, length: Tensor, lanes: Tensor, peaks: list[Tensor], sums: list[Tensor]
+) -> None:
+    """Reduce what :func:`measure` wrote row by row for all tensors, in chunks of at most ROW rows.
+
+    ``partial`` are [rows], of all tensors one after the other; ``start`` and ``length`` [chunks, 1] int64 say which
+    rows a chunk consists of. Writes ``peaks`` (two of [chunks] int32) and ``sums`` (two of [chunks] float64).
+    """
+    inside = lanes[0] < length
+    index = torch.where(inside, start + lanes[0], start)  # rows read twice do not matter to a maximum
+    for x, result in zip(partial[:2], peaks, strict=True):
+        result.copy_(x[index].amax(1))
+    for x, result in zip(partial[2:], sums, strict=True):
+        result.copy_(torch.where(inside, x[index], 0.0).sum(1))
 
 
 def measure_packed(
-    part: Part, table: Tensor, owner: Tensor, length: Tensor, lanes: Tensor, peaks: Tensor, sums: Tensor
+    part: Part,
+    table: Tensor,
+    owner: Tensor,
+    length: Tensor,
+    lanes: Tensor,
+    peaks: list[Tensor],
+    sums: list[Tensor],
 ) -> None:
     """First pass over pieces: p, g, codes [pieces, PIECE], a piece a row, zero beyond its ``length`` [pieces, 1].
 
-    Writes ``peaks`` [pieces, 2] int32 and ``sums`` [pieces, 2] float64. ``lanes`` as for :func:`apply`.
+    Writes ``peaks`` (two of [pieces] int32) and ``sums`` (two of [pieces] float64). ``lanes`` as for :func:`apply`.
     """
     a, b, c, d = measure_block(*part, packed_factors(table, owner))
     inside = lanes[0, :PIECE] < length
-    peaks.copy_(torch.stack([a.amax(1), b.amax(1)], 1))
-    sums.copy_(torch.stack([torch.where(inside, c, 0.0).sum(1), torch.where(inside, d, 0.0).sum(1)], 1))
+    peaks[0].copy_(a.amax(1))
+    peaks[1].copy_(b.amax(1))
+    sums[0].copy_(torch.where(inside, c, 0.0).sum(1))
+    sums[1].copy_(torch.where(inside, d, 0.0).sum(1))
 
 
-def factors(hyper: Tensor, bound: Tensor, norms: Tensor, step: Tensor) -> list[Tensor]:
-    """The first nine columns of the factor table, float64 [tensors], for the step after ``step``."""
+def factors(hyper: Tensor, bound: Tensor, scale_m: Tensor, scale_v: Tensor, step: Tensor) -> list[Tensor]:
+    """The first nine columns of the factor table, float32 [tensors], for the step after ``step``."""
     t = step.double() + 1
     beta1, beta2 = hyper[:, BETA1], hyper[:, BETA2]
     corrected = hyper[:, BIAS_CORRECTION] != 0
@@ -169,87 +183,93 @@ def factors(hyper: Tensor, bound: Tensor, norms: Tensor, step: Tensor) -> list[T
     c2 = torch.where(corrected, 1 - beta2**t, 1.0)
     rho = c1 / c2.sqrt()
     # β is rounded to float32 before it meets the scale, so that the product is exact.
-    decode = [beta.float().double() * norms[:, i].double() for i, beta in enumerate((beta1, beta2))]
+    decode_m, decode_v = beta1.float() * scale_m, beta2.float() * scale_v
     eps, decay = hyper[:, EPS], hyper[:, WEIGHT_DECAY]
-    return [*decode, 1 - beta1, 1 - beta2, rho, eps * c1, rho * bound, decay, eps]
+    rest = [1 - beta1, 1 - beta2, rho, eps * c1, rho * bound, decay, eps]
+    return [decode_m, decode_v, *(x.float() for x in rest)]
 
 
 def prepare(hyper: Tensor, bound: Tensor, norms: Tensor, counters: Tensor, home: Tensor, carry: Tensor) -> None:
     """Fill ``carry`` for the next step from the state; needed when state or hyperparameters were changed outside."""
-    carry[:, :GRAD_FACTOR] = torch.stack(factors(hyper, bound, norms[home], counters[home, 0]), 1).float()
+    scale_m, scale_v = norms[home].unbind(1)
+    carry[:, :GRAD_FACTOR] = torch.stack(factors(hyper, bound, scale_m, scale_v, counters[home, 0]), 1)
 
 
-def new_norms(peaks: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
-    """Scales [tensors, 2] of the new codes and their reciprocals, float32; 1 where moments stay float32."""
+def new_scale(peak: Tensor, fmt: fp8.Format, float8: bool) -> tuple[Tensor, Tensor]:
+    """The scale of the new codes and its reciprocal, float32 [tensors]; 1 where moments stay float32."""
     if not float8:
-        ones = torch.ones_like(peaks, dtype=torch.float32)
+        ones = torch.ones_like(peak, dtype=torch.float32)
         return ones, ones
-    exponents = torch.stack([fp8.scale_exponent(peaks[:, 0], E4M3), fp8.scale_exponent(peaks[:, 1], E5M2)], 1)
-    return fp8.power_of_two(exponents), fp8.power_of_two(254 - exponents)
+    exponent = fp8.scale_exponent(peak, fmt)
+    return fp8.power_of_two(exponent), fp8.power_of_two(254 - exponent)
 
 
-def still(table: Tensor, norms: Tensor) -> Tensor:
-    """The factor table [tensors, FACTORS] with which zero gradients leave codes of scales ``norms`` [tensors, 2] as is.
+def still(moving: list[Tensor], scale_m: Tensor, scale_v: Tensor) -> list[Tensor]:
+    """The columns of the factor table with which zero gradients leave codes of these scales as they are.
 
     m is the decoded value plus -0 (a zero gradient times -1), so that it keeps the sign of a zero; scaled back it lies
     on the grid, where no rounding word moves it.
     """
-    ones = torch.ones_like(table[:, :1])
-    return torch.cat([norms, -ones, table[:, 3:GRAD_FACTOR], ones, 1 / norms, table[:, ENCODE + 2 :]], 1)
+    ones = torch.ones_like(scale_m)
+    kept = moving[3:GRAD_FACTOR]
+    return [scale_m, scale_v, -ones, *kept, ones, 1 / scale_m, 1 / scale_v, moving[STEP_SIZE]]
 
 
 def scale(
-    peaks: Tensor,
-    sums: Tensor,
+    peaks: list[Tensor],
+    sums: list[Tensor],
     pieces: Tensor,
-    norms: Tensor,
-    counters: Tensor,
+    norms: list[Tensor],
+    counters: list[Tensor],
     home: Tensor,
     hyper: Tensor,
     bound: Tensor,
     found_inf: Tensor,
     skipped: Tensor,
-    carry: Tensor,
-    table: Tensor,
-    rounding: Tensor,
-    report: Tensor,
+    carry: list[Tensor],
+    table: list[Tensor],
+    rounding: list[Tensor],
+    report: list[Tensor],
     float8: bool,
 ) -> None:
     """Between the passes: scales, trust ratios, counts, for all tensors at once.
 
-    Reads ``peaks`` [slots, 2] int32 and ``sums`` [slots, 2] float64 of all pieces; ``pieces`` [tensors, k] int64 says
-    which slots belong to a tensor (slot 0 is zero); ``hyper`` [tensors, 9] and ``bound`` [tensors] are float64,
-    ``found_inf`` is 0-d. Updates the state: ``norms`` [homes, 2] float32 and ``counters`` [homes, 2] int32 (step,
-    salt) at ``home`` [tensors]; ``skipped`` 0-d int64. ``carry`` [tensors, FACTORS] holds the factors that
-    :func:`measure` used and gets those of the next step. Fills what :func:`apply` needs: ``table``
-    [tensors, FACTORS], ``rounding`` [tensors, 4] int32, and the ``report`` [tensors, 3] float64 of the norms.
+    Tables come as their columns, so that all of them are written by one kernel. Reads ``peaks`` (two of [slots] int32)
+    and ``sums`` (two of [slots] float64) of all pieces; ``pieces`` [tensors, k] int64 says which slots belong to a
+    tensor (slot 0 is zero); ``hyper`` [tensors, 9] and ``bound`` [tensors] are float64, ``found_inf`` is 0-d. Updates
+    the state: ``norms`` (two of [homes] float32) and ``counters`` (step and salt, [homes] int32) at ``home`` [tensors];
+    ``skipped`` 0-d int64. ``carry`` (FACTORS of [tensors] float32) holds the factors that :func:`measure` used and gets
+    those of the next step. Fills what :func:`apply` needs: ``table`` (FACTORS of [tensors]), ``rounding`` (int32), and
+    the ``report`` (float64) of the norms.
     """
-    peaks, sums = peaks[pieces].amax(1), sums[pieces].sum(1)
-    old, count = norms[home], counters[home]
-    step, salt = count[:, 0], count[:, 1]
+    peak_m, peak_v = (x[pieces].amax(1) for x in peaks)
+    weight_norm, update_norm = (x[pieces].sum(1).sqrt() for x in sums)
+    old_m, old_v = (x[home] for x in norms)
+    step, salt = (x[home] for x in counters)
 
-    skip = (peaks[:, 0] >= INF_BITS) | (peaks[:, 1] >= OVERFLOW_BITS) | (found_inf != 0)
-    counts = ~skip & ((peaks[:, 0] > 0) | (peaks[:, 1] > 0))
-    fresh, inverse = new_norms(peaks, float8)
+    skip = (peak_m >= INF_BITS) | (peak_v >= OVERFLOW_BITS) | (found_inf != 0)
+    moves = torch.logical_not(skip)
+    (fresh_m, inverse_m), (fresh_v, inverse_v) = new_scale(peak_m, E4M3, float8), new_scale(peak_v, E5M2, float8)
 
     lr = hyper[:, LR]
-    norm = sums.sqrt()
-    base = norm[:, 0] / norm[:, 1] * hyper[:, TRUST_LR] / lr.abs()  # schedulers end a hair below 0 at times
+    base = weight_norm / update_norm * hyper[:, TRUST_LR] / lr.abs()  # schedulers end a hair below 0 at times
     ratio = torch.clamp(base ** hyper[:, TRUST_SCALE], max=hyper[:, TRUST_CLIP])
 
-    new_columns = torch.stack([inverse[:, 0], inverse[:, 1], (lr * ratio).float()], 1)
-    moving = torch.cat([carry[:, :ENCODE], new_columns, carry[:, ENCODE + 3 :]], 1)
-    table.copy_(torch.where(skip[:, None], still(moving, old), moving))
-    rounding.copy_(torch.stack([(step + 1) * GOLDEN, salt, skip.int() - 1, torch.zeros_like(step)], 1))
-    report.copy_(torch.stack([norm[:, 0], norm[:, 1], ratio], 1))
+    moving = [*carry[:ENCODE], inverse_m, inverse_v, (lr * ratio).float()]
+    for column, a, b in zip(table, still(moving, old_m, old_v), moving, strict=False):
+        column.copy_(torch.where(skip, a, b))
+    for column, x in zip(rounding, ((step + 1) * GOLDEN, salt, skip.int() - 1), strict=False):
+        column.copy_(x)
+    for column, x in zip(report, (weight_norm, update_norm, ratio), strict=True):
+        column.copy_(x)
 
-    fresh = torch.where(skip[:, None], old, fresh)
-    step = step + counts.int()
-    norms[home] = fresh
-    counters[home] = torch.stack([step, salt], 1)
+    fresh_m, fresh_v = torch.where(skip, old_m, fresh_m), torch.where(skip, old_v, fresh_v)
+    step = step + (moves & ((peak_m > 0) | (peak_v > 0))).int()
+    for column, x in zip(carry, factors(hyper, bound, fresh_m, fresh_v, step), strict=False):
+        column.copy_(x)
     skipped.add_((skip & (home != 0)).sum())
-    ahead = torch.stack(factors(hyper, bound, fresh, step), 1).float()
-    carry.copy_(torch.cat([ahead, carry[:, GRAD_FACTOR:]], 1))
+    for column, x in ((norms[0], fresh_m), (norms[1], fresh_v), (counters[0], step)):
+        column[home] = x
 
 
 def write_block(part: Part, f: Factors, index: Tensor, offset: Tensor, keep: Tensor) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-COMMANDS = ("train", "compare", "bench")
+COMMANDS = ("train", "compare", "bench", "cuda-report")
 
 
 class CommandError(Exception):
@@ -47,16 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lamb16 {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        importlib.import_module(f"lamb16.cli.{command}").add_parser(subparsers)
+        _module(command).add_parser(subparsers)
     return parser
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"lamb16.cli.{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit status."""
     args = build_parser().parse_args(argv)
-    command = importlib.import_module(f"lamb16.cli.{args.command}")
     try:
-        return int(command.run(args))
+        return int(_module(args.command).run(args))
     except CommandError as error:
         print(f"lamb16 {args.command}: error: {error}", file=sys.stderr)
         return error.status

@@ -37,11 +37,15 @@ OWN: dict[str, Factory] = {
     "PublishedLamb16": lambda params: PublishedLamb16(params, **COMMON),
 }
 PEERS = ("adamwfp8", "adamw8bit", "adamw4bit", "adamw8bit-bnb", "lamb-timm", "lamb-po")
+MOST_SHAPES = 100  # torchao compiles for every shape, a second or so each
 COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shapes of BERT-large, scaled down
 
 
 def _peer(name: str) -> Factory:
     def build(params: list[nn.Parameter]) -> Optimizer:
+        shapes = len({p.shape for p in params})
+        if contenders.CONTENDERS[name].module == "torchao" and shapes > MOST_SHAPES:
+            raise CommandError(f"left out: it would compile for each of {shapes} shapes")
         return contenders.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
 
     return build
@@ -78,6 +82,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="also the first step of 37 and of 405 tensors in fresh processes (CPU)",
     )
+    parser.add_argument("--passes", action="store_true", help="also the parts of the compiled step, one by one")
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (SVG)")
 
@@ -98,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
         where = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
         print(f"\n{name}: {len(shapes)} tensors, {numel:,} parameters, {args.dtype}, {where}\n")
         written["results"][name] = measure(shapes, DTYPES[args.dtype], device, args.rounds, factories)
-        print(table(written["results"][name]))
+        print(table(written["results"][name]), flush=True)
+        if args.passes:
+            passes = timing.pass_times(shapes, DTYPES[args.dtype], device, args.rounds)
+            written.setdefault("passes", {})[name] = {key: seconds / numel * 1e9 for key, seconds in passes.items()}
+            print("\n" + pass_table(written["passes"][name]))
     if args.compile_time:
         written["compile_time"] = timing.compile_times(COMPILE_LAYERS, COMPILE_WIDTH, args.dtype, threads)
         print("\nfirst step on the CPU, in a process of its own\n\n" + compile_table(written["compile_time"]))
@@ -173,6 +182,12 @@ def _cells(row: Row) -> list[str]:
         f"{row['state_bytes'] / 1e6:.2f} MB" if "state_bytes" in row else "",
         f"{row['extra_memory']:.1%}" if "extra_memory" in row else "",
     ]
+
+
+def pass_table(passes: dict[str, float]) -> str:
+    """ns a parameter of the parts of the step, as Markdown."""
+    names, cells = " | ".join(passes), " | ".join(f"{ns:.3f}" for ns in passes.values())
+    return f"| ns a parameter | {names} |\n|{'---|' * (1 + len(passes))}\n| Lamb16 compiled | {cells} |"
 
 
 def compile_table(rows: list[Row]) -> str:

@@ -20,6 +20,7 @@ from lamb16 import Lamb16
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import Shape, transformer
 from lamb16.cli.training import state_bytes
+from lamb16.compiled import Step
 
 BYTES = 26  # what the two passes move for a float32 parameter
 
@@ -164,6 +165,31 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def pass_times(shapes: list[Shape], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of the parts of Lamb16's compiled step: each step function's calls together, and the packing."""
+    optimizer = Lamb16(make_params(shapes, dtype, device), lr=1e-4, weight_decay=0.01)
+    optimizer.step()
+    spent: dict[str, list[float]] = {}
+
+    def watched(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            seconds = timed(lambda: call(*arguments), device)
+            spent.setdefault(name, [0.0])[-1] += seconds
+
+        return run
+
+    for plan in optimizer._last:
+        own = zip(plan.functions._fields, plan.functions, strict=True)
+        plan.functions = Step(*(watched(name, function) for name, function in own))
+        for name in ("pack", "unpack"):
+            setattr(plan.packing, name, watched(name, getattr(plan.packing, name)))
+    for _ in range(rounds + 2):
+        for seconds in spent.values():
+            seconds.append(0.0)
+        optimizer.step()
+    return {name: statistics.median(seconds[-rounds:]) for name, seconds in spent.items()}
 
 
 def compile_times(layers: list[int], width: int, dtype: str, threads: int) -> list[Row]:

@@ -1,0 +1,65 @@
+"""`lamb16 cuda-report`: what the compiled step is on a GPU, found out without one.
+
+Inductor generates the step's code for fake CUDA tensors, Triton and ptxas compile it for the architecture, and a step
+over the shapes is made on paper. "Moved" is what the kernels' arguments hold, each read or written once. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lamb16.cli import CommandError
+from lamb16.cli.shapes import SETS
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `cuda-report` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "cuda-report",
+        help="launches, bytes and registers of the step on a GPU, without one",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="architecture (default: sm_90)")
+    parser.add_argument("--shapes", choices=SETS, default="resnet50", help="parameter shapes (default: resnet50)")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, compile and count, then print."""
+    if importlib.util.find_spec("triton") is None:
+        raise CommandError("cuda-report needs Triton, which comes with torch for CUDA on Linux; install that torch")
+    from lamb16.cuda.report import Code, report
+
+    found = asdict(report(Code(int(args.arch.removeprefix("sm_"))), args.shapes, SETS[args.shapes]()))
+    print(json.dumps(found, indent=1) if args.json else text(found))
+    return 0
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report as two Markdown tables."""
+    lines = [
+        "| architecture | shapes | tensors | parameters | launches | bytes a parameter | spills | falls back |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| {found['arch']} | {found['shapes']} | {found['tensors']} | {found['params']:,} | {found['launches']} "
+        f"| {found['bytes_per_param']:.2f} | {found['spills']} | {', '.join(found['fallbacks']) or 'nothing'} |",
+        "",
+        "| graph | kernel | launches | MB read | MB written | registers | spills | shared bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kernel in found["kernels"]:
+        moved = " | ".join(f"{kernel[key] / 1e6:.3f}" for key in ("read", "written"))
+        needs = " | ".join(str(kernel[key]) for key in ("registers", "spills", "shared"))
+        lines.append(f"| {kernel['graph']} | `{kernel['kernel']}` | {kernel['launches']} | {moved} | {needs} |")
+    for operation in found["eager"]:
+        lines.append(
+            f"| eager | `{operation['name']}` | {operation['launches']} | {operation['bytes_moved'] / 1e6:.3f} "
+            "| | | | |"
+        )
+    return "\n".join(lines)

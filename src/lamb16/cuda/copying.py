@@ -1,0 +1,46 @@
+"""The one hand-written kernel: copying packed pieces by a table of addresses. It computes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def copy_pieces(
+    table_p: Any,
+    table_g: Any,
+    table_m: Any,
+    table_v: Any,
+    p: Any,
+    g: Any,
+    m: Any,
+    v: Any,
+    length: Any,
+    UNPACK: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Copy one piece (a row of PIECE elements) of weights, gradients and codes into the packed buffer, or back.
+
+    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` [rows, PIECE] the buffer,
+    ``length`` [rows] int32 how much of a row is used. Gradients are not copied back.
+    """
+    row = tl.program_id(0)
+    lane = tl.arange(0, PIECE)
+    inside = lane < tl.load(length + row)
+    packed = row * PIECE + lane
+    own_p = tl.load(table_p + row).to(p.dtype) + lane
+    own_g = tl.load(table_g + row).to(g.dtype) + lane
+    own_m = tl.load(table_m + row).to(m.dtype) + lane
+    own_v = tl.load(table_v + row).to(v.dtype) + lane
+    if UNPACK:
+        tl.store(own_p, tl.load(p + packed, inside), inside)
+        tl.store(own_m, tl.load(m + packed, inside), inside)
+        tl.store(own_v, tl.load(v + packed, inside), inside)
+    else:
+        tl.store(p + packed, tl.load(own_p, inside), inside)
+        tl.store(g + packed, tl.load(own_g, inside), inside)
+        tl.store(m + packed, tl.load(own_m, inside), inside)
+        tl.store(v + packed, tl.load(own_v, inside), inside)

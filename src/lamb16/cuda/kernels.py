@@ -1,0 +1,197 @@
+"""Reading generated code: its Triton kernels, as cubins, in Triton's interpreter, or only counted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lamb16.compiled import Kind
+
+from . import fake
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its name, its arguments by name."""
+
+    kernel: str
+    arguments: dict[str, Any]
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes of all tensors that the kernel reads; each is read once."""
+        return self._bytes("in_")
+
+    @property
+    def bytes_written(self) -> int:
+        """The bytes of all tensors that the kernel writes."""
+        return self._bytes("out_", "in_out_")
+
+    def _bytes(self, *prefixes: str) -> int:
+        chosen = [x for name, x in self.arguments.items() if isinstance(x, Tensor) and name.startswith(prefixes)]
+        return sum(x.numel() * x.element_size() for x in chosen)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel needs on an architecture, by ptxas; memory in bytes a block (shared) or a thread (the others)."""
+
+    registers: int
+    spills: int
+    shared: int
+    ptx_lines: int
+
+
+class Kernel:
+    """A Triton kernel with the block sizes that Inductor starts from."""
+
+    def __init__(self, name: str, tuner: Any) -> None:
+        self.name, self.tuner = name, tuner
+        self.config = tuner.configs[0]
+
+    def bind(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """The positional arguments of a launch by their names."""
+        names = [name for name in self.tuner.fn.arg_names if name not in self.config.kwargs]
+        return dict(zip(names, arguments, strict=False))
+
+    def grid(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        """How many blocks Inductor would launch."""
+        from torch._inductor.runtime.triton_heuristics import GridExpr
+
+        expression = GridExpr.from_meta(self.tuner.inductor_meta, self.config)
+        values = dict(arguments)
+        for line in expression.prefix:
+            exec(line, {}, values)
+        x, y, z = (int(eval(str(g), {}, values)) for g in (expression.x_grid, expression.y_grid, expression.z_grid))
+        return x, y, z
+
+    def resources(self, capability: int) -> Resources:
+        """Compile it to PTX and to a cubin with the bundled ptxas; to be called within :func:`fake.device`."""
+        meta = self.tuner._create_compile_meta(self.config)
+        options = self.tuner._create_compile_options(self.config, meta)
+        return assemble(
+            self.tuner.fn,
+            meta["signature"],
+            meta["constants"],
+            capability,
+            attributes=meta["configs"][0],
+            options=options,
+        )
+
+
+def assemble(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    attributes: Any = None,
+    options: dict[str, Any] | None = None,
+) -> Resources:
+    """Compile a Triton function; what it needs. To be called within :func:`fake.device`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(function, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert binary.asm["cubin"]
+    registers, spills = _ptxas(binary.asm["ptx"], capability)
+    return Resources(registers, spills, int(binary.metadata.shared), binary.asm["ptx"].count("\n"))
+
+
+def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers a thread, and bytes spilled (stores and loads), as the assembler reports them."""
+    from triton import knobs
+
+    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={target[1]}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers is not None, report
+    return int(registers[1]), sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+
+
+class Graph:
+    """The generated code of one step function: a function of the same arguments, and its kernels."""
+
+    def __init__(self, name: str, generated: fake.Generated) -> None:
+        """To be called within :func:`fake.device`."""
+        self.name, self.generated, code = name, generated, generated.code
+        self.kernels: dict[str, Kernel] = {}
+        self.launches: list[Launch] = []
+        self.interpret = False
+        self.device = torch.device("meta")
+        self.namespace: dict[str, Any] = {"__name__": f"generated_{name}", "__file__": name}
+        with mock.patch("torch._inductor.async_compile.AsyncCompile") as compiler:
+            compiler.return_value.triton = self._load
+            exec(compile(code, f"<{name}>", "exec"), self.namespace)
+        self.namespace.update(
+            get_raw_stream=lambda _: 0,
+            empty_strided_cuda=self._empty,
+            copy_if_misaligned=lambda x: x,
+        )
+        self.fallbacks = sorted(set(re.findall(r"(?:torch\.ops|aten|extern_kernels)\.[\w.]+(?=\()", _calls(code))))
+
+    def _load(self, name: str, source: str, device_str: str = "cuda") -> Any:
+        from torch._inductor.codecache import PyCodeCache
+
+        self.kernels[name] = Kernel(name, getattr(PyCodeCache.load(source), name))
+        launcher = mock.Mock()
+        launcher.run = functools.partial(self._launch, self.kernels[name])
+        return launcher
+
+    def _empty(self, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+
+    def _launch(self, kernel: Kernel, *arguments: Any, stream: int) -> None:
+        bound = kernel.bind(arguments)
+        self.launches.append(Launch(kernel.name, bound))
+        if self.interpret:
+            kernel.tuner.fn[kernel.grid(bound)](**bound, **kernel.config.kwargs)
+
+    def __call__(self, *arguments: Any, interpret: bool = False) -> list[Launch]:
+        """Call it with the step function's arguments; returns what was launched.
+
+        On meta tensors nothing is computed. With ``interpret`` the kernels run on CPU tensors, in a process in which
+        TRITON_INTERPRET=1 was set before Triton was imported.
+        """
+        self.launches, self.interpret = [], interpret
+        self.device = torch.device("cpu" if interpret else "meta")
+        with _no_device():
+            self.namespace["call"](self.generated.arguments(pytree.tree_leaves(arguments)))
+        return self.launches
+
+
+def _calls(code: str) -> str:
+    """The part of the generated code that runs at every call."""
+    return code[code.index("def call(") :].split("\ndef ")[0]
+
+
+@contextlib.contextmanager
+def _no_device() -> Iterator[None]:
+    with mock.patch.object(torch.cuda, "_DeviceGuard"), mock.patch.object(torch.cuda, "set_device"):
+        yield
+
+
+def graph(name: str, of: Kind, capability: int) -> Graph:
+    """Generate and read a step function's code."""
+    generated = fake.generate(name, of, capability)
+    with fake.device(capability):
+        return Graph(name, generated)
