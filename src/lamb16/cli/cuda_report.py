@@ -56,7 +56,7 @@ def text(found: dict[str, Any]) -> str:
     for kernel in found["kernels"]:
         moved = " | ".join(f"{kernel[key] / 1e6:.3f}" for key in ("read", "written"))
         needs = " | ".join(str(kernel[key]) for key in ("registers", "spills", "shared"))
-        lines.append(f"| {kernel['graph']} | `{kernel['kernel']}` | {kernel['launches']} | {moved} | {needs} |")
+        lines.append(f"| {kernel['graph']} | `{kernel['kernel'][:40]}` | {kernel['launches']} | {moved} | {needs} |")
     for operation in found["eager"]:
         lines.append(
             f"| eager | `{operation['name']}` | {operation['launches']} | {operation['bytes_moved'] / 1e6:.3f} "

@@ -1,27 +1,23 @@
 """The one hand-written kernel: copying packed pieces by a table of addresses. It computes nothing."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def copy_pieces(
-    table_p: Any,
-    table_g: Any,
-    table_m: Any,
-    table_v: Any,
-    p: Any,
-    g: Any,
-    m: Any,
-    v: Any,
-    length: Any,
+    table_p,
+    table_g,
+    table_m,
+    table_v,
+    p,
+    g,
+    m,
+    v,
+    length,
     UNPACK: tl.constexpr,
     PIECE: tl.constexpr,
-) -> None:
+):
     """Copy one piece (a row of PIECE elements) of weights, gradients and codes into the packed buffer, or back.
 
     ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` [rows, PIECE] the buffer,

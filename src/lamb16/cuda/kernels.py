@@ -158,7 +158,9 @@ class Graph:
         return launcher
 
     def _empty(self, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+        tensor = torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+        tensor.temporary = True  # type: ignore[attr-defined]  # for those who count
+        return tensor
 
     def _launch(self, kernel: Kernel, *arguments: Any, stream: int) -> None:
         bound = kernel.bind(arguments)

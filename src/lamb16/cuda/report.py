@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
 from lamb16.compiled import Step
@@ -23,7 +23,7 @@ from .kernels import Graph, Launch, Resources, assemble, graph
 FOREACH_TENSORS = 64  # of a launch of a two-list torch._foreach_* kernel
 COPIES = "copies"  # in place of a step function's name
 METADATA = re.compile(
-    r"aten\.(view|slice|select|detach|alias|as_strided|expand|unsqueeze|unbind|split\w*|empty\w*|_unsafe_view|t)\b"
+    r"profiler\.|aten\.(view|slice|select|detach|alias|as_strided|expand|unsqueeze|unbind|split\w*|empty\w*|t)\b"
 )
 
 
@@ -131,7 +131,8 @@ class Steps:
 
     def _recorder(self, name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
-            self.launches.extend((name, launch) for launch in self.code.graph(name)(*arguments))
+            with _disable_current_modes():  # what happens here is no operation of the step
+                self.launches.extend((name, launch) for launch in self.code.graph(name)(*arguments))
 
         return call
 
