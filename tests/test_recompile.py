@@ -8,7 +8,18 @@ import torch
 import torch._dynamo
 from torch.optim import lr_scheduler
 
-from helpers import DEVICE, SCHEDULERS, SHAPES, all_params, gradients, model, parameters, take_steps
+from helpers import (
+    DEVICE,
+    SCHEDULERS,
+    SHAPES,
+    all_params,
+    assert_same,
+    gradients,
+    model,
+    parameters,
+    snapshot,
+    take_steps,
+)
 from lamb16 import Lamb16
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
@@ -122,6 +133,37 @@ def test_hyperparameters_and_groups() -> None:
     take_steps(optimizer, [20])
     optimizer.load_state_dict(optimizer.state_dict())
     take_steps(optimizer, [21])
+
+
+@pytest.mark.usefixtures("frozen")
+def test_what_changes_around_a_step() -> None:
+    """The number of threads, autocast, the default dtype, gradient mode: neither a new graph nor another result."""
+    plain, changed = warm(parameters(seed=3)), warm(parameters(seed=3))
+    threads = torch.get_num_threads()
+    surroundings = [
+        lambda: torch.set_num_threads(threads + 1),
+        lambda: torch.set_num_threads(1),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.use_deterministic_algorithms(True),
+    ]
+    try:
+        for t, change in enumerate(surroundings, 1):
+            grads = [gradients(all_params(optimizer), t) for optimizer in (plain, changed)]
+            change()
+            for optimizer, own in zip((plain, changed), grads, strict=True):
+                for p, grad in zip(all_params(optimizer), own, strict=True):
+                    p.grad = grad
+            with torch.autocast("cpu"), torch.enable_grad():
+                changed.step()
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(torch.float32)
+            torch.use_deterministic_algorithms(False)
+            plain.step()
+            assert_same(snapshot(plain), snapshot(changed))
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("frozen")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,20 +109,28 @@ def _own_code(function: Callable[..., None], suffix: str) -> Callable[..., None]
 
 def options(device: torch.device) -> dict[str, Any]:
     """What Inductor is told on this kind of device."""
+    own: dict[str, Any]
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
-        return dict.fromkeys(names, 10_000)
-    return {
-        # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
-        "emulate_precision_casts": True,
-        "eager_numerics.division_rounding": True,
-        # One launch for a whole group; the memory that this check fears for is not there, since nothing is stored.
-        "combo_kernels": True,
-        "combo_kernel_max_num_nodes": 64,
-        "combo_kernel_max_num_args": 1000,
-        "combo_kernel_peak_memory_pct_threshold": None,
-    }
+        own = dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True}  # code for any number of threads
+    else:
+        own = {
+            # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
+            "emulate_precision_casts": True,
+            "eager_numerics.division_rounding": True,
+            # One launch for a whole group; the memory that the last check fears for is not there: nothing is stored.
+            "combo_kernels": True,
+            "combo_kernel_max_num_nodes": 64,
+            "combo_kernel_max_num_args": 1000,
+            "combo_kernel_peak_memory_pct_threshold": None,
+        }
+    return {**own, "guard_filter_fn": no_guards}
+
+
+def no_guards(guards: Sequence[Any]) -> list[bool]:
+    """Keep none of Dynamo's guards: a graph holds for every call of its kind, whatever else changes around it."""
+    return [False] * len(guards)
 
 
 def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
