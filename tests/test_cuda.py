@@ -17,7 +17,7 @@ from lamb16 import compiled
 from lamb16.cli import main
 from lamb16.cli.shapes import SETS
 from lamb16.compiled import Kind, Step
-from lamb16.cuda import fake, report
+from lamb16.cuda import fake, kernels, report
 from lamb16.cuda.kernels import Launch
 
 FUNCTIONS = Step._fields
@@ -67,6 +67,25 @@ def test_every_kernel_compiles_for_other_architectures(code: report.Code, capabi
         with fake.device(capability):
             for kernel in graph.kernels.values():
                 assert kernel.resources(capability).spills == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "float8", "least"),
+    [(torch.bfloat16, True, 14), (torch.float16, True, 14), (torch.float32, False, 44)],
+    ids=["bfloat16", "float16", "float32 moments"],
+)
+def test_other_kinds_compile(dtype: torch.dtype, float8: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor a call, for sm_80; both passes read p, g, m, v, the second writes p, m, v."""
+    monkeypatch.setattr(Kind, "group", 1)
+    kind, moved, rows = fake.kind(dtype, float8), 0, 13
+    for name in FUNCTIONS:
+        graph = kernels.graph(name, kind, 80)
+        with fake.device(80):
+            assert all(kernel.resources(80).spills == 0 for kernel in graph.kernels.values())
+        if name in ("measure", "apply"):
+            launches = graph(*compiled.stand_ins(name, kind._replace(device=torch.device("meta"))))
+            moved += sum(launch.bytes_read + launch.bytes_written for launch in launches)
+    assert least <= moved / (rows * 1024) <= least + 1
 
 
 def test_bytes_are_those_that_inductor_counts(monkeypatch: pytest.MonkeyPatch) -> None:

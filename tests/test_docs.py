@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lamb16.cli import compare
+from lamb16.cli import bench, compare, cuda_report
 from lamb16.cli.study import fidelity, runs
 from lamb16.cli.study.sizes import FULL
 
@@ -30,6 +30,19 @@ def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyP
 def test_the_fidelity_table_is_that_of_the_results() -> None:
     content = json.loads((ROOT / "docs" / "results" / "fidelity.json").read_text())
     assert fidelity.table(content["results"]) in DOC
+
+
+def test_the_benchmarks_are_those_of_the_results() -> None:
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    many, one, cuda = (
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+        for name in ("bench", "bench-1-thread", "cuda")
+    )
+    tables = [bench.table(rows) for content in (many, one) for rows in content["results"].values()]
+    tables += [bench.compile_table(many["compile_time"]), bench.pass_table(one["passes"]["mlp"])]
+    tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
+    assert [table for table in tables if table not in document] == []
+    assert many["settings"]["processor"] in document
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)

@@ -137,7 +137,7 @@ def test_hyperparameters_and_groups() -> None:
 
 @pytest.mark.usefixtures("frozen")
 def test_what_changes_around_a_step() -> None:
-    """The number of threads, autocast, the default dtype, gradient mode: neither a new graph nor another result."""
+    """Threads, autocast, the default dtype, gradient mode, a reset: neither a new graph nor another result."""
     plain, changed = warm(parameters(seed=3)), warm(parameters(seed=3))
     threads = torch.get_num_threads()
     surroundings = [
@@ -145,6 +145,7 @@ def test_what_changes_around_a_step() -> None:
         lambda: torch.set_num_threads(1),
         lambda: torch.set_default_dtype(torch.float64),
         lambda: torch.use_deterministic_algorithms(True),
+        torch._dynamo.reset,
     ]
     try:
         for t, change in enumerate(surroundings, 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,22 +72,15 @@ class _Lazy:
 
     def __init__(self, name: str, kind: Kind) -> None:
         self.name, self.kind = name, kind
-        self.call: Callable[..., None] | None = None
+        self.graph: Callable[..., Any] | None = None
+        self.origins: list[Origin] = []
 
-    def prepare(self) -> Callable[..., None]:
-        if self.call is None:
-            self.call = self._compile()
-        return self.call
-
-    def __call__(self, *args: Any) -> None:
-        self.prepare()(*args)
-
-    def _compile(self) -> Callable[..., None]:
-        function = _own_code(getattr(update, self.name), str(self.kind))
-        compiled = torch.compile(function, fullgraph=True, options=options(self.kind.device))
+    def prepare(self) -> None:
+        """Compile it, unless that has been done; raises RuntimeError where no compiler works."""
+        if self.graph is not None:
+            return
         try:
-            with torch.no_grad():
-                compiled(*stand_ins(self.name, self.kind))
+            self.graph, self.origins = compile_once(self.name, self.kind)
         except Exception as error:
             raise RuntimeError(
                 f"lamb16 could not compile its {self.name} step for {self.kind.device.type} with torch.compile "
@@ -95,16 +88,85 @@ class _Lazy:
                 "Install a working compiler (a C++ compiler for the CPU, Triton for CUDA), or pass compile=False to "
                 "run the same step eagerly. Nothing was changed."
             ) from error
-        return compiled
+
+    def __call__(self, *arguments: Any) -> None:
+        self.prepare()
+        assert self.graph is not None
+        flat = flatten(arguments)
+        self.graph(*[origin.take(flat) for origin in self.origins])
 
 
-def _own_code(function: Callable[..., None], suffix: str) -> Callable[..., None]:
-    """A copy with a code object of its own, so that each kind has its own compile cache and recompile limit."""
+def compile_once(name: str, kind: Kind) -> tuple[Callable[..., Any], list[Origin]]:
+    """Compile a step function on stand-ins; returns the graph's code and where its arguments come from.
+
+    The code is called without torch.compile's guards: kinds are told apart where plans are made, and nothing that may
+    change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
+    anew for real tensors it would be specialised on their sizes.
+    """
+    arguments = stand_ins(name, kind)
+    flat = flatten(arguments)
+    found: list[tuple[Callable[..., Any], list[Origin]]] = []
+
+    def backend(graph: Any, examples: list[Any]) -> Callable[..., Any]:
+        code = torch._inductor.compile(graph, examples, options=options(kind.device))
+
+        def first_call(*received: Any) -> Any:
+            found.append((code, [Origin.of(x, flat) for x in received]))
+            return code(*received)
+
+        return first_call
+
+    function = _own_code(getattr(update, name))
+    with torch.no_grad():
+        torch.compile(function, fullgraph=True, backend=backend)(*arguments)
+    return found[0]
+
+
+class Origin(NamedTuple):
+    """Where an argument of generated code comes from: a tensor among the flattened arguments, or a number of one."""
+
+    position: int
+    what: str  # "tensor", "size" or "stride"
+    dim: int
+
+    @classmethod
+    def of(cls, received: Any, flat: list[Any]) -> Origin:
+        """Found by identity, and for numbers by value: stand-ins have equal ones only where all arguments do."""
+        tensors = [(i, x) for i, x in enumerate(flat) if isinstance(x, Tensor)]
+        if isinstance(received, Tensor):
+            return cls(next(i for i, x in tensors if x is received), "tensor", 0)
+        for what in ("size", "stride"):
+            for i, x in tensors:
+                for dim in range(x.dim()):
+                    if getattr(x, what)(dim) == int(received):
+                        return cls(i, what, dim)
+        raise AssertionError(f"no argument has the size or stride {received}")
+
+    def take(self, flat: list[Any]) -> Any:
+        """The argument for these flattened arguments."""
+        x = flat[self.position]
+        if self.what == "tensor":
+            return x
+        return x.size(self.dim) if self.what == "size" else x.stride(self.dim)
+
+
+def flatten(arguments: Any) -> list[Any]:
+    """What nested lists and tuples hold, in order."""
+    flat: list[Any] = []
+    for x in arguments:
+        if isinstance(x, (list, tuple)):
+            flat += flatten(x)
+        else:
+            flat.append(x)
+    return flat
+
+
+def _own_code(function: Callable[..., None]) -> Callable[..., None]:
+    """A copy with a code object of its own, and so with a compile cache of its own."""
     assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace(co_name=f"{function.__name__}[{suffix}]")
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
 
 
 def options(device: torch.device) -> dict[str, Any]:
@@ -125,12 +187,7 @@ def options(device: torch.device) -> dict[str, Any]:
             "combo_kernel_max_num_args": 1000,
             "combo_kernel_peak_memory_pct_threshold": None,
         }
-    return {**own, "guard_filter_fn": no_guards}
-
-
-def no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Keep none of Dynamo's guards: a graph holds for every call of its kind, whatever else changes around it."""
-    return [False] * len(guards)
+    return own
 
 
 def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:

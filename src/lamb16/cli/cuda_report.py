@@ -26,9 +26,9 @@ def add_parser(subparsers: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="architecture (default: sm_90)")
-    parser.add_argument("--shapes", choices=SETS, default="resnet50", help="parameter shapes (default: resnet50)")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_90"], help="default: sm_90")
+    parser.add_argument("--shapes", nargs="+", choices=SETS, default=["resnet50"], help="default: resnet50")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables; a list of several")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,19 +37,34 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("cuda-report needs Triton, which comes with torch for CUDA on Linux; install that torch")
     from lamb16.cuda.report import Code, report
 
-    found = asdict(report(Code(int(args.arch.removeprefix("sm_"))), args.shapes, SETS[args.shapes]()))
-    print(json.dumps(found, indent=1) if args.json else text(found))
+    found = []
+    for arch in args.arch:
+        code = Code(int(arch.removeprefix("sm_")))
+        found += [asdict(report(code, name, SETS[name]())) for name in args.shapes]
+    if args.json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print(summary(found), *(f"\n{row['arch']}, {row['shapes']}\n\n{kernels(row)}" for row in found), sep="\n")
     return 0
 
 
-def text(found: dict[str, Any]) -> str:
-    """The report as two Markdown tables."""
+def summary(found: list[dict[str, Any]]) -> str:
+    """A line a report, as a Markdown table."""
     lines = [
         "| architecture | shapes | tensors | parameters | launches | bytes a parameter | spills | falls back |",
         "|---|---|---|---|---|---|---|---|",
-        f"| {found['arch']} | {found['shapes']} | {found['tensors']} | {found['params']:,} | {found['launches']} "
-        f"| {found['bytes_per_param']:.2f} | {found['spills']} | {', '.join(found['fallbacks']) or 'nothing'} |",
-        "",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row['arch']} | {row['shapes']} | {row['tensors']} | {row['params']:,} | {row['launches']} "
+            f"| {row['bytes_per_param']:.2f} | {row['spills']} | {', '.join(row['fallbacks']) or 'nothing'} |"
+        )
+    return "\n".join(lines)
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """The kernels of one report, as a Markdown table."""
+    lines = [
         "| graph | kernel | launches | MB read | MB written | registers | spills | shared bytes |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -58,8 +73,6 @@ def text(found: dict[str, Any]) -> str:
         needs = " | ".join(str(kernel[key]) for key in ("registers", "spills", "shared"))
         lines.append(f"| {kernel['graph']} | `{kernel['kernel'][:40]}` | {kernel['launches']} | {moved} | {needs} |")
     for operation in found["eager"]:
-        lines.append(
-            f"| eager | `{operation['name']}` | {operation['launches']} | {operation['bytes_moved'] / 1e6:.3f} "
-            "| | | | |"
-        )
+        moved = f"{operation['bytes_moved'] / 1e6:.3f}"
+        lines.append(f"| eager | `{operation['name']}` | {operation['launches']} | {moved} | | | | |")
     return "\n".join(lines)

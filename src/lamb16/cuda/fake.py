@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from lamb16 import compiled, update
-from lamb16.compiled import Kind
+from lamb16.compiled import Kind, Origin
 
 # Of an H100; only the capability is varied. They decide block sizes, not what is launched or moved.
 PROPERTIES = {
@@ -48,16 +47,12 @@ class Generated:
 
     code: str
     counted_bytes: int  # Inductor's own count of what is read and written, for the stand-ins
-    order: list[tuple[int, str, int]]  # for every argument: which of the flattened ones, or of that one which number
+    origins: list[Origin]
 
-    def arguments(self, flat: list[Any]) -> list[Any]:
-        """The arguments of ``call`` for flattened arguments of the step function."""
-        return [_take(flat[i], what, dim) for i, what, dim in self.order]
-
-
-def _take(x: Tensor, what: str, dim: int) -> Any:
-    """A tensor itself, or one of its sizes or strides."""
-    return x if what == "tensor" else getattr(x, what)(dim)
+    def arguments(self, arguments: Any) -> list[Any]:
+        """The arguments of ``call`` for those of the step function."""
+        flat = compiled.flatten(arguments)
+        return [origin.take(flat) for origin in self.origins]
 
 
 def kind(param_dtype: torch.dtype = torch.float32, float8: bool = True) -> Kind:
@@ -93,18 +88,8 @@ def generate(name: str, of: Kind, capability: int) -> Generated:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             step(*arguments)  # type: ignore[no-untyped-call]
     torch._dynamo.reset()
-    order = _order(received, pytree.tree_leaves(arguments))
-    return Generated(*code[0], order)
-
-
-def _order(received: list[Any], flat: list[Any]) -> list[tuple[int, str, int]]:
-    """Where every argument of the generated code comes from; sizes are told apart by their value, all differ."""
-    tensors = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor)}
-    places = {id(x): (i, "tensor", 0) for i, x in tensors.items()}
-    dims = [(i, dim) for i, x in tensors.items() for dim in range(x.dim())]
-    numbers = {int(tensors[i].stride(dim)): (i, "stride", dim) for i, dim in dims}
-    numbers |= {int(tensors[i].size(dim)): (i, "size", dim) for i, dim in dims}
-    return [places[id(x)] if isinstance(x, Tensor) else numbers[int(x)] for x in received]
+    flat = compiled.flatten(arguments)
+    return Generated(*code[0], [Origin.of(x, flat) for x in received])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lamb16.compiled import Kind
 
@@ -177,7 +176,7 @@ class Graph:
         self.launches, self.interpret = [], interpret
         self.device = torch.device("cpu" if interpret else "meta")
         with _no_device():
-            self.namespace["call"](self.generated.arguments(pytree.tree_leaves(arguments)))
+            self.namespace["call"](self.generated.arguments(arguments))
         return self.launches
 
 
