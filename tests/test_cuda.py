@@ -71,7 +71,7 @@ def test_every_kernel_compiles_for_other_architectures(code: report.Code, capabi
 
 @pytest.mark.parametrize(
     ("dtype", "float8", "least"),
-    [(torch.bfloat16, True, 14), (torch.float16, True, 14), (torch.float32, False, 44)],
+    [(torch.bfloat16, True, 16), (torch.float16, True, 16), (torch.float32, False, 44)],
     ids=["bfloat16", "float16", "float32 moments"],
 )
 def test_other_kinds_compile(dtype: torch.dtype, float8: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_other_kinds_compile(dtype: torch.dtype, float8: bool, least: int, monke
         if name in ("measure", "apply"):
             launches = graph(*compiled.stand_ins(name, kind._replace(device=torch.device("meta"))))
             moved += sum(launch.bytes_read + launch.bytes_written for launch in launches)
-    assert least <= moved / (rows * 1024) <= least + 1
+    assert least <= moved / (rows * 1024) <= least + 1.5  # lanes are a part of it for so few rows
 
 
 def test_bytes_are_those_that_inductor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
