@@ -77,7 +77,7 @@ def test_every_kernel_compiles_for_other_architectures(code: report.Code, capabi
 def test_other_kinds_compile(dtype: torch.dtype, float8: bool, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tensor a call, for sm_80; both passes read p, g, m, v, the second writes p, m, v."""
     monkeypatch.setattr(Kind, "group", 1)
-    kind, moved, rows = fake.kind(dtype, float8), 0, 13
+    kind, moved, rows = fake.kind(dtype, float8), 0, 3
     for name in FUNCTIONS:
         graph = kernels.graph(name, kind, 80)
         with fake.device(80):
@@ -85,7 +85,8 @@ def test_other_kinds_compile(dtype: torch.dtype, float8: bool, least: int, monke
         if name in ("measure", "apply"):
             launches = graph(*compiled.stand_ins(name, kind._replace(device=torch.device("meta"))))
             moved += sum(launch.bytes_read + launch.bytes_written for launch in launches)
-    assert least <= moved / (rows * 1024) <= least + 1.5  # lanes are a part of it for so few rows
+    lanes = 2 * 8 * 1024
+    assert least <= (moved - lanes) / (rows * 1024) <= least + 0.5
 
 
 def test_bytes_are_those_that_inductor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
