@@ -1,6 +1,6 @@
 """The generated CUDA kernels in Triton's interpreter, as the functions of a Lamb16 on CPU tensors.
 
-Run by test_cuda_numerics.py in a process of its own, since TRITON_INTERPRET must be set before Triton is imported:
+Run by test_cuda.py in a process of its own, since TRITON_INTERPRET must be set before Triton is imported:
 
     TRITON_INTERPRET=1 python tests/interpreted.py GENERATED.pickle
 
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main(file: str) -> None:
-    """Check all cases with the functions in a file that test_cuda_numerics.py wrote."""
+    """Check all cases with the functions in a file that test_cuda.py wrote."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from lamb16.cuda.copying import copy_pieces

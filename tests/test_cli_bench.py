@@ -97,7 +97,18 @@ def test_compile_times_are_taken_in_processes_of_their_own() -> None:
     assert "| 21 | 2,036,416 |" in bench.compile_table([row])
 
 
-@pytest.mark.parametrize("options", [["--rounds", "0"], ["--threads", "0"], ["--device", "nowhere"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rounds", "0"],
+        ["--threads", "0"],
+        ["--threads", "9999"],
+        ["--device", "nowhere"],
+        ["--device", "meta"],
+        ["--json", "/nowhere/b.json"],
+        ["--plot", "/nowhere/b.svg"],
+    ],
+)
 def test_wrong_values_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
     assert options[1] in capsys.readouterr().err

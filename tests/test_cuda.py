@@ -46,6 +46,24 @@ def test_large_tensors_take_few_launches_and_two_passes(large: report.Report) ->
     assert 26 <= large.bytes_per_param <= 26.5
 
 
+@pytest.mark.usefixtures("code")
+def test_nothing_of_the_fake_gpu_is_left() -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert torch.equal(torch.tensor([values[0], values[1]]), values), "0-d tensors are no sequences"
+    assert not torch.cuda.is_available() or torch.cuda.get_device_name()
+
+
+def test_arguments_that_are_not_aligned_are_counted(code: report.Code) -> None:
+    """Where the code expects aligned memory, a view at another offset would be copied at every call."""
+    arguments = compiled.stand_ins("collect", code.kind._replace(device=torch.device("meta")))
+    graph = code.graph("collect")
+    graph(*arguments)
+    assert graph.copies == []
+    lanes = torch.empty(2 * 1024 + 1, dtype=torch.int32, device="meta")[1:].view(2, 1024)
+    graph(*arguments[:3], lanes, *arguments[4:])
+    assert len(graph.copies) == 1
+
+
 def test_tiny_tensors_share_their_launches(tiny: report.Report) -> None:
     assert tiny.tensors == 400
     assert tiny.launches <= 0.1 * tiny.tensors

@@ -1,4 +1,4 @@
-"""Every table of a study that docs/algorithm.md shows is what the committed results give."""
+"""Every table of a study or benchmark that the docs show is what the committed results give."""
 
 import json
 import re

@@ -154,7 +154,7 @@ def test_what_changes_around_a_step() -> None:
             for optimizer, own in zip((plain, changed), grads, strict=True):
                 for p, grad in zip(all_params(optimizer), own, strict=True):
                     p.grad = grad
-            with torch.autocast("cpu"), torch.enable_grad():
+            with torch.autocast(DEVICE.type), torch.enable_grad():
                 changed.step()
             torch.set_num_threads(threads)
             torch.set_default_dtype(torch.float32)

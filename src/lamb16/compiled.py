@@ -8,6 +8,7 @@ is compiled on small stand-in tensors before it ever touches real ones: a compil
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,15 +73,18 @@ class _Lazy:
 
     def __init__(self, name: str, kind: Kind) -> None:
         self.name, self.kind = name, kind
-        self.graph: Callable[..., Any] | None = None
-        self.origins: list[Origin] = []
+        self.lock = threading.Lock()
+        self.code: Code | None = None
 
     def prepare(self) -> None:
         """Compile it, unless that has been done; raises RuntimeError where no compiler works."""
-        if self.graph is not None:
-            return
+        with self.lock:
+            if self.code is None:
+                self._compile()
+
+    def _compile(self) -> None:
         try:
-            self.graph, self.origins = compile_once(self.name, self.kind)
+            self.code = compile_once(self.name, self.kind)
         except Exception as error:
             raise RuntimeError(
                 f"lamb16 could not compile its {self.name} step for {self.kind.device.type} with torch.compile "
@@ -90,14 +94,28 @@ class _Lazy:
             ) from error
 
     def __call__(self, *arguments: Any) -> None:
-        self.prepare()
-        assert self.graph is not None
+        if self.code is None:
+            self.prepare()
+        assert self.code is not None
+        self.code(arguments)
+
+
+class Code(NamedTuple):
+    """Generated code and where its arguments come from."""
+
+    function: Callable[..., Any]
+    origins: list[Origin] | None  # None where torch.compile is switched off and the function is the eager one
+
+    def __call__(self, arguments: tuple[Any, ...]) -> None:
+        if self.origins is None:
+            self.function(*arguments)
+            return
         flat = flatten(arguments)
-        self.graph(*[origin.take(flat) for origin in self.origins])
+        self.function(*[origin.take(flat) for origin in self.origins])
 
 
-def compile_once(name: str, kind: Kind) -> tuple[Callable[..., Any], list[Origin]]:
-    """Compile a step function on stand-ins; returns the graph's code and where its arguments come from.
+def compile_once(name: str, kind: Kind) -> Code:
+    """Compile a step function on stand-ins.
 
     The code is called without torch.compile's guards: kinds are told apart where plans are made, and nothing that may
     change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
@@ -105,13 +123,13 @@ def compile_once(name: str, kind: Kind) -> tuple[Callable[..., Any], list[Origin
     """
     arguments = stand_ins(name, kind)
     flat = flatten(arguments)
-    found: list[tuple[Callable[..., Any], list[Origin]]] = []
+    found: list[Code] = []
 
     def backend(graph: Any, examples: list[Any]) -> Callable[..., Any]:
         code = torch._inductor.compile(graph, examples, options=options(kind.device))
 
         def first_call(*received: Any) -> Any:
-            found.append((code, [Origin.of(x, flat) for x in received]))
+            found.append(Code(code, [Origin.of(x, flat) for x in received]))
             flat.clear()  # Dynamo keeps this function, which is not to keep the stand-ins
             return code(*received)
 
@@ -120,7 +138,7 @@ def compile_once(name: str, kind: Kind) -> tuple[Callable[..., Any], list[Origin
     function = _own_code(getattr(update, name))
     with torch.no_grad():
         torch.compile(function, fullgraph=True, backend=backend)(*arguments)
-    return found[0]
+    return found[0] if found else Code(function, None)  # torch.compiler.set_stance, TORCHDYNAMO_DISABLE
 
 
 class Origin(NamedTuple):
@@ -202,12 +220,16 @@ def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
             torch._dynamo.mark_dynamic(tensor, dim)
         return tensor
 
+    def unaligned(size: int, stride: int, dtype: torch.dtype) -> Tensor:
+        # Where code is generated for aligned memory, it copies what is not aligned at every call.
+        memory = torch.zeros(size * stride + 1, dtype=dtype, device=device)
+        tensor = memory.as_strided((size,), (stride,), 1)
+        torch._dynamo.mark_dynamic(tensor, 0)
+        return tensor
+
     def columns(size: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         # Like the columns of a table, but each with memory of its own: views of one would be traced as its slices.
-        found = [torch.empty_strided((size,), (count,), dtype=dtype, device=device).zero_() for _ in range(count)]
-        for column in found:
-            torch._dynamo.mark_dynamic(column, 0)
-        return found
+        return [unaligned(size, count, dtype) for _ in range(count)]
 
     def part(rows: int, columns: int = ROW) -> Part:
         p, g, m, v = (dynamic(rows, columns, dtype=dtype) for dtype in kind.dtypes)
@@ -217,8 +239,8 @@ def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def results(size: int) -> Results:
-        make = zeros if size == 1 else dynamic
-        a, b, c, d = (make(size, dtype=dtype) for dtype in (*[torch.int32] * 2, *[torch.float64] * 2))
+        dtypes = (torch.int32, torch.int32, torch.float64, torch.float64)
+        a, b, c, d = (zeros(1, dtype=x) if size == 1 else unaligned(size, 1, x) for x in dtypes)
         return a, b, c, d
 
     lanes = update.make_lanes(device)

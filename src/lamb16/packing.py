@@ -81,6 +81,7 @@ class TablePacking:
         self.launch = _launch if launch is None else launch
         self.addresses: list[list[int]] = [[], [], [], []]
         self.tables: list[Tensor] = [self.length] * 4
+        self.kept: list[Tensor] = []
         self._note(2, [m for m, _ in codes])
         self._note(3, [v for _, v in codes])
 
@@ -90,14 +91,21 @@ class TablePacking:
         first = [x.data_ptr() for x in flat]
         addresses = [first[i] + size * start for i, start in zip(self.owner, self.start, strict=True)]
         if addresses != self.addresses[k]:
-            table = torch.tensor(addresses, dtype=torch.int64)
+            table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             table = table.pin_memory() if self.device.type == "cuda" else table
             self.addresses[k], self.tables[k] = addresses, table.to(self.device, non_blocking=True)
+            self._keep(table)
+
+    def _keep(self, *tables: Tensor) -> None:
+        """Keep what a CUDA graph that is being captured will read at every replay."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.kept += tables
 
     def pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
         """As in :class:`ForeachPacking`."""
         self._note(0, flat_p)
         self._note(1, flat_g)
+        self._keep(*self.tables)
         self.launch(*self.tables, *self.block, self.length, False)
 
     def unpack(self) -> None:
@@ -109,4 +117,5 @@ def _launch(*arguments: Any) -> None:
     from .cuda.copying import copy_pieces  # Triton is there where CUDA is
 
     *tensors, unpack = arguments
-    copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
+    with torch.cuda.device(tensors[0].device):
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)

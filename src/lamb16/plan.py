@@ -137,6 +137,12 @@ def cut(params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], list[Tail]]:
 def compile_graphs(kind: Kind, params: Sequence[Tensor]) -> None:
     """Compile what a step over these parameters needs; raises RuntimeError where no compiler works."""
     large, tails = cut(params)
+    if kind.device.type != "cpu" and any(rows * ROW >= 1 << 31 for _, rows in large):
+        shapes = [tuple(params[i].shape) for i, rows in large if rows * ROW >= 1 << 31]
+        raise ValueError(
+            f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
+            "32 bits: split it, or pass compile=False"
+        )
     wanted = ["scale"] + ["measure", "apply"] * bool(large) + ["measure_packed", "apply_packed"] * bool(tails)
     wanted += ["collect"] * (bool(large) and kind.by_rows)
     for name in wanted:

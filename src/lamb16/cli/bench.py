@@ -1,15 +1,16 @@
 """`lamb16 bench`: the time of an optimizer step, side by side.
 
-All optimizers step the same parameters with the same gradients, in turn, round after round; the table gives medians
-and ratios within this one run. `copy` is a memory copy that moves as many bytes as lamb16's two passes, 26 a
-parameter: about what the memory bus allows. "Beyond state" is the most memory that the first step, compilation
-included, takes beyond parameters, gradients and state, in percent of the parameters' bytes.
+All optimizers step the same parameters with the same gradients, in turn, round after round; the table gives medians,
+also of the ratios that two have in the same round. `copy` is a memory copy that moves as many bytes as lamb16's two
+passes, 26 a parameter: about what the memory bus allows. "Beyond state" is the most memory that the first step,
+compilation included, takes beyond parameters, gradients and state, in percent of the parameters' bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a table for every set of shapes."""
-    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
-        raise CommandError(f"--rounds and --threads must be at least 1, not {args.rounds} and {args.threads}")
+    most = os.cpu_count() or 1
+    if args.rounds < 1:
+        raise CommandError(f"--rounds must be at least 1, not {args.rounds}")
+    if args.threads is not None and not 1 <= args.threads <= most:
+        raise CommandError(f"--threads must be from 1 to {most}, the processors there are, not {args.threads}")
     device = _device(args.device)
+    for file in (args.json, args.plot):  # said now, not after minutes
+        if file and not Path(file).resolve().parent.is_dir():
+            raise CommandError(f"cannot write {file}: {Path(file).resolve().parent} is no folder")
     if args.threads:
         torch.set_num_threads(args.threads)
     threads = torch.get_num_threads()
@@ -124,6 +131,8 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"cannot use --device {name}: times are taken on cpu and cuda")
     return device
 
 

@@ -23,7 +23,7 @@ def copy_pieces(
     ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` [rows, PIECE] the buffer,
     ``length`` [rows] int32 how much of a row is used. Gradients are not copied back.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PIECE)
     inside = lane < tl.load(length + row)
     packed = row * PIECE + lane

@@ -16,7 +16,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lamb16 import compiled, update
@@ -48,6 +49,7 @@ class Generated:
     code: str
     counted_bytes: int  # Inductor's own count of what is read and written, for the stand-ins
     origins: list[Origin]
+    aligned: list[bool]  # whether the code expects an argument's memory at a multiple of 16 bytes
 
     def arguments(self, arguments: Any) -> list[Any]:
         """The arguments of ``call`` for those of the step function."""
@@ -89,7 +91,13 @@ def generate(name: str, of: Kind, capability: int) -> Generated:
             step(*arguments)  # type: ignore[no-untyped-call]
     torch._dynamo.reset()
     flat = compiled.flatten(arguments)
-    return Generated(*code[0], [Origin.of(x, flat) for x in received])
+    aligned = [isinstance(x, Tensor) and is_aligned(x) for x in received]
+    return Generated(*code[0], [Origin.of(x, flat) for x in received], aligned)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a tensor starts at a multiple of 16 bytes of its memory."""
+    return int(x.storage_offset()) * x.element_size() % 16 == 0
 
 
 @contextlib.contextmanager
@@ -113,6 +121,9 @@ def device(capability: int) -> Iterator[None]:
         get_device_interface=lambda: torch.cuda,
         get_device_capability=lambda *_: (major, minor),
     )
+    # These ask the driver for the current device before they notice that the tensor is fake. They are not replaced on
+    # torch.Tensor: a class whose __getitem__ was once set and deleted is taken for a sequence ever after.
+    methods = {"__getitem__": _getitem, "__setitem__": _setitem, "__invert__": _invert, "copy_": _copy}
     stubs: dict[Any, dict[str, Any]] = {
         torch.cuda: {
             "is_available": lambda: True,
@@ -141,8 +152,8 @@ def device(capability: int) -> Iterator[None]:
             "get_device_properties": staticmethod(lambda *_: properties),
         },
         torch.accelerator: {"current_device_index": lambda: 0, "is_available": lambda: False},
-        # These ask the driver for the current device before they notice that the tensor is fake.
-        torch.Tensor: {"__getitem__": _getitem, "__setitem__": _setitem, "__invert__": _invert, "copy_": _copy},
+        FakeTensor: methods,
+        FunctionalTensor: methods,
         # Patterns of matrix products, made by tracing on the device.
         joint: {"lazy_init": lambda *_: None},
         post: {"lazy_init": lambda *_: None},

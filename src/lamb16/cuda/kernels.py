@@ -135,6 +135,7 @@ class Graph:
         self.name, self.generated, code = name, generated, generated.code
         self.kernels: dict[str, Kernel] = {}
         self.launches: list[Launch] = []
+        self.copies: list[Tensor] = []  # arguments of the last call that would be copied, since they are not aligned
         self.interpret = False
         self.device = torch.device("meta")
         self.namespace: dict[str, Any] = {"__name__": f"generated_{name}", "__file__": name}
@@ -175,8 +176,11 @@ class Graph:
         """
         self.launches, self.interpret = [], interpret
         self.device = torch.device("cpu" if interpret else "meta")
+        received = self.generated.arguments(arguments)
+        expected = zip(received, self.generated.aligned, strict=True)
+        self.copies = [x for x, aligned in expected if aligned and not fake.is_aligned(x)]
         with _no_device():
-            self.namespace["call"](self.generated.arguments(arguments))
+            self.namespace["call"](received)
         return self.launches
 
 

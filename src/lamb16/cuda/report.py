@@ -111,6 +111,7 @@ class Steps:
         self.code = code
         self.launches: list[tuple[str, Launch]] = []  # of the last step: the step function, the launch
         self.eager: list[Eager] = []  # of the last step
+        self.copied: list[Eager] = []
         params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
         for p in params:
             p.grad = torch.empty_like(p)
@@ -123,16 +124,18 @@ class Steps:
 
     def take(self) -> list[tuple[str, Launch]]:
         """Make one step; returns its launches."""
-        self.launches = []
+        self.launches, self.copied = [], []
         with EagerOperations() as eager:
             self.optimizer.step()
-        self.eager = eager.seen
+        self.eager = eager.seen + self.copied
         return self.launches
 
     def _recorder(self, name: str) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
             with _disable_current_modes():  # what happens here is no operation of the step
-                self.launches.extend((name, launch) for launch in self.code.graph(name)(*arguments))
+                graph = self.code.graph(name)
+                self.launches.extend((name, launch) for launch in graph(*arguments))
+                self.copied += [Eager(f"copy to align, {name}", 1, 2 * x.nbytes) for x in graph.copies]
 
         return call
 
