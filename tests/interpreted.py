@@ -20,7 +20,17 @@ from unittest import mock
 import numpy as np
 import torch
 
-from helpers import assert_follows_reference, gradients, hyper_of, parameters
+from helpers import (
+    all_params,
+    assert_follows_reference,
+    assert_matches,
+    assert_same,
+    gradients,
+    hyper_of,
+    parameters,
+    snapshot,
+)
+from helpers import follow as follow_reference
 from lamb16 import Lamb16, plan
 from lamb16.compiled import Kind, Step
 from lamb16.cuda import fake
@@ -65,6 +75,8 @@ def main(file: str) -> None:
         for name, options in CASES.items():
             report(name, lambda options=options: follow(options))
         report("a non-finite gradient", skips)
+        report("many rows, more tensors than a group", many)
+        report("gradient scaling", scaled)
         report("a wrong reference is noticed", wrong)
 
 
@@ -114,6 +126,32 @@ def skips() -> None:
     moved = [not torch.equal(a, b) for a, b in zip(before, params, strict=True)]
     assert moved == [p.numel() > 0 and i not in (1, 2) for i, p in enumerate(params)], moved
     assert optimizer.skipped == 2, optimizer.skipped
+
+
+def many() -> None:
+    """Two groups of large tensors, one tensor of more rows than a chunk has."""
+    optimizer = Lamb16(parameters([(2, 1024)] * 17 + [(1030, 1024)]), lr=0.01, weight_decay=0.1, compile=False)
+    assert_follows_reference(optimizer, steps=1)
+
+
+def scaled() -> None:
+    """Gradients four times as large with grad_scale 4 are the same; with found_inf nothing changes."""
+    optimizer = make({"weight_decay": 0.1})
+    params = all_params(optimizer)
+    start = [p.detach().clone() for p in params]
+    optimizer.grad_scale, optimizer.found_inf = torch.full((), 4.0), torch.zeros(())
+    for t in range(2):
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = 4 * g
+        optimizer.step()
+    hyper = hyper_of(optimizer.param_groups[0])
+    for i, p in enumerate(params):
+        grads = [gradients(params, t)[i] for t in range(2)]
+        assert_matches(optimizer, p, *follow_reference(start[i], grads, hyper, int(optimizer.state[p]["salt"])))
+    before = snapshot(optimizer)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert_same(before, snapshot(optimizer))
 
 
 def wrong() -> None:

@@ -186,5 +186,5 @@ def test_the_kernels_compute_the_references_bits(code: report.Code, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert len(results) == 6
+    assert len(results) == 8
     assert set(results.values()) == {"ok"}, results
