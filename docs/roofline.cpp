@@ -22,16 +22,20 @@ static inline V dec5(const uint8_t*p){
   return _mm512_cvtph_ps(x);}
 #define S(x) _mm512_set1_ps(x)
 #define K(x) _mm512_set1_epi32(x)
+struct U{V m,v;I a;V u;};  // the fresh moments, |m| and the update
+static inline U update(V gg,V w,const uint8_t*M,const uint8_t*Vc,const C&c){
+  V m=_mm512_add_ps(_mm512_mul_ps(dec4(M),S(c.dm)),_mm512_mul_ps(gg,S(c.nm)));
+  V v=_mm512_add_ps(_mm512_mul_ps(dec5(Vc),S(c.dv)),_mm512_mul_ps(_mm512_mul_ps(gg,gg),S(c.nv)));
+  V d=_mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v),S(c.rho)),S(c.eps));
+  I a=_mm512_and_si512(B(m),K(0x7fffffff));
+  d=F(_mm512_max_epi32(B(d),B(_mm512_mul_ps(F(a),S(c.bound)))));
+  V u=_mm512_add_ps(_mm512_div_ps(m,d),_mm512_mul_ps(w,S(c.wd)));
+  return {m,v,a,u};}
 void measure(const float*p,const float*g,const uint8_t*M,const uint8_t*Vc,const C&c,long n,double*out){
   I mm=_mm512_setzero_si512(),mv=mm; __m512d s0=_mm512_setzero_pd(),s1=s0,s2=s0,s3=s0;
   for(long i=0;i<n;i+=16){
     V gg=_mm512_mul_ps(_mm512_loadu_ps(g+i),S(c.gf)); V w=_mm512_loadu_ps(p+i);
-    V m=_mm512_add_ps(_mm512_mul_ps(dec4(M+i),S(c.dm)),_mm512_mul_ps(gg,S(c.nm)));
-    V v=_mm512_add_ps(_mm512_mul_ps(dec5(Vc+i),S(c.dv)),_mm512_mul_ps(_mm512_mul_ps(gg,gg),S(c.nv)));
-    V d=_mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v),S(c.rho)),S(c.eps));
-    I a=_mm512_and_si512(B(m),K(0x7fffffff));
-    d=F(_mm512_max_epi32(B(d),B(_mm512_mul_ps(F(a),S(c.bound)))));
-    V u=_mm512_add_ps(_mm512_div_ps(m,d),_mm512_mul_ps(w,S(c.wd)));
+    auto [m,v,a,u]=update(gg,w,M+i,Vc+i,c);
     I pc=_mm512_min_epi32(_mm512_max_epi32(B(_mm512_mul_ps(w,w)),K(0x3C23D70A)),K(0x3f800000));
     I uc=_mm512_min_epi32(_mm512_max_epi32(B(_mm512_mul_ps(u,u)),B(S(c.floor))),K(0x3f800000));
     mm=_mm512_max_epi32(mm,a); mv=_mm512_max_epi32(mv,B(v));
@@ -50,12 +54,7 @@ void apply(float*__restrict p,const float*__restrict g,uint8_t*__restrict M,uint
   I lane=_mm512_setr_epi32(0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15);
   for(long i=0;i<n;i+=16){
     V gg=F(_mm512_and_si512(B(_mm512_mul_ps(_mm512_loadu_ps(g+i),S(c.gf))),K(c.skip))); V w=_mm512_loadu_ps(p+i);
-    V m=_mm512_add_ps(_mm512_mul_ps(dec4(M+i),S(c.dm)),_mm512_mul_ps(gg,S(c.nm)));
-    V v=_mm512_add_ps(_mm512_mul_ps(dec5(Vc+i),S(c.dv)),_mm512_mul_ps(_mm512_mul_ps(gg,gg),S(c.nv)));
-    V d=_mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v),S(c.rho)),S(c.eps));
-    I a=_mm512_and_si512(B(m),K(0x7fffffff));
-    d=F(_mm512_max_epi32(B(d),B(_mm512_mul_ps(F(a),S(c.bound)))));
-    V u=_mm512_add_ps(_mm512_div_ps(m,d),_mm512_mul_ps(w,S(c.wd)));
+    auto [m,v,a,u]=update(gg,w,M+i,Vc+i,c);
     _mm512_storeu_ps(p+i,_mm512_sub_ps(w,F(_mm512_and_si512(B(_mm512_mul_ps(u,S(c.ss))),K(c.skip)))));
     I x=_mm512_add_epi32(lane,K((int)i+c.salt));
     x=_mm512_xor_si512(x,_mm512_srli_epi32(x,13)); x=_mm512_mullo_epi32(x,K(0x8A3B8E57));

@@ -110,8 +110,7 @@ class Code(NamedTuple):
         if self.origins is None:
             self.function(*arguments)
             return
-        flat = flatten(arguments)
-        self.function(*[origin.take(flat) for origin in self.origins])
+        self.function(*take(self.origins, arguments))
 
 
 def compile_once(name: str, kind: Kind) -> Code:
@@ -169,6 +168,12 @@ class Origin(NamedTuple):
         return x.size(self.dim) if self.what == "size" else x.stride(self.dim)
 
 
+def take(origins: list[Origin], arguments: Any) -> list[Any]:
+    """The arguments of generated code for those of its step function."""
+    flat = flatten(arguments)
+    return [origin.take(flat) for origin in origins]
+
+
 def flatten(arguments: Any) -> list[Any]:
     """What nested lists and tuples hold, in order."""
     flat: list[Any] = []
@@ -190,23 +195,20 @@ def _own_code(function: Callable[..., None]) -> Callable[..., None]:
 
 def options(device: torch.device) -> dict[str, Any]:
     """What Inductor is told on this kind of device."""
-    own: dict[str, Any]
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
-        own = dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True}  # code for any number of threads
-    else:
-        own = {
-            # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
-            "emulate_precision_casts": True,
-            "eager_numerics.division_rounding": True,
-            # One launch for a whole group; the memory that the last check fears for is not there: nothing is stored.
-            "combo_kernels": True,
-            "combo_kernel_max_num_nodes": 64,
-            "combo_kernel_max_num_args": 1000,
-            "combo_kernel_peak_memory_pct_threshold": None,
-        }
-    return own
+        return dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True}  # code for any number of threads
+    return {
+        # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
+        "emulate_precision_casts": True,
+        "eager_numerics.division_rounding": True,
+        # One launch for a whole group; the memory that the last check fears for is not there: nothing is stored.
+        "combo_kernels": True,
+        "combo_kernel_max_num_nodes": 64,
+        "combo_kernel_max_num_args": 1000,
+        "combo_kernel_peak_memory_pct_threshold": None,
+    }
 
 
 def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:

@@ -169,6 +169,7 @@ class Plan:
         self.functions: Step = step_functions(kind, compile)
         self.memory = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
+        self.codes = [(flat_codes(m), flat_codes(v)) for m, v in self.moments]
         self.contiguous = [p.is_contiguous() for p in params]
         self.large, self.tails = cut(params)
         self._allocate()
@@ -231,9 +232,8 @@ class Plan:
         table = torch.tensor(pieces + [(0, 0, 0)] * (packed - len(pieces)), device=self.kind.device).view(-1, 3)
         self.owner = table[:, 0].contiguous()
         self.start, self.length = (table[:, k : k + 1].int().contiguous() for k in (1, 2))
-        codes = [(flat_codes(m), flat_codes(v)) for m, v in self.moments]
         by_table = self.compile and self.kind.device.type == "cuda" and self.tails
-        self.packing = (TablePacking if by_table else ForeachPacking)(self.tails, self.packed, codes)
+        self.packing = (TablePacking if by_table else ForeachPacking)(self.tails, self.packed, self.codes)
 
     def _allocate_large(self, chunks: list[tuple[int, int, int]], zeros: Callable[..., Tensor]) -> None:
         """Row views of the codes, and where the results go; stand-ins fill the last group up."""
@@ -252,7 +252,8 @@ class Plan:
             table = torch.tensor(padded, device=self.kind.device).view(-1, 2)
             self.chunk_start, self.chunk_length = table[:, :1].contiguous(), table[:, 1:].contiguous()
         else:
-            pairs = list(zip(self.peaks[1:], self.sums[1:], strict=True))[: len(self.large)]
+            slots = slice(1, 1 + len(self.large))
+            pairs = zip(self.peaks[slots], self.sums[slots], strict=True)
             self.results = [(a[:1], a[1:], b[:1], b[1:]) for a, b in pairs]
         owners = [i for i, _ in self.large]
         self.carries = [self.carry[i] for i in owners] + [zeros(FACTORS) for _ in range(spare)]
@@ -262,7 +263,7 @@ class Plan:
 
     def _rows(self, i: int, rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """The row views of a tensor's weights (None if it is not contiguous) and codes."""
-        m, v = (flat_codes(x)[: rows * ROW].view(rows, ROW) for x in self.moments[i])
+        m, v = (x[: rows * ROW].view(rows, ROW) for x in self.codes[i])
         p = self.params[i].detach().view(-1)[: rows * ROW].view(rows, ROW) if self.contiguous[i] else None
         return p, m, v
 

@@ -22,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from lamb16 import Lamb, Lamb16, PublishedLamb16
 from lamb16.cli import CommandError, contenders, timing
 from lamb16.cli.shapes import SETS, Shape
+from lamb16.cli.study import report
 from lamb16.cli.timing import Factory, Row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,10 +173,7 @@ HEADER = [
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table, in the order they were run."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for row in rows:
-        lines.append("| " + " | ".join([row["name"], *_cells(row)]) + " |")
-    return "\n".join(lines)
+    return report.table(HEADER, [[row["name"], *_cells(row)] for row in rows])
 
 
 def _cells(row: Row) -> list[str]:
@@ -195,26 +193,22 @@ def _cells(row: Row) -> list[str]:
 
 def pass_table(passes: dict[str, float]) -> str:
     """ns a parameter of the parts of the step, as Markdown."""
-    names, cells = " | ".join(passes), " | ".join(f"{ns:.3f}" for ns in passes.values())
-    return f"| ns a parameter | {names} |\n|{'---|' * (1 + len(passes))}\n| Lamb16 compiled | {cells} |"
+    return report.table(["ns a parameter", *passes], [[COMPILED, *(f"{ns:.3f}" for ns in passes.values())]])
 
 
 def compile_table(rows: list[Row]) -> str:
     """Seconds of the first step with an empty and with a full cache, as Markdown."""
-    lines = ["| tensors | parameters | empty cache | full cache |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row['tensors']} | {row['parameters']:,} | {row['cold_s']:.1f} s | {row['warm_s']:.1f} s |")
-    return "\n".join(lines)
+    forms = {"tensors": "{}", "parameters": "{:,}", "cold_s": "{:.1f} s", "warm_s": "{:.1f} s"}
+    cells = [[form.format(row[key]) for key, form in forms.items()] for row in rows]
+    return report.table(["tensors", "parameters", "empty cache", "full cache"], cells)
 
 
 def plot(results: dict[str, list[Row]], path: Path) -> None:
     """Bars of ns a parameter, a panel a set of shapes; the copy is a line."""
-    from lamb16.cli.study.report import figure  # needs matplotlib
-
-    with figure(path, len(results)) as panels:
+    with report.figure(path, len(results)) as panels:
         for axes, (name, rows) in zip(panels, results.items(), strict=True):
             bars = [row for row in rows if "median_s" in row and row["name"] != COPY]
-            colours = ["#d62728" if "Lamb16 c" in row["name"] else "#1f77b4" for row in bars]
+            colours = [report.COLOURS["lamb16" if row["name"].startswith(COMPILED) else "lamb"] for row in bars]
             axes.barh([row["name"] for row in bars], [row["ns_per_param"] for row in bars], color=colours)
             axes.axvline(next(row["ns_per_param"] for row in rows if row["name"] == COPY), color="0.3", linestyle=":")
             axes.invert_yaxis()

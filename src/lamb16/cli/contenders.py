@@ -29,27 +29,14 @@ class Contender:
     special: frozenset[str] = frozenset()
 
 
-def _torchao(name: str) -> Callable[..., Optimizer]:
+def _foreign(module: str, name: str) -> Callable[..., Optimizer]:
+    """An optimizer of another library, which is imported when it is made."""
+
     def build(named: Named, **settings: Any) -> Optimizer:
-        optimizer: Optimizer = getattr(importlib.import_module("torchao.optim"), name)(_plain(named), **settings)
+        optimizer: Optimizer = getattr(importlib.import_module(module), name)(_plain(named), **settings)
         return optimizer
 
     return build
-
-
-def _timm(named: Named, **settings: Any) -> Optimizer:
-    optimizer: Optimizer = importlib.import_module("timm.optim").Lamb(_plain(named), **settings)
-    return optimizer
-
-
-def _pytorch_optimizer(named: Named, **settings: Any) -> Optimizer:
-    optimizer: Optimizer = importlib.import_module("pytorch_optimizer").Lamb(_plain(named), **settings)
-    return optimizer
-
-
-def _bitsandbytes(named: Named, **settings: Any) -> Optimizer:
-    optimizer: Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(_plain(named), **settings)
-    return optimizer
 
 
 def _plain(named: Named) -> list[Tensor]:
@@ -67,12 +54,14 @@ CONTENDERS = {
     "adam": Contender("Adam", torch.optim.Adam, 0.001),
     "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
     "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
-    "adamw8bit": Contender("AdamW8bit (torchao)", _torchao("AdamW8bit"), 0.001, "torchao"),
-    "adamwfp8": Contender("AdamWFp8 (torchao)", _torchao("AdamWFp8"), 0.001, "torchao"),
-    "adamw4bit": Contender("AdamW4bit (torchao)", _torchao("AdamW4bit"), 0.001, "torchao"),
-    "adamw8bit-bnb": Contender("AdamW8bit (bitsandbytes)", _bitsandbytes, 0.001, "bitsandbytes"),
-    "lamb-timm": Contender("LAMB (timm)", _timm, 0.01, "timm"),
-    "lamb-po": Contender("LAMB (pytorch_optimizer)", _pytorch_optimizer, 0.01, "pytorch_optimizer"),
+    "adamw8bit": Contender("AdamW8bit (torchao)", _foreign("torchao.optim", "AdamW8bit"), 0.001, "torchao"),
+    "adamwfp8": Contender("AdamWFp8 (torchao)", _foreign("torchao.optim", "AdamWFp8"), 0.001, "torchao"),
+    "adamw4bit": Contender("AdamW4bit (torchao)", _foreign("torchao.optim", "AdamW4bit"), 0.001, "torchao"),
+    "adamw8bit-bnb": Contender(
+        "AdamW8bit (bitsandbytes)", _foreign("bitsandbytes.optim", "AdamW8bit"), 0.001, "bitsandbytes"
+    ),
+    "lamb-timm": Contender("LAMB (timm)", _foreign("timm.optim", "Lamb"), 0.01, "timm"),
+    "lamb-po": Contender("LAMB (pytorch_optimizer)", _foreign("pytorch_optimizer", "Lamb"), 0.01, "pytorch_optimizer"),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import SETS
+from lamb16.cli.study.report import table
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 
@@ -50,29 +51,33 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(found: list[dict[str, Any]]) -> str:
     """A line a report, as a Markdown table."""
-    lines = [
-        "| architecture | shapes | tensors | parameters | launches | bytes a parameter | spills | falls back |",
-        "|---|---|---|---|---|---|---|---|",
+    header = [
+        "architecture",
+        "shapes",
+        "tensors",
+        "parameters",
+        "launches",
+        "bytes a parameter",
+        "spills",
+        "falls back",
     ]
-    for row in found:
-        lines.append(
-            f"| {row['arch']} | {row['shapes']} | {row['tensors']} | {row['params']:,} | {row['launches']} "
-            f"| {row['bytes_per_param']:.2f} | {row['spills']} | {', '.join(row['fallbacks']) or 'nothing'} |"
-        )
-    return "\n".join(lines)
+    forms = {
+        "arch": "", "shapes": "", "tensors": "", "params": ",", "launches": "", "bytes_per_param": ".2f", "spills": "",
+    }  # fmt: skip
+    cells = [[format(row[key], form) for key, form in forms.items()] for row in found]
+    falls_back = [", ".join(row["fallbacks"]) or "nothing" for row in found]
+    return table(header, [[*row, last] for row, last in zip(cells, falls_back, strict=True)])
 
 
 def kernels(found: dict[str, Any]) -> str:
     """The kernels of one report, as a Markdown table."""
-    lines = [
-        "| graph | kernel | launches | MB read | MB written | registers | spills | shared bytes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["graph", "kernel", "launches", "MB read", "MB written", "registers", "spills", "shared bytes"]
+    rows = []
     for kernel in found["kernels"]:
-        moved = " | ".join(f"{kernel[key] / 1e6:.3f}" for key in ("read", "written"))
-        needs = " | ".join(str(kernel[key]) for key in ("registers", "spills", "shared"))
-        lines.append(f"| {kernel['graph']} | `{kernel['kernel'][:40]}` | {kernel['launches']} | {moved} | {needs} |")
+        moved = [f"{kernel[key] / 1e6:.3f}" for key in ("read", "written")]
+        needs = [str(kernel[key]) for key in ("registers", "spills", "shared")]
+        rows.append([kernel["graph"], f"`{kernel['kernel'][:40]}`", str(kernel["launches"]), *moved, *needs])
     for operation in found["eager"]:
-        moved = f"{operation['bytes_moved'] / 1e6:.3f}"
-        lines.append(f"| eager | `{operation['name']}` | {operation['launches']} | {moved} | | | | |")
-    return "\n".join(lines)
+        moved = [f"{operation['bytes_moved'] / 1e6:.3f}"]
+        rows.append(["eager", f"`{operation['name']}`", str(operation["launches"]), *moved, "", "", "", ""])
+    return table(header, rows)

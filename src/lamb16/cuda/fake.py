@@ -53,8 +53,7 @@ class Generated:
 
     def arguments(self, arguments: Any) -> list[Any]:
         """The arguments of ``call`` for those of the step function."""
-        flat = compiled.flatten(arguments)
-        return [origin.take(flat) for origin in self.origins]
+        return compiled.take(self.origins, arguments)
 
 
 def kind(param_dtype: torch.dtype = torch.float32, float8: bool = True) -> Kind:

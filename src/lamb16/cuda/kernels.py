@@ -39,8 +39,9 @@ class Launch:
         return self._bytes("out_", "in_out_")
 
     def _bytes(self, *prefixes: str) -> int:
-        chosen = [x for name, x in self.arguments.items() if isinstance(x, Tensor) and name.startswith(prefixes)]
-        return sum(x.numel() * x.element_size() for x in chosen)
+        return sum(
+            x.nbytes for name, x in self.arguments.items() if isinstance(x, Tensor) and name.startswith(prefixes)
+        )
 
 
 @dataclass(frozen=True)

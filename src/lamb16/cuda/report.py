@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from lamb16 import Lamb16
 from lamb16.compiled import Step
 from lamb16.packing import TablePacking
-from lamb16.plan import Plan, flat_codes
 from lamb16.update import PIECE
 
 from . import fake
@@ -48,7 +47,7 @@ class EagerOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             lists = [x for x in args if isinstance(x, (list, tuple))]
             tensors = [x for y in [*lists, args] for x in y if isinstance(x, Tensor)]
             launches = -(-len(lists[0]) // FOREACH_TENSORS) if "foreach" in str(func) else 1
-            self.seen.append(Eager(str(func), launches, sum(x.numel() * x.element_size() for x in tensors)))
+            self.seen.append(Eager(str(func), launches, sum(x.nbytes for x in tensors)))
         return func(*args, **(kwargs or {}))
 
 
@@ -119,8 +118,7 @@ class Steps:
         (self.plan,) = self.optimizer._current_plans()[0]
         self.plan.functions = Step(*(self._recorder(name) for name in Step._fields))
         if self.plan.tails:
-            codes = [(flat_codes(m), flat_codes(v)) for m, v in self.plan.moments]
-            self.plan.packing = TablePacking(self.plan.tails, self.plan.packed, codes, self._copied)
+            self.plan.packing = TablePacking(self.plan.tails, self.plan.packed, self.plan.codes, self._copied)
 
     def take(self) -> list[tuple[str, Launch]]:
         """Make one step; returns its launches."""
@@ -141,15 +139,14 @@ class Steps:
 
     def _copied(self, *arguments: Any) -> None:
         *tensors, unpack = arguments
-        self.launches.append((COPIES, copying(self.plan, tensors, unpack)))
+        self.launches.append((COPIES, copying(tensors, unpack)))
 
 
-def copying(plan: Plan, tensors: Sequence[Tensor], unpack: bool) -> Launch:
-    """The launch of the copying kernel: what it reads and writes on both sides."""
-    block = dict(zip("pgmv", tensors[4:8], strict=True))
-    read = {f"in_ptr_{k}": x for k, x in block.items() if k != "g" or not unpack}
-    written = {f"out_ptr_{k}": x for k, x in block.items() if k != "g" or not unpack}
-    return Launch("copy_pieces", read | written | {"UNPACK": unpack})
+def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
+    """The launch of the copying kernel: it reads and writes as much as the packed buffer holds."""
+    copied = {k: x for k, x in zip("pgmv", tensors[4:8], strict=True) if k != "g" or not unpack}
+    moved = {f"{side}_ptr_{k}": x for side in ("in", "out") for k, x in copied.items()}
+    return Launch("copy_pieces", moved | {"UNPACK": unpack})
 
 
 def report(code: Code, title: str, shapes: Sequence[tuple[int, ...]]) -> Report:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lamb16 import Lamb16, PublishedLamb16
 from lamb16.cli import CommandError
+from lamb16.cli.study import report
 
 EPS = 1e-16  # tiny, so that a second moment that is wrong shows
 SAMPLED = 0.1  # cosine and largest update are taken in the last tenth of the steps
@@ -193,14 +194,19 @@ def _size(args: argparse.Namespace) -> tuple[int, int]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table; three decimals, since one zero of v in 100,000 can ruin an update."""
-    lines = [
-        "| gradients | β2 | rule | cosine of u | largest u | error of m | log-error of v | m saturated | v zero |",
-        "|---|---|---|---|---|---|---|---|---|",
+    header = [
+        "gradients",
+        "β2",
+        "rule",
+        "cosine of u",
+        "largest u",
+        "error of m",
+        "log-error of v",
+        "m saturated",
+        "v zero",
     ]
-    for row in results:
-        lines.append(
-            f"| {row['gradients']} | {row['beta2']:g} | {row['rule']} | {row['cosine']:.4f} "
-            f"| {row['largest_update']:.3g} | {row['m_error']:.3f} | {row['v_log_error']:.3f} "
-            f"| {row['m_saturated']:.3%} | {row['v_zero']:.3%} |"
-        )
-    return "\n".join(lines)
+    forms = {
+        "gradients": "", "beta2": "g", "rule": "", "cosine": ".4f", "largest_update": ".3g", "m_error": ".3f",
+        "v_log_error": ".3f", "m_saturated": ".3%", "v_zero": ".3%",
+    }  # fmt: skip
+    return report.table(header, [[format(row[key], form) for key, form in forms.items()] for row in results])

@@ -1,4 +1,4 @@
-"""Tables in Markdown and plots in SVG, shared by the studies."""
+"""Tables in Markdown and plots in SVG, shared by the studies and the benchmarks."""
 
 from __future__ import annotations
 
