@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import is_sharded, local
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENT_DTYPES = {
     "float8": (torch.float8_e4m3fn, torch.float8_e5m2),
@@ -121,7 +123,12 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {found}, expected "
                 f"{' or '.join(map(str, allowed))} for moment_dtype={moment_dtype!r}"
             )
-        if value.dtype != torch.float32 and _has_nan(value, key):
+        if is_sharded(value) and not is_sharded(param):
+            raise ValueError(
+                f"Lamb16.load_state_dict: {key} of parameter {name} is spread over ranks (DTensor), the parameter not; "
+                "gather it first (get_optimizer_state_dict with StateDictOptions(full_state_dict=True))"
+            )
+        if value.dtype != torch.float32 and _has_nan(local(value), key):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} holds NaN codes: it is damaged")
         if value.shape != param.shape:
             raise ValueError(

@@ -54,6 +54,8 @@ class Step(NamedTuple):
     scale: Callable[..., None]
     apply: Callable[..., None]
     apply_packed: Callable[..., None]
+    apply_spread: Callable[..., None]
+    apply_packed_spread: Callable[..., None]
 
 
 def step_functions(kind: Kind, compile: bool) -> Step:
@@ -255,9 +257,11 @@ def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
     if name == "collect":
         start, length = (dynamic(chunks, 1, dtype=torch.int64) for _ in range(2))
         return results(19), start, length, lanes, columns(chunks, 2, torch.int32), columns(chunks, 2, torch.float64)
-    if name == "apply":
+    if name in ("apply", "apply_spread"):
         roundings = [zeros(4, dtype=torch.int32) for _ in group]
-        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], roundings, lanes
+        places = [[zeros(2, dtype=dtype) for _ in group] for dtype in (torch.float64, torch.int32)]
+        spread = places if name == "apply_spread" else []
+        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], roundings, *spread, lanes
     if name == "scale":
         return (
             columns(slots, 2, torch.int32),
@@ -283,4 +287,7 @@ def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
         peaks, sums = columns(pieces, 2, torch.int32), columns(pieces, 2, torch.float64)
         return part(pieces, PIECE), table, owner, length, lanes, peaks, sums
     start = dynamic(pieces, 1, dtype=torch.int32)
-    return part(pieces, PIECE), table, dynamic(tensors, 4, dtype=torch.int32), owner, start, lanes
+    tables = [table, dynamic(tensors, 4, dtype=torch.int32)]
+    if name == "apply_packed_spread":
+        tables += [dynamic(tensors, 2, dtype=dtype) for dtype in (torch.float64, torch.int32)]
+    return part(pieces, PIECE), *tables, owner, start, lanes

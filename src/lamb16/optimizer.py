@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -25,10 +25,18 @@ from .checks import (
 )
 from .compiled import Kind
 from .plan import Plan, Store, compile_graphs, init_state
+from .sharding import Reduction, agree, check_layout, is_sharded, like, like_param, local, local_gradient
 from .update import TRUST_RATIO, UPDATE_NORM, WEIGHT_NORM
 
 CODES = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
+
+
+class Cached(NamedTuple):
+    """What a step over one set of parameters needs."""
+
+    plans: list[Plan]
+    reductions: list[Reduction]
 
 
 class Lamb16(Optimizer):
@@ -129,7 +137,7 @@ class Lamb16(Optimizer):
     def _forget(self) -> None:
         """Drop everything that is derived from parameters and state."""
         self._stores: dict[Kind, Store] = {}
-        self._plans: OrderedDict[Any, list[Plan]] = OrderedDict()
+        self._plans: OrderedDict[Any, Cached] = OrderedDict()
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
 
@@ -147,6 +155,7 @@ class Lamb16(Optimizer):
         try:
             for i, p in enumerate(group["params"]):
                 check_parameter(p, self._name(group, i))
+                check_layout(p, self._name(group, i))
         except Exception:
             self.param_groups.pop()
             raise
@@ -178,18 +187,22 @@ class Lamb16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans, grads = self._current_plans()
+        plans, reductions, grads = self._current_plans()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for plan in plans:
             device = plan.kind.device
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-            plan.run([grads[p] for p in plan.params], self._skipped[device], grad_scale, found_inf)
+            plan.measure([grads[p] for p in plan.params], grad_scale)
+        for reduction in reductions:
+            reduction.run()
+        for plan in plans:
+            plan.apply(self._skipped[plan.kind.device], found_inf)
         self._last = plans
         return loss
 
-    def _current_plans(self) -> tuple[list[Plan], dict[Tensor, Tensor]]:
-        """The plans for the parameters that have gradients, from the cache or new, and these gradients."""
+    def _current_plans(self) -> tuple[list[Plan], list[Reduction], dict[Tensor, Tensor]]:
+        """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts."""
         grads: dict[Tensor, Tensor] = {}
         key: list[Any] = []
         for group in self.param_groups:
@@ -199,21 +212,23 @@ class Lamb16(Optimizer):
                     grad = p.grad
                     if grad.layout != torch.strided or grad.dtype != p.dtype:
                         check_gradient(grad, self._name(group, i))
-                    grads[p] = grad
+                    plain = not is_sharded(p) and not is_sharded(grad)
+                    grads[p] = grad.detach() if plain else local_gradient(p, grad, self._name(group, i))
                     key += (id(p), grad.dtype)
         frozen = tuple(key)
-        plans = self._plans.get(frozen)
-        if plans is None or not all(plan.fits(self.state) for plan in plans):
-            if plans is not None or self._holds_dropped_states():  # all is read in again
+        cached = self._plans.get(frozen)
+        if cached is None or not all(plan.fits(self.state) for plan in cached.plans):
+            if cached is not None or self._holds_dropped_states():  # all is read in again
                 self._plans.clear()
                 self._stores.clear()
-            plans = self._plans[frozen] = self._make_plans(grads)
+            plans = self._make_plans(grads)
+            cached = self._plans[frozen] = Cached(plans, Reduction.of(plans))
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
-        for plan in plans:
+        for plan in cached.plans:
             plan.check_changed_groups()
-        return plans, grads
+        return cached.plans, cached.reductions, grads
 
     def _make_plans(self, grads: dict[Tensor, Tensor]) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
@@ -224,6 +239,7 @@ class Lamb16(Optimizer):
             for i, p in enumerate(group["params"]):
                 if p in grads:
                     check_parameter(p, self._name(group, i))
+                    check_layout(p, self._name(group, i))
                     if self.state.get(p):
                         self._check_live_state(p, group, i)
                     else:
@@ -265,8 +281,13 @@ class Lamb16(Optimizer):
             )
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
-            codes = state[key].view(dtype) if float8 and state[key].dtype == torch.uint8 else state[key]
-            if codes.shape != p.shape:
+            codes = _as_fp8(key, state[key]) if float8 else state[key]
+            if is_sharded(codes) != is_sharded(p):
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is not spread over the ranks as the parameter is; load states "
+                    "with Lamb16.load_state_dict, or with torch.distributed.checkpoint.state_dict"
+                )
+            if codes.shape != p.shape or local(codes).shape != local(p).shape:
                 raise ValueError(
                     f"Lamb16: parameter {name} has shape {tuple(p.shape)}, but its state was made for "
                     f"{tuple(codes.shape)}; delete optimizer.state[parameter] when you change a parameter's shape"
@@ -277,8 +298,8 @@ class Lamb16(Optimizer):
                     f"moment_dtype={group['moment_dtype']!r}, which needs {wanted}; moment_dtype cannot change after "
                     "the first step, and states must be loaded with Lamb16.load_state_dict"
                 )
-            if not codes.is_contiguous() or codes.device != p.device:
-                codes = _to(codes, p.device)
+            if not local(codes).is_contiguous() or codes.device != p.device:
+                codes = like(p, _to(local(codes), p.device))
             state[key] = codes
 
     # -- what can be read ----------------------------------------------------------------------------------------
@@ -330,17 +351,24 @@ class Lamb16(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; codes as uint8 or fp8, kept bit for bit, as are the float32 norms.
 
+        For DTensor parameters all ranks must call this, with codes that are DTensors of any placements or whole.
+
         Raises:
-            ValueError: groups, shapes, dtypes or entries do not fit; nothing is changed then.
+            ValueError: groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is changed then.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        groups = self._checked_groups(state_dict)
-        state = self._checked_state(state_dict, groups)
-        self.__setstate__({"state": state, "param_groups": groups})
+        error: Exception | None = None
+        try:
+            groups = self._checked_groups(state_dict)
+            known = self._checked_owners(state_dict, groups)
+        except Exception as found:
+            error = found
+        agree(error, [p for group in self.param_groups for p in group["params"]])
+        self.__setstate__({"state": self._read_state(state_dict, known), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -365,8 +393,10 @@ class Lamb16(Optimizer):
             groups.append(group)
         return groups
 
-    def _checked_state(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
-        """The saved states keyed by this optimizer's parameters, copied to their devices."""
+    def _checked_owners(
+        self, state_dict: dict[str, Any], groups: list[dict[str, Any]]
+    ) -> dict[Any, tuple[Tensor, dict[str, Any]]]:
+        """This optimizer's parameter, and its group, for every key of the saved state that stands for one."""
         ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         owners = [(p, group, i) for group in groups for i, p in enumerate(group["params"])]
         known = dict(zip(ids, owners, strict=True))
@@ -374,15 +404,22 @@ class Lamb16(Optimizer):
             if key in known:
                 p, group, i = known[key]
                 check_state(value, p, self._name_in(groups, group, i), group["moment_dtype"])
+        return {key: (p, group) for key, (p, group, _) in known.items()}
+
+    def _read_state(
+        self, state_dict: dict[str, Any], known: dict[Any, tuple[Tensor, dict[str, Any]]]
+    ) -> dict[Any, Any]:
+        """The saved states keyed by this optimizer's parameters, copied to their devices and spread as they are."""
         state = {}
         for key, value in state_dict["state"].items():
             if key not in known:
                 state[key] = value
                 continue
-            p, group, _ = known[key]
+            p, group = known[key]
             loaded = init_state(p, int(value["salt"]) & 0xFFFFFFFF, group["moment_dtype"] == "float8")
             for name in CODES:
-                loaded[name].view(-1).view(_bits(loaded[name])).copy_(value[name].reshape(-1).view(_bits(value[name])))
+                part, target = like_param(p, _as_bytes(name, value[name])), local(loaded[name])
+                target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
             for name in ("step", "exp_avg_norm", "exp_avg_sq_norm"):
                 loaded[name].fill_(int(value[name]) if name == "step" else float(value[name]))
             state[p] = loaded
@@ -425,11 +462,11 @@ def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
 
 
 def _as_bytes(key: str, codes: Tensor) -> Tensor:
-    return codes.view(torch.uint8) if codes.dtype == CODES[key] else codes
+    return like(codes, local(codes).view(torch.uint8)) if codes.dtype == CODES[key] else codes
 
 
 def _as_fp8(key: str, codes: Tensor) -> Tensor:
-    return codes.view(CODES[key]) if codes.dtype == torch.uint8 else codes
+    return like(codes, local(codes).view(CODES[key])) if codes.dtype == torch.uint8 else codes
 
 
 def _bits(tensor: Tensor) -> torch.dtype:

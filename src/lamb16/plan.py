@@ -20,7 +20,8 @@ from .checks import check_hyperparameters
 from .compiled import Kind, Step, step_functions
 from .fp8 import E4M3, E5M2
 from .packing import ForeachPacking, TablePacking, Tail
-from .update import FACTORS, GRAD_FACTOR, HYPER, LR, PIECE, ROW, Part, Results
+from .sharding import MAX_JUMPS, layout, like, local
+from .update import FACTORS, GRAD_FACTOR, HYPER, LR, PIECE, ROW, SALT, Part, Results
 
 
 class Store:
@@ -101,15 +102,15 @@ class Store:
 
 
 def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
-    """The state of a parameter before its first step; the codes and moments are contiguous and of its shape."""
+    """The state of a parameter before its first step; codes and moments are contiguous and spread as it is."""
     scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
     dtypes = (torch.float8_e4m3fn, torch.float8_e5m2) if float8 else (torch.float32, torch.float32)
-    device = param.device
+    device, shape = param.device, local(param).shape
     return {
         "step": torch.zeros((), dtype=torch.int32, device=device),
-        "exp_avg": torch.zeros(param.shape, dtype=dtypes[0], device=device),
+        "exp_avg": like(param, torch.zeros(shape, dtype=dtypes[0], device=device)),
         "exp_avg_norm": torch.tensor(scales[0], dtype=torch.float32, device=device),
-        "exp_avg_sq": torch.zeros(param.shape, dtype=dtypes[1], device=device),
+        "exp_avg_sq": like(param, torch.zeros(shape, dtype=dtypes[1], device=device)),
         "exp_avg_sq_norm": torch.tensor(scales[1], dtype=torch.float32, device=device),
         "salt": torch.tensor(salt - (salt >> 31 << 32), dtype=torch.int32, device=device),
     }
@@ -136,14 +137,17 @@ def cut(params: Sequence[Tensor]) -> tuple[list[tuple[int, int]], list[Tail]]:
 
 def compile_graphs(kind: Kind, params: Sequence[Tensor]) -> None:
     """Compile what a step over these parameters needs; raises RuntimeError where no compiler works."""
-    large, tails = cut(params)
+    shards = [local(p) for p in params]
+    large, tails = cut(shards)
     if kind.device.type != "cpu" and any(rows * ROW >= 1 << 31 for _, rows in large):
-        shapes = [tuple(params[i].shape) for i, rows in large if rows * ROW >= 1 << 31]
+        shapes = [tuple(shards[i].shape) for i, rows in large if rows * ROW >= 1 << 31]
         raise ValueError(
             f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
             "32 bits: split it, or pass compile=False"
         )
-    wanted = ["scale"] + ["measure", "apply"] * bool(large) + ["measure_packed", "apply_packed"] * bool(tails)
+    spread = "_spread" if any(layout(p).jumps for p in params) else ""
+    wanted = ["scale"]
+    wanted += ["measure", "apply" + spread] * bool(large) + ["measure_packed", "apply_packed" + spread] * bool(tails)
     wanted += ["collect"] * (bool(large) and kind.by_rows)
     for name in wanted:
         getattr(step_functions(kind, True), name).prepare()
@@ -152,7 +156,9 @@ def compile_graphs(kind: Kind, params: Sequence[Tensor]) -> None:
 class Plan:
     """The blocks and tables of one step over one list of parameters of one :class:`Kind`.
 
-    The list is sorted by parameter group, so that a group is a slice of the tables.
+    The list is sorted by parameter group, so that a group is a slice of the tables. Of parameters that are spread over
+    a mesh the plan sees this rank's shards; then :meth:`give` and :meth:`take` come between :meth:`measure` and
+    :meth:`apply`.
     """
 
     def __init__(
@@ -167,12 +173,16 @@ class Plan:
         self.kind, self.params, self.states, self.store, self.groups = kind, params, states, store, groups
         self.compile = compile
         self.functions: Step = step_functions(kind, compile)
-        self.memory = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params]
+        self.weights = [local(p) for p in params]
+        self.layouts = [layout(p) for p in params]
+        self.sharded = any(layout.groups for layout in self.layouts)
+        self.memory = [_memory(w) for w in self.weights]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
-        self.codes = [(flat_codes(m), flat_codes(v)) for m, v in self.moments]
-        self.contiguous = [p.is_contiguous() for p in params]
-        self.large, self.tails = cut(params)
+        self.codes = [(flat_codes(local(m)), flat_codes(local(v))) for m, v in self.moments]
+        self.contiguous = [w.is_contiguous() for w in self.weights]
+        self.large, self.tails = cut(self.weights)
         self._allocate()
+        self._allocate_sharded()
         self.hyper_seen: list[Any] = [None] * len(groups)
         self.scaled = False
 
@@ -264,18 +274,48 @@ class Plan:
     def _rows(self, i: int, rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """The row views of a tensor's weights (None if it is not contiguous) and codes."""
         m, v = (x[: rows * ROW].view(rows, ROW) for x in self.codes[i])
-        p = self.params[i].detach().view(-1)[: rows * ROW].view(rows, ROW) if self.contiguous[i] else None
+        p = self.weights[i].view(-1)[: rows * ROW].view(rows, ROW) if self.contiguous[i] else None
         return p, m, v
+
+    def _allocate_sharded(self) -> None:
+        """What only shards need: the tables as the ranks reduced them, and where the elements lie in whole tensors."""
+        if not self.sharded:
+            self.scaled_from = self.all_peaks, self.all_sums, self.pieces
+            return
+        device, count = self.kind.device, len(self.home)
+        self.whole_peaks = torch.zeros(count + 1, 2, dtype=torch.int32, device=device)
+        self.whole_sums = torch.zeros(count + 1, 2, dtype=torch.float64, device=device)
+        slots = torch.tensor([[k + 1, 0] for k in range(count)], device=device)  # slot 0 stays zero
+        self.scaled_from = list(self.whole_peaks.unbind(1)), list(self.whole_sums.unbind(1)), slots
+        # A sum is at most the number of elements: 62 bits hold it in these units.
+        units = [2.0 ** (62 - layout.numel.bit_length()) for layout in self.layouts]
+        self.units = torch.tensor(units, dtype=torch.float64, device=device)[:, None]
+
+        def table(rows: list[list[float]], dtype: torch.dtype) -> Tensor:
+            filled = torch.zeros(count, MAX_JUMPS, dtype=torch.float64, device=device)
+            for row, values in zip(filled, rows, strict=False):
+                row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+            return filled.to(torch.int64).to(dtype) if dtype == torch.int32 else filled  # modulo 2^32
+
+        self.bases = table([[layout.base % 2**32] for layout in self.layouts], torch.int32)[:, 0]
+        self.spread = any(layout.jumps for layout in self.layouts)
+        self.inverses = table([[1 / run for run, _ in layout.jumps] for layout in self.layouts], torch.float64)
+        self.jumps = table([[jump % 2**32 for _, jump in layout.jumps] for layout in self.layouts], torch.int32)
+        owners = [i for i, _ in self.large] + [count - 1] * len(self.spare)
+        self.large_inverses = [self.inverses[i] for i in owners]
+        self.large_jumps = [self.jumps[i] for i in owners]
 
     # -- running -------------------------------------------------------------------------------------------------
 
     def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
-        for p, memory, state, (m, v) in zip(self.params, self.memory, self.states, self.moments, strict=True):
-            if current.get(p) is not state or (p.data_ptr(), p.shape, p.stride(), p.dtype) != memory:
+        weights = [local(p) for p in self.params]
+        if [_memory(w) for w in weights] != self.memory:
+            return False
+        for p, state, (m, v) in zip(self.params, self.states, self.moments, strict=True):
+            if current.get(p) is not state or state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v:
                 return False
-            if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v:
-                return False
+        self.weights = weights
         return self.store.holds(self.states)
 
     def check_changed_groups(self) -> None:
@@ -284,39 +324,68 @@ class Plan:
             if seen is None or _hyper_values(group)[1:] != seen[1:]:
                 check_hyperparameters(group, running=True)
 
-    def run(
-        self, grads: Sequence[Tensor], skipped: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """One step. ``grads`` are the parameters' gradients, in order."""
+    def measure(self, grads: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+        """First pass; changes no state. ``grads`` are the (local) gradients, in order, kept for :meth:`apply`."""
         self._fill(grad_scale)
-        weights = [p.detach() for p in self.params]
-        weights = [w if c else w.contiguous() for w, c in zip(weights, self.contiguous, strict=True)]
-        flat_p, flat_g = [w.view(-1) for w in weights], [g.detach().contiguous().view(-1) for g in grads]
-        f, parts = self.functions, self._parts(flat_p, flat_g)
+        weights = [w if c else w.contiguous() for w, c in zip(self.weights, self.contiguous, strict=True)]
+        flat_p, flat_g = [w.view(-1) for w in weights], [g.contiguous().view(-1) for g in grads]
+        f, self.parts = self.functions, self._parts(flat_p, flat_g)
+        self.copies = [(p, w) for p, w, c in zip(self.weights, weights, self.contiguous, strict=True) if not c]
         if self.tails:
             self.packing.pack(flat_p, flat_g)
             f.measure_packed(
                 self.packed, self.carry, self.owner, self.length, self.lanes, self.packed_peaks, self.packed_sums
             )
         for k in self.calls:
-            f.measure(parts[k], self.carries[k], self.lanes, self.results[k], self.kind.by_rows)
+            f.measure(self.parts[k], self.carries[k], self.lanes, self.results[k], self.kind.by_rows)
         if self.kind.by_rows and self.large:
             f.collect(self.partial, self.chunk_start, self.chunk_length, self.lanes, self.chunk_peaks, self.chunk_sums)
+
+    def give(self, maxima: Tensor, totals: Tensor) -> None:
+        """Write what this rank measured, for :class:`~lamb16.sharding.Reduction`: int32 and int64 [tensors, 2]."""
+        pieces = self.pieces[: len(self.params)]
+        maxima.copy_(self.peaks[pieces].amax(1))
+        totals.copy_((self.sums[pieces].sum(1) * self.units).round())
+
+    def take(self, maxima: Tensor, totals: Tensor) -> None:
+        """Take the same of all ranks."""
+        self.whole_peaks[1 : len(maxima) + 1] = maxima
+        self.whole_sums[1 : len(totals) + 1] = totals / self.units
+
+    def apply(self, skipped: Tensor, found_inf: Tensor | None) -> None:
+        """Scales and second pass: state and weights are changed."""
+        f, k = self.functions, self.kind
         f.scale(
-            self.all_peaks, self.all_sums, self.pieces, self.store.norm_columns, self.store.counter_columns, self.home,
-            self.hyper, self.bound, self.no_inf if found_inf is None else found_inf.to(self.kind.device).view(()),
-            skipped, self.carry_columns, self.table_columns, self.rounding_columns, self.report_columns,
-            self.kind.float8,
+            *self.scaled_from, self.store.norm_columns, self.store.counter_columns, self.home,
+            self.hyper, self.bound, self.no_inf if found_inf is None else found_inf.to(k.device).view(()),
+            skipped, self.carry_columns, self.table_columns, self.rounding_columns, self.report_columns, k.float8,
         )  # fmt: skip
-        for k in reversed(self.calls):  # the last ones are still in the cache
-            f.apply(parts[k], self.tables[k], self.roundings[k], self.lanes)
+        if self.sharded:
+            self.rounding_columns[SALT].add_(self.bases)
+        for call in reversed(self.calls):  # the last ones are still in the cache
+            self._apply_large(call)
         if self.tails:
-            f.apply_packed(self.packed, self.table, self.rounding, self.owner, self.start, self.lanes)
+            self._apply_packed()
             self.packing.unpack()
-        for p, w, contiguous in zip(self.params, weights, self.contiguous, strict=True):
-            if not contiguous:
-                p.detach().copy_(w)
+        for p, w in self.copies:
+            p.copy_(w)
+        self.parts, self.copies = [], []  # gradients are not kept
         self.store.writer, self.store.version = self, self.store.stamp()
+
+    def _apply_large(self, k: slice) -> None:
+        if self.sharded and self.spread:
+            places = self.large_inverses[k], self.large_jumps[k]
+            self.functions.apply_spread(self.parts[k], self.tables[k], self.roundings[k], *places, self.lanes)
+        else:
+            self.functions.apply(self.parts[k], self.tables[k], self.roundings[k], self.lanes)
+
+    def _apply_packed(self) -> None:
+        place = self.owner, self.start, self.lanes
+        if self.sharded and self.spread:
+            tables = self.table, self.rounding, self.inverses, self.jumps
+            self.functions.apply_packed_spread(self.packed, *tables, *place)
+        else:
+            self.functions.apply_packed(self.packed, self.table, self.rounding, *place)
 
     def _parts(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> list[Part]:
         """The row views of the large tensors, and what fills the last group up."""
@@ -357,6 +426,10 @@ class Plan:
         self.hyper[a:b, 1:] = torch.tensor(row, dtype=torch.float64, device=self.kind.device)
         self.bound[a:b] = update.inverse_bound(beta1, beta2)
         self.carry[a:b, GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
+
+
+def _memory(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
 def _hyper_values(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -321,6 +321,52 @@ def apply_packed(part: Part, table: Tensor, rounding: Tensor, owner: Tensor, sta
     write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1, :PIECE] | rows[:, KEEP : KEEP + 1])
 
 
+def spread(index: Tensor, inverses: Tensor, jumps: Tensor) -> Tensor:
+    """Where local elements lie in a whole tensor that is split along inner dimensions, int32, modulo 2^32.
+
+    After every run of so many local elements that many elements of other ranks are jumped over: ``jumps`` [2, ...]
+    int32 and the runs' ``inverses`` [2, ...] float64, 0 where there is no such run. The division is exact: the half
+    keeps it from the integers by more than float64's error, for up to 2^31 elements.
+    """
+    middle = index.double() + 0.5
+    for inverse, jump in zip(inverses, jumps, strict=True):
+        index = index + (middle * inverse).to(torch.int32) * jump
+    return index
+
+
+def apply_spread(
+    parts: list[Part],
+    rows: list[Tensor],
+    roundings: list[Tensor],
+    inverses: list[Tensor],
+    jumps: list[Tensor],
+    lanes: Tensor,
+) -> None:
+    """:func:`apply` for shards whose elements :func:`spread` over the whole tensor; one of each [2] a tensor."""
+    for part, row, rounding, inverse, jump in zip(parts, rows, roundings, inverses, jumps, strict=True):
+        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
+        index = spread(lanes[0] + first, inverse, jump) + rounding[SALT]
+        write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
+
+
+def apply_packed_spread(
+    part: Part,
+    table: Tensor,
+    rounding: Tensor,
+    inverses: Tensor,
+    jumps: Tensor,
+    owner: Tensor,
+    start: Tensor,
+    lanes: Tensor,
+) -> None:
+    """:func:`apply_packed` for the same; ``inverses`` and ``jumps`` are [tensors, 2]."""
+    rows = rounding[owner]
+    places = (x[owner].T[:, :, None] for x in (inverses, jumps))
+    index = spread(lanes[0, :PIECE] + start, *places) + rows[:, SALT : SALT + 1]
+    f = packed_factors(table, owner)
+    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1, :PIECE] | rows[:, KEEP : KEEP + 1])
+
+
 def make_lanes(device: torch.device) -> Tensor:
     """The columns' indices and zeros, int32 [2, ROW]; loading them costs the CPU less than making them."""
     columns = torch.arange(ROW, dtype=torch.int32, device=device)

@@ -1,0 +1,246 @@
+"""Parameters spread over a mesh (DTensor): which elements a rank holds, and what the ranks tell each other.
+
+A rank's shard is stepped like any tensor, with two differences: its rounding words are those of its elements' places
+in the whole tensor (:class:`Layout`), and between the two passes the ranks that share a tensor reduce its two maxima
+and two sums (:class:`Reduction`), so that norms and scales are the whole tensor's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor. Does not import torch.distributed.tensor: where nobody did, nothing is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, without a copy; of a plain tensor all."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        shard: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
+        return shard
+
+
+@torch.no_grad()
+def like(param: Tensor, shard: Tensor) -> Tensor:
+    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor."""
+    if not is_sharded(param):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=tuple(strides))
+
+
+def like_param(param: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of ``tensor``, which is whole (the same on every rank) or spread in any way, as of ``param``.
+
+    A collective where the two are spread differently. ``tensor`` has ``param``'s shape; fp8 must come as uint8.
+    """
+    if not is_sharded(param):
+        return tensor.detach()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    if is_sharded(tensor):
+        if tensor.device_mesh != mesh or tensor.placements != placements:  # type: ignore[attr-defined]
+            tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
+        return _arrived(local(tensor))
+    return tensor.detach()[_slices(param)]
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    """The tensor itself in place of one that is still being communicated."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
+
+
+def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
+    """This rank's part of the gradient of ``param``; partial sums are reduced first.
+
+    Raises:
+        RuntimeError: one of the two is a DTensor and the other is not.
+    """
+    if is_sharded(param) != is_sharded(grad):
+        kinds = ["a DTensor" if is_sharded(x) else "a plain tensor" for x in (param, grad)]
+        raise RuntimeError(
+            f"Lamb16: parameter {name} is {kinds[0]}, but its gradient is {kinds[1]}; make both of one kind "
+            "(torch.distributed.tensor.distribute_tensor, or .full_tensor())"
+        )
+    return like_param(param, grad)
+
+
+class Layout(NamedTuple):
+    """Where the elements that a rank holds lie in the whole tensor.
+
+    Local element j is element ``base + j + Σ (j // run) · jump`` of the whole, over the ``jumps`` (run, jump): indices
+    are row-major, and there is one term for each dimension beyond the first along which the tensor is split.
+    """
+
+    numel: int  # of the whole tensor
+    base: int = 0
+    jumps: tuple[tuple[int, int], ...] = ()
+    groups: tuple[Any, ...] = ()  # the process groups over which the tensor is split
+
+
+def layout(param: Tensor) -> Layout:
+    """The layout of a parameter, DTensor or not."""
+    if not is_sharded(param):
+        return Layout(param.numel())
+    shape, offsets = _local_shape(param)
+    strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
+    base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    jumps = []
+    for d in range(1, param.dim()):
+        run = math.prod(shape[d:])
+        if shape[d] != param.shape[d] and run:
+            jumps.append((run, (param.shape[d] - shape[d]) * strides[d]))
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    groups = tuple(mesh.get_group(axis) for axis, _ in _splits(param) if mesh.size(axis) > 1)
+    return Layout(param.numel(), base, tuple(jumps), groups)
+
+
+def check_layout(param: Tensor, name: str) -> None:
+    """Raise ValueError for a parameter that is spread in a way that cannot be stepped; alike on every rank."""
+    if not is_sharded(param):
+        return
+    placements = param.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"Lamb16: parameter {name} has partial placements {placements}; redistribute it to Shard or Replicate"
+        )
+    split: dict[int, list[int]] = {}
+    for axis, dim in _splits(param):
+        split.setdefault(dim, []).append(param.device_mesh.size(axis))  # type: ignore[attr-defined]
+    strided = {p.dim for p in placements if _is_strided(p)}
+    for dim, sizes in split.items():
+        if dim in strided and param.shape[dim] % math.prod(sizes):
+            raise ValueError(
+                f"Lamb16: dimension {dim} of parameter {name}, {tuple(param.shape)}, is split over mesh axes of "
+                f"{sizes} ranks, which do not divide it: torch loads checkpoints of such a parameter wrong. Make the "
+                f"dimension a multiple of {math.prod(sizes)}, or split it over one axis"
+            )
+    if len([dim for dim in split if dim > 0]) > MAX_JUMPS:
+        raise ValueError(
+            f"Lamb16: parameter {name} is split along the dimensions {sorted(split)}; besides the first at most "
+            f"{MAX_JUMPS} are supported"
+        )
+
+
+def _splits(param: Tensor) -> Iterator[tuple[int, int]]:
+    """(mesh axis, tensor dimension) of every split; replicated axes are left out."""
+    for axis, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+        if placement.is_shard() or _is_strided(placement):
+            dim = placement.dim
+            yield axis, dim + param.dim() if dim < 0 else dim
+
+
+def _is_strided(placement: Any) -> bool:
+    """Whether this is what FSDP2 makes of a dimension that tensor parallelism has split: no subclass of Shard."""
+    return not (placement.is_shard() or placement.is_replicate() or placement.is_partial())
+
+
+def _local_shape(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """The shape of this rank's part and where it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return compute_local_shape_and_global_offset(param.shape, mesh, placements)
+
+
+def _slices(param: Tensor) -> tuple[slice, ...]:
+    """This rank's part as slices of the whole tensor."""
+    return tuple(slice(begin, begin + size) for size, begin in zip(*_local_shape(param), strict=True))
+
+
+class Reduction:
+    """What the ranks tell each other in a step: for every group of ranks one MAX and one SUM, of all its tensors.
+
+    The maxima are the bits of non-negative floats, int32, which order like the floats and put inf and NaN on top. The
+    sums are fixed-point int64, scaled by a power of two for each tensor so that they cannot overflow: their result
+    does not depend on the order in which a backend adds, so replicas that reduce in other groups stay equal. 24 bytes a
+    tensor.
+    """
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        device = plans[0].kind.device
+        count = sum(len(plan.params) for plan in plans)
+        self.maxima = torch.zeros(count, 2, dtype=torch.int32, device=device)
+        self.totals = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        rows: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], Any] = {}
+        layouts = [layout for plan in plans for layout in plan.layouts]
+        for row, layout in enumerate(layouts):
+            for group in layout.groups:
+                ranks = tuple(torch.distributed.get_process_group_ranks(group))
+                groups.setdefault(ranks, group)
+                rows.setdefault(ranks, []).append(row)
+        self.groups = [
+            (group, None if len(rows[ranks]) == count else torch.tensor(rows[ranks], device=device))
+            for ranks, group in groups.items()
+        ]
+        shares = [torch.split(x, [len(plan.params) for plan in plans]) for x in (self.maxima, self.totals)]
+        self.shares = list(zip(plans, *shares, strict=True))
+
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> list[Reduction]:
+        """One for the plans of every device; none where no tensor is split."""
+        split: dict[torch.device, list[Plan]] = {}
+        for plan in plans:
+            if plan.sharded:
+                split.setdefault(plan.kind.device, []).append(plan)
+        return [cls(members) for members in split.values()]
+
+    def run(self) -> None:
+        """Reduce what the plans have measured, and hand it back to them."""
+        for plan, maxima, totals in self.shares:
+            plan.give(maxima, totals)
+        for group, rows in self.groups:
+            _all_reduce(self.maxima, rows, torch.distributed.ReduceOp.MAX, group)
+            _all_reduce(self.totals, rows, torch.distributed.ReduceOp.SUM, group)
+        for plan, maxima, totals in self.shares:
+            plan.take(maxima, totals)
+
+
+def _all_reduce(table: Tensor, rows: Tensor | None, op: Any, group: Any) -> None:
+    """Reduce some rows of a table, or all."""
+    if rows is None:
+        torch.distributed.all_reduce(table, op, group)
+        return
+    part = table[rows]
+    torch.distributed.all_reduce(part, op, group)
+    table[rows] = part
+
+
+def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
+    """Raise on every rank that shares parameters with this one if one of them has found an error.
+
+    A collective where a parameter is split; else it raises this rank's error, if there is one.
+    """
+    groups = {
+        tuple(torch.distributed.get_process_group_ranks(group)): (group, p.device)
+        for p in params
+        if is_sharded(p)
+        for group in layout(p).groups
+    }
+    failed = torch.tensor(int(error is not None))
+    for group, device in groups.values():
+        failed = failed.to(device)
+        torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group)
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("Lamb16.load_state_dict: another rank found its part of the state at fault, see its error")

@@ -1,0 +1,146 @@
+"""What the ranks of the distributed tests do, and the same in one process. No test here: `ranks.py` runs these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from helpers import CODES
+from lamb16 import Lamb16
+
+Found = dict[str, Tensor]
+
+# Uneven in every dimension, rows and tails, one that is smaller than a mesh, one that is empty.
+SHAPES = ((7, 3), (2101,), (130, 70), (6, 50, 40), (3,), (0, 4), (64, 48), (2, 3, 1030))
+HYPER: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}
+
+# Mesh, and for every mesh axis the dimension that it splits, None to replicate.
+PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
+    "one rank": ((1,), (0,)),
+    "rows over 2": ((2,), (0,)),
+    "rows over 3": ((3,), (0,)),
+    "rows over 4": ((4,), (0,)),
+    "columns over 2": ((2,), (1,)),
+    "columns over 3": ((3,), (1,)),
+    "columns over 4": ((4,), (1,)),
+    "last dimension over 3": ((3,), (2,)),
+    "replicated over 2": ((2,), (None,)),
+    "HSDP": ((2, 2), (None, 0)),
+    "replicated within": ((2, 2), (0, None)),
+    "rows and columns": ((2, 2), (0, 1)),
+    "columns and rows": ((2, 2), (1, 0)),
+    "columns and last": ((2, 2), (1, 2)),
+}
+
+
+def placements_of(shape: Sequence[int], dims: Sequence[int | None]) -> list[Any]:
+    """Tensors with fewer dimensions are split along their first one instead; once, or the chunks would be uneven."""
+    placed: list[Any] = []
+    for dim in dims:
+        wanted = None if dim is None else dim if dim < len(shape) else 0
+        placed.append(Replicate() if wanted is None or Shard(wanted) in placed else Shard(wanted))
+    return placed
+
+
+def weights() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def gradient(i: int, step: int) -> Tensor:
+    """Of very different sizes; tensor 2 has zeros at first, tensor 3 once a NaN, near its end."""
+    generator = torch.Generator().manual_seed(100 * step + i)
+    grad = torch.randn(SHAPES[i], generator=generator) * 10.0 ** (i - 5)
+    if i == 2 and step < 2:
+        grad.zero_()
+    if i == 3 and step == 4:
+        grad[-1, -1, -1] = torch.nan
+    return grad
+
+
+def step_whole(compile: bool, steps: int) -> Found:
+    """One process, plain tensors."""
+    params = [nn.Parameter(w) for w in weights()]
+    optimizer = Lamb16(params, **HYPER, compile=compile)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = gradient(i, step)
+        optimizer.step()
+    return found(params, optimizer)
+
+
+def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict[str, int]]:
+    """The same on a mesh; returns the gathered tensors, and what this rank had."""
+    sizes, dims = PLACEMENTS[placement]
+    mesh = init_device_mesh("cpu", sizes)
+
+    def spread(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor, mesh, placements_of(tensor.shape, dims), src_data_rank=None)
+
+    params = [nn.Parameter(spread(w)) for w in weights()]
+    optimizer = Lamb16(params, **HYPER, compile=compile)
+    collectives = []
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = spread(gradient(i, step))
+        with Collectives() as seen:
+            optimizer.step()
+        collectives.append(seen.count)
+    local = [p.to_local() for p in params]
+    assert [optimizer.state[p]["exp_avg"].to_local().shape for p in params] == [x.shape for x in local]
+    had = {
+        "elements": sum(x.numel() for x in local),
+        "bytes": sum(optimizer.state[p][key].to_local().untyped_storage().nbytes() for p in params for key in CODES),
+        "collectives": max(collectives),
+        "skipped": optimizer.skipped,
+    }
+    return found(params, optimizer), had
+
+
+class Collectives:
+    """Counts the calls of all_reduce."""
+
+    def __enter__(self) -> Collectives:
+        self.count, self.original = 0, torch.distributed.all_reduce
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return self.original(*args, **kwargs)
+
+        torch.distributed.all_reduce = counting
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.all_reduce = self.original
+
+
+def found(params: Sequence[Tensor], optimizer: Lamb16) -> Found:
+    """Weights and states, whole on every rank, as bytes."""
+    entries: Found = {}
+    for i, p in enumerate(params):
+        entries[f"{i}.weight"] = whole(p.detach())
+        for key, value in optimizer.state[p].items():
+            entries[f"{i}.{key}"] = whole(value)
+    return entries
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, gathered; gloo does not know fp8."""
+    if isinstance(tensor, DTensor):
+        if tensor.element_size() == 1:
+            local = tensor.to_local().view(torch.uint8)
+            tensor = DTensor.from_local(
+                local,
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+        tensor = tensor.full_tensor()
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
