@@ -110,7 +110,9 @@ def test_bad_compile_and_seed_are_named(name: str, value: object) -> None:
 @pytest.mark.parametrize("name", ["compile", "seed"])
 def test_compile_and_seed_are_not_for_groups(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} cannot be set in a parameter group"):
-        Lamb16([{"params": parameters(), name: 0}])
+        Lamb16([{"params": parameters(), name: 7}])
+    optimizer = Lamb16([{"params": parameters(), "compile": True, "seed": 0}])  # as ZeroRedundancyOptimizer does
+    assert not {"compile", "seed"} & set(optimizer.param_groups[0])
 
 
 def test_a_bad_value_set_before_the_first_step_is_refused_by_it() -> None:

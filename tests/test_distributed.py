@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+import parallel
+import refused
 import sharded
-from helpers import assert_same
+from helpers import assert_same, differing, raw
 from ranks import Ranks
 
 STEPS = 20
@@ -39,3 +42,89 @@ def test_a_mesh_gives_the_bits_of_one_process(
         split = sum(dim is not None and size > 1 for size, dim in zip(sizes, dims, strict=True))
         assert had["collectives"] == 2 * split
         assert had["skipped"] == 1
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradients", ["backward", "accumulate"])
+@pytest.mark.parametrize("how", parallel.EXACT)
+def test_training_on_ranks_gives_the_bits_of_one_process(ranks: Ranks, how: str, gradients: str, compile: bool) -> None:
+    (expected,) = ranks.run(1, parallel.train, "one process", gradients, False, STEPS)
+    world = math.prod(parallel.MESHES[how])
+    for tensors in ranks.run(world, parallel.train, how, gradients, compile, STEPS):
+        assert_same(tensors, expected)
+
+
+@pytest.mark.parametrize("how", ["FSDP2 on 3", "TP", "TP and FSDP2"])
+def test_equal_gradients_give_equal_bits(ranks: Ranks, how: str) -> None:
+    """Where the ranks' gradients do not sum to the same bits."""
+    (expected,) = ranks.run(1, parallel.train, "one process", "given", False, STEPS)
+    for tensors in ranks.run(math.prod(parallel.MESHES[how]), parallel.train, how, "given", False, STEPS):
+        assert_same(tensors, expected)
+
+
+@pytest.mark.parametrize("how", ["FSDP2 on 3", "HSDP"])  # torch cannot clip over two meshes
+def test_clipped_gradients(ranks: Ranks, how: str) -> None:
+    (expected,) = ranks.run(1, parallel.train, "one process", "clip", False, 5)
+    for tensors in ranks.run(math.prod(parallel.MESHES[how]), parallel.train, how, "clip", False, 5):
+        for key in (key for key in expected if key.endswith("weight")):
+            a, b = (found[key].view(torch.float32) for found in (tensors, expected))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["FSDP2 on 2", "HSDP", "DDP"])
+def test_a_gradient_scaler_skips_on_all_ranks(ranks: Ranks, how: str) -> None:
+    ((expected, skipped, scale),) = ranks.run(1, parallel.train_scaled, "one process", 5)
+    assert (skipped, scale) == (6, 128.0)
+    for tensors, found_skipped, found_scale in ranks.run(
+        math.prod(parallel.MESHES[how]), parallel.train_scaled, how, 5
+    ):
+        assert_same(tensors, expected)
+        assert (found_skipped, found_scale) == (skipped, scale)
+
+
+@pytest.mark.parametrize("resume_at", [None, 4])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_zero_redundancy_optimizer_gives_the_bits_of_one_process(
+    ranks: Ranks, compile: bool, resume_at: int | None
+) -> None:
+    (one,) = ranks.run(1, parallel.train, "one process", "backward", False, 8)
+    expected = [tensor for key, tensor in one.items() if "weight" in key]
+    for weights in ranks.run(2, parallel.train_zero, compile, 8, resume_at):
+        assert all(torch.equal(raw(w), e) for w, e in zip(weights, expected, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["no fault", "indices of the shard", "norms of the shard"])
+def test_a_wrong_rule_is_found_out(ranks: Ranks, fault: str) -> None:
+    expected = sharded.step_whole(compile=False, steps=3)
+    for tensors in ranks.run(2, refused.wrong_rule, fault):
+        assert bool(differing(tensors, expected)) == (fault != "no fault")
+
+
+def test_what_cannot_be_stepped_is_refused_on_every_rank(ranks: Ranks) -> None:
+    for text in ranks.run(4, refused.uneven_strided):
+        assert text.startswith("ValueError: Lamb16: dimension 0 of parameter 0.weight, (7, 4), is split over mesh axes")
+    for text in ranks.run(2, refused.partial_parameter):
+        assert text.startswith("ValueError: Lamb16: parameter 0 has partial placements")
+
+
+@pytest.mark.parametrize("sharded_parameter", [False, True])
+def test_parameter_and_gradient_are_of_one_kind(ranks: Ranks, sharded_parameter: bool) -> None:
+    for text in ranks.run(2, refused.mixed_gradient, sharded_parameter):
+        assert text.startswith("RuntimeError: Lamb16: parameter 0 is a")
+        assert "make both of one kind" in text
+
+
+def test_partial_gradients_are_summed(ranks: Ranks) -> None:
+    for partial, whole in ranks.run(2, refused.partial_gradient):
+        assert torch.equal(partial, whole)
+
+
+def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks) -> None:
+    first, second = ranks.run(2, refused.one_rank_has_a_damaged_state)
+    assert "another rank found its part of the state at fault" in first
+    assert "exp_avg of parameter 2 holds NaN codes" in second
+
+
+def test_whole_states_load_into_shards(ranks: Ranks) -> None:
+    for before, after in ranks.run(2, refused.whole_state_into_shards):
+        assert_same(after, before)

@@ -146,9 +146,11 @@ class Lamb16(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with any of the constructor's hyperparameters but ``compile`` and ``seed``."""
         if isinstance(param_group, dict):
-            unknown = {"compile", "seed"} & set(param_group)
-            if unknown:
-                raise ValueError(f"Lamb16: {unknown.pop()} cannot be set in a parameter group; give it to Lamb16(...)")
+            # ZeroRedundancyOptimizer writes all arguments into the groups.
+            for name, own in (("compile", self._compile), ("seed", self._seed)):
+                if param_group.get(name, own) != own:
+                    raise ValueError(f"Lamb16: {name} cannot be set in a parameter group; give it to Lamb16(...)")
+                param_group.pop(name, None)
             check_hyperparameters(param_group, f" (parameter group {len(self.param_groups)})")
         super().add_param_group(param_group)
         group = self.param_groups[-1]

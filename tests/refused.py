@@ -1,0 +1,130 @@
+"""Wrong uses of sharded parameters; each returns the message that this rank got. `ranks.py` runs these."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import sharded
+from helpers import assert_same, snapshot
+from lamb16 import Lamb16, sharding
+
+
+def message(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def uneven_strided() -> str:
+    """Seven rows, tensor parallel over two ranks and FSDP2 over two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    model = nn.Sequential(nn.Linear(4, 7))
+    parallelize_module(model, mesh["model"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    return message(Lamb16, model.named_parameters())
+
+
+def partial_parameter() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    return message(Lamb16, [nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))])
+
+
+def mixed_gradient(sharded_parameter: bool) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    both = [torch.ones(4), distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)]
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Lamb16([nn.Parameter(both[sharded_parameter])], compile=False)
+    (p,) = optimizer.param_groups[0]["params"]
+    with mock.patch.object(type(p), "grad", both[not sharded_parameter]):  # torch itself refuses to set it
+        return message(optimizer.step)
+
+
+def partial_gradient() -> list[torch.Tensor]:
+    """The weights after a step with gradients of which every rank has one half."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = sharded.weights()[2]
+    results = []
+    for partial in (True, False):
+        p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        grad = DTensor.from_local(whole / 2, mesh, [Partial()]) if partial else p.detach().clone()
+        p.grad = grad
+        Lamb16([p], compile=False).step()
+        results.append(sharded.whole(p.detach()))
+    return results
+
+
+def optimizer_of_two() -> Lamb16:
+    mesh = init_device_mesh("cpu", (2,))
+    params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None)) for w in sharded.weights()[:3]]
+    optimizer = Lamb16(params, **sharded.HYPER, compile=False)
+    for p in params:
+        p.grad = p.detach().clone()
+    optimizer.step()
+    return optimizer
+
+
+def one_rank_has_a_damaged_state() -> str:
+    """NaN codes in rank 1's shard only."""
+    optimizer = optimizer_of_two()
+    state_dict = optimizer.state_dict()
+    if torch.distributed.get_rank() == 1:
+        codes = state_dict["state"][2]["exp_avg"]
+        damaged = codes.to_local().clone()
+        damaged[0, 0] = 0x7F
+        state_dict["state"][2]["exp_avg"] = sharding.like(codes, damaged)
+    before = snapshot_of(optimizer)
+    found = message(optimizer.load_state_dict, state_dict)
+    assert_same(snapshot_of(optimizer), before)
+    return found
+
+
+def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:
+    """This rank's part."""
+    return snapshot(optimizer) if not sharding.is_sharded(optimizer.param_groups[0]["params"][0]) else {
+        f"{i}.{key}": sharding.local(value).view(torch.uint8).clone()
+        for i, p in enumerate(optimizer.param_groups[0]["params"])
+        for key, value in (optimizer.state[p] | {"weight": p}).items()
+        if value.dim()
+    }  # fmt: skip
+
+
+def whole_state_into_shards() -> tuple[sharded.Found, sharded.Found]:
+    """A state dict with whole tensors, as one process has it, loaded into sharded parameters."""
+    optimizer = optimizer_of_two()
+    params = optimizer.param_groups[0]["params"]
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].full_tensor()
+    before = sharded.found(params, optimizer)
+    for p in params:
+        optimizer.state[p]["exp_avg"].to_local().view(torch.uint8).zero_()
+    optimizer.load_state_dict(state_dict)
+    return before, sharded.found(params, optimizer)
+
+
+def wrong_rule(fault: str) -> sharded.Found:
+    """Three steps by rows on two ranks with a fault put in."""
+    layout, run = sharding.layout, sharding.Reduction.run
+    faults = {
+        "indices of the shard": mock.patch("lamb16.plan.layout", lambda p: layout(p)._replace(base=0)),
+        "norms of the shard": mock.patch.object(sharding.Reduction, "run", lambda self: run(without_groups(self))),
+        "no fault": mock.patch("lamb16.plan.layout", layout),
+    }
+    with faults[fault]:
+        return sharded.step_sharded("rows over 2", False, 3)[0]
+
+
+def without_groups(reduction: sharding.Reduction) -> sharding.Reduction:
+    reduction.groups = []
+    return reduction
