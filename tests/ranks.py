@@ -16,13 +16,16 @@ from typing import Any
 import torch
 
 MOST = 4
-PATIENCE = 240  # seconds; a collective gives up before that
+PATIENCE = 150  # seconds; a collective gives up before that
 
 
 class Ranks:
     """``MOST`` processes with one thread each."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         context = get_context("spawn")
         pairs = [context.Pipe() for _ in range(MOST)]
         self.pipes = [ours for ours, _ in pairs]
@@ -43,6 +46,7 @@ class Ranks:
     def _answer(self, rank: int) -> tuple[bool, Any]:
         if not self.pipes[rank].poll(PATIENCE):
             self.stop()
+            self._start()
             raise AssertionError(f"rank {rank} hangs")
         return pickle.loads(self.pipes[rank].recv_bytes())
 
@@ -67,7 +71,7 @@ def _serve(pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def group(rank: int, world: int, store: str | Path, seconds: int = 60) -> Iterator[None]:
+def group(rank: int, world: int, store: str | Path, seconds: int = 30) -> Iterator[None]:
     """The default process group, over gloo, with a file to meet at."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)

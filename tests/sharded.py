@@ -124,7 +124,7 @@ def found(params: Sequence[Tensor], optimizer: Lamb16) -> Found:
     entries: Found = {}
     for i, p in enumerate(params):
         entries[f"{i}.weight"] = whole(p.detach())
-        for key, value in optimizer.state[p].items():
+        for key, value in optimizer.state.get(p, {}).items():
             entries[f"{i}.{key}"] = whole(value)
     return entries
 
