@@ -84,33 +84,36 @@ def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict
 
     params = [nn.Parameter(spread(w)) for w in weights()]
     optimizer = Lamb16(params, **HYPER, compile=compile)
-    collectives = []
+    collectives, sent = [], []
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = spread(gradient(i, step))
         with Collectives() as seen:
             optimizer.step()
         collectives.append(seen.count)
+        sent.append(seen.bytes)
     local = [p.to_local() for p in params]
     assert [optimizer.state[p]["exp_avg"].to_local().shape for p in params] == [x.shape for x in local]
     had = {
         "elements": sum(x.numel() for x in local),
         "bytes": sum(optimizer.state[p][key].to_local().untyped_storage().nbytes() for p in params for key in CODES),
         "collectives": max(collectives),
+        "sent": max(sent),
         "skipped": optimizer.skipped,
     }
     return found(params, optimizer), had
 
 
 class Collectives:
-    """Counts the calls of all_reduce."""
+    """Counts the calls of all_reduce, and the bytes that they reduce."""
 
     def __enter__(self) -> Collectives:
-        self.count, self.original = 0, torch.distributed.all_reduce
+        self.count, self.bytes, self.original = 0, 0, torch.distributed.all_reduce
 
-        def counting(*args: Any, **kwargs: Any) -> Any:
+        def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.count += 1
-            return self.original(*args, **kwargs)
+            self.bytes += tensor.numel() * tensor.element_size()
+            return self.original(tensor, *args, **kwargs)
 
         torch.distributed.all_reduce = counting
         return self

@@ -11,6 +11,7 @@ import parallel
 import refused
 import sharded
 from helpers import assert_same, differing, raw
+from lamb16.sharding import REDUCED_BYTES
 from ranks import Ranks
 
 STEPS = 20
@@ -33,6 +34,7 @@ def test_a_mesh_gives_the_bits_of_one_process(
         assert had["bytes"] == 2 * had["elements"]
         split = sum(dim is not None and size > 1 for size, dim in zip(sizes, dims, strict=True))
         assert had["collectives"] == 2 * split
+        assert had["sent"] <= REDUCED_BYTES * len(sharded.SHAPES) * split
         assert had["skipped"] == 1
 
 

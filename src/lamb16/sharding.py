@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .plan import Plan
 
+REDUCED_BYTES = 24  # a tensor and split mesh axis: two maxima of 4 and two sums of 8
 MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
 
 

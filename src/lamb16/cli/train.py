@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lamb16.cli import CommandError, require
 from lamb16.cli.data import CACHE, DATA_VARIABLE, DATASETS, ImageData, load
 from lamb16.cli.logs import TensorBoardLog
@@ -26,6 +28,7 @@ from lamb16.cli.training import (
     steps_per_epoch,
     train,
 )
+from lamb16.cli.workers import ALONE, Workers, started_by_torchrun
 
 __all__ = ["TrainConfig", "add_parser", "run", "train", "write_json"]
 
@@ -62,6 +65,10 @@ def add_parser(subparsers: Any) -> None:
     run.add_argument(
         "--threads", type=int, default=argparse.SUPPRESS, metavar="N", help="CPU threads (default: torch's)"
     )
+    run.add_argument(
+        "--distributed", action="store_true", default=argparse.SUPPRESS,
+        help="one of several processes that torchrun has started: each takes a part of every batch and of the model",
+    )  # fmt: skip
     _add_optimizer_options(parser.add_argument_group("optimizer"), default)
     _add_output_options(parser.add_argument_group("output"))
 
@@ -110,12 +117,16 @@ def run(args: argparse.Namespace) -> int:
     json_file: Path | None = given.get("json")
     if json_file and not json_file.absolute().parent.is_dir():  # better said now than after the training
         raise CommandError(f"cannot write {json_file}: there is no folder {json_file.absolute().parent}")
-    data = load(config.dataset, config.data)
-    with (
-        _open_log(config, given.get("log_dir"), "no_log" in given) as log,
-        _progress(config, data) as (report, on_step),
-    ):
-        result = train(config, data, log=log, report=report, on_step=on_step)
+    with started_by_torchrun(config.device) if config.distributed else contextlib.nullcontext(ALONE) as workers:
+        data = _load(config, workers)
+        if workers.rank > 0:  # the first one reports
+            train(config, data, workers=workers)
+            return 0
+        with (
+            _open_log(config, given.get("log_dir"), "no_log" in given) as log,
+            _progress(config, data) as (report, on_step),
+        ):
+            result = train(config, data, log=log, report=report, on_step=on_step, workers=workers)
     if json_file:
         write_json(json_file, result)
     print(
@@ -123,6 +134,16 @@ def run(args: argparse.Namespace) -> int:
         f"(best {100 * result['best_accuracy']:.2f} % in epoch {result['best_epoch']})"
     )
     return 0
+
+
+def _load(config: TrainConfig, workers: Workers) -> ImageData:
+    """The data; the first worker comes first, so that one of them downloads."""
+    for turn in (True, False):
+        if (workers.rank == 0) == turn:
+            data = load(config.dataset, config.data)
+        if workers.count > 1 and turn:
+            torch.distributed.barrier()
+    return data
 
 
 def write_json(path: Path, result: Any) -> None:

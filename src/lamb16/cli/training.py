@@ -18,12 +18,15 @@ from lamb16.cli.contenders import CONTENDERS
 from lamb16.cli.data import DATASETS, ImageData, load
 from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.cli.model import build_model
+from lamb16.cli.workers import ALONE, Workers
+from lamb16.sharding import local
 
 OPTIMIZERS = tuple(CONTENDERS)
 SCHEDULES = ("constant", "linear", "cosine")
 MOMENT_DTYPES = ("float8", "float32")
 DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
+SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
 FINAL_LR = 0.01  # of the first learning rate, at the last step of a falling schedule
 TEST_BATCH = 1000
 
@@ -47,6 +50,7 @@ class TrainConfig:
     normalize: bool = False
     trust_scale: float | None = None
     moment_dtype: str | None = None
+    distributed: bool = False
 
     def completed(self) -> TrainConfig:
         """The same settings, checked and with every default filled in; wrong ones raise `CommandError`."""
@@ -73,6 +77,10 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise CommandError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
         self._check_lamb16_only()
+        if self.distributed and self.optimizer not in SHARDED:
+            raise CommandError(
+                f"--distributed is for --optimizer {' or '.join(SHARDED)}; {self.optimizer} is for one process"
+            )
 
     def _check_lamb16_only(self) -> None:
         if self.trust_scale is not None and not 0 <= self.trust_scale < math.inf:
@@ -91,12 +99,14 @@ def train(
     log: TensorBoardLog | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[], None] | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Train once and return what happened, ready for JSON; accuracies are fractions.
 
     The result depends on `config` and `data` only (on one device, with one number of threads): weights and
     batches are drawn from generators seeded with `config.seed`. Handing in `data` saves loading it for every
-    run. `report` gets each epoch's entry as soon as it is known, `on_step` is called after every step.
+    run. `report` gets each epoch's entry as soon as it is known, `on_step` is called after every step. Several
+    `workers` each take a part of every batch, and hold a part of the model (FSDP2); all return the same.
     """
     config = config.completed()
     assert config.epochs is not None
@@ -105,7 +115,8 @@ def train(
         torch.set_num_threads(config.threads)
     data = (data or load(config.dataset, config.data)).to(config.device)
     data = data.normalized() if config.normalize else data
-    model = build_model(config.seed, config.device)
+    model: nn.Module = build_model(config.seed, config.device)
+    model = workers.shard(model, config.device) if config.distributed else model
     optimizer = build_optimizer(config, model)
     steps = steps_per_epoch(config, data)
     scheduler = build_scheduler(optimizer, config.schedule, steps * config.epochs)
@@ -124,8 +135,8 @@ def train(
         batches = _batches(len(data.train_images), config.batch_size, generator)
         entry: dict[str, Any] = {"epoch": epoch}
         with _compiler_failure_explained():
-            entry["train_loss"] = _train_epoch(model, optimizer, scheduler, data, batches, after_step)
-        entry["test_accuracy"] = accuracy(model, data.test_images, data.test_labels)
+            entry["train_loss"] = _train_epoch(model, optimizer, scheduler, data, batches, after_step, workers)
+        entry["test_accuracy"] = accuracy(model, data.test_images, data.test_labels, workers)
         entry["lr"] = float(scheduler.get_last_lr()[0])
         epochs.append(entry)
         if log:
@@ -133,7 +144,7 @@ def train(
         if report:
             report(entry)
     seconds = time.perf_counter() - start
-    return _summary(config, data, model, optimizer, epochs) | {"seconds": seconds}
+    return _summary(config, data, model, optimizer, epochs, workers) | {"seconds": seconds}
 
 
 def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
@@ -168,18 +179,18 @@ def build_scheduler(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, workers: Workers = ALONE) -> float:
     """The fraction of `images` that `model` classifies as `labels` say."""
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for start in range(0, len(labels), TEST_BATCH):
         part = slice(start, start + TEST_BATCH)
-        correct += (model(images[part]).argmax(1) == labels[part]).sum()
-    return correct.item() / len(labels)
+        correct += (model(workers.share(images[part])).argmax(1) == workers.share(labels[part])).sum()
+    return workers.total(correct).item() / len(labels)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of."""
-    return sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of here."""
+    return sum(_bytes(local(v)) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -212,20 +223,30 @@ def _train_epoch(
     data: ImageData,
     batches: list[Tensor],
     after_step: Callable[[int], None],
+    workers: Workers,
 ) -> float:
-    """One step a batch (of indices into the training images); returns the mean loss."""
+    """One step a batch (of indices into the training images); returns the mean loss.
+
+    Each of several workers sums over its part of the batch and FSDP2 takes the mean over the workers: with the factor
+    here, the gradient is that of the whole batch's mean loss.
+    """
     device = data.train_images.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for step, batch in enumerate(batches):
-        index = batch.to(device)
-        loss = F.cross_entropy(model(data.train_images[index]), data.train_labels[index])
+        index = workers.share(batch).to(device)
+        logits, labels = model(data.train_images[index]), data.train_labels[index]
+        if workers.count == 1:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="sum") * (workers.count / len(batch))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        loss_sum += loss.detach() * len(batch)  # stays on the device: reading it would wait for the step
+        # Stays on the device: reading it would wait for the step.
+        loss_sum += loss.detach() * (len(batch) / workers.count)
         after_step(step)
         scheduler.step()
-    return loss_sum.item() / len(data.train_images)
+    return workers.total(loss_sum).item() / len(data.train_images)
 
 
 def _scalars(entry: dict[str, Any]) -> dict[str, float]:
@@ -238,10 +259,12 @@ def _summary(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     epochs: list[dict[str, Any]],
+    workers: Workers,
 ) -> dict[str, Any]:
     import lamb16
 
     parameters = sum(p.numel() for p in model.parameters())
+    bytes_held = workers.total(torch.tensor(state_bytes(optimizer), device=config.device))
     best = max(epochs, key=lambda entry: entry["test_accuracy"])
     return {
         "settings": asdict(config),
@@ -252,8 +275,9 @@ def _summary(
         "train_images": len(data.train_images),
         "test_images": len(data.test_images),
         "parameters": parameters,
-        "state_bytes_per_parameter": state_bytes(optimizer) / parameters,
+        "state_bytes_per_parameter": bytes_held.item() / parameters,
         "skipped": int(getattr(optimizer, "skipped", 0)),
+        "workers": workers.count,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "lamb16": lamb16.__version__,
