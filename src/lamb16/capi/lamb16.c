@@ -1,0 +1,533 @@
+/* The rule of lamb16.h, one element after the other. `step_tensor` is the place to start reading.
+ *
+ * All arithmetic is IEEE float, one rounding an operation, except where a variable is a double.
+ */
+#include "lamb16.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#ifdef __clang__ /* gcc does not know the pragma; it does not contract with -std=c11 or -ffp-contract=off */
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+#ifdef __FAST_MATH__
+#error "lamb16.c needs IEEE arithmetic: compile it without -ffast-math and -Ofast"
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "lamb16.c needs float arithmetic in float precision: on 32-bit x86 compile it with -msse2 -mfpmath=sse"
+#endif
+_Static_assert(sizeof(float) == 4 && FLT_RADIX == 2 && FLT_MANT_DIG == 24 && FLT_MAX_EXP == 128, "float is IEEE binary32");
+_Static_assert(sizeof(double) == 8 && DBL_MANT_DIG == 53 && DBL_MAX_EXP == 1024, "double is IEEE binary64");
+
+static const uint32_t GOLDEN = 0x9E3779B9u; /* 2^32 / golden ratio: the step of the rounding words from step to step */
+static const double WEIGHT_FLOOR = 0.01;    /* a weight's square counts with at least this: biases start at 0 */
+static const float OVERFLOW_V = 0x1p127f;   /* a second moment from here on cannot be rounded up safely */
+static const double SMALLEST_EPS = 0x1p-100;
+
+typedef struct {
+    int mantissa_bits;
+    int min_exponent;     /* 2^min_exponent is the smallest normal value */
+    int random_bits;      /* bits of the rounding word that decide */
+    uint8_t largest_code; /* of the finite ones */
+    float largest;
+    float smallest_scale; /* every decoded moment is then a normal float */
+} format;
+
+static const format E4M3 = {3, -6, 20, 0x7E, 448.0f, 0x1p-117f};
+static const format E5M2 = {2, -14, 21, 0x7B, 57344.0f, 0x1p-110f};
+
+/* ---- rounding words ------------------------------------------------------------------------------------------------ */
+
+uint32_t lamb16_hash(uint32_t x)
+{
+    x ^= x >> 13;
+    x *= 0x8A3B8E57u;
+    x ^= x >> 14;
+    x *= 0xA2C9DAEDu;
+    return x;
+}
+
+uint32_t lamb16_word(uint64_t index, uint32_t salt, int32_t t)
+{
+    return lamb16_hash((uint32_t)index + salt) + (uint32_t)t * GOLDEN;
+}
+
+lamb16_status lamb16_words(uint64_t first, uint32_t salt, int32_t t, uint32_t *words, size_t count)
+{
+    if (count > 0 && words == NULL)
+        return LAMB16_NULL_POINTER;
+    for (size_t i = 0; i < count; i++)
+        words[i] = lamb16_word(first + i, salt, t);
+    return LAMB16_OK;
+}
+
+/* ---- fp8 ----------------------------------------------------------------------------------------------------------- */
+
+/* 2^exponent for exponents of normal floats; ldexp would do, a hundred times as slowly. */
+static float power_of_two(int exponent)
+{
+    uint32_t bits = (uint32_t)(exponent + 127) << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* floor(log2(x)) for a normal x > 0; something below -126 for smaller ones. */
+static int exponent_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (int)(bits >> 23 & 0xFF) - 127;
+}
+
+/* The value of a finite code. */
+static float decode(uint8_t code, const format *f)
+{
+    int one = 1 << f->mantissa_bits; /* the implicit one, in units of the mantissa's last bit */
+    int mantissa = code & (one - 1);
+    int field = (code & 0x7F) >> f->mantissa_bits;
+    int exponent = f->min_exponent - f->mantissa_bits;
+    float magnitude = field == 0 ? (float)mantissa * power_of_two(exponent)
+                                 : (float)(one + mantissa) * power_of_two(exponent + field - 1);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+static uint8_t encode(float x, uint32_t word, const format *f)
+{
+    uint8_t sign = signbit(x) ? 0x80 : 0;
+    float magnitude = fabsf(x);
+    if (isnan(x))
+        return sign | 0x7F;
+    if (magnitude >= f->largest)
+        return sign | f->largest_code;
+    int exponent = exponent_of(magnitude);
+    if (exponent < f->min_exponent)
+        exponent = f->min_exponent; /* subnormal codes have the gap of the smallest normal ones */
+    double gaps = (double)magnitude * (double)power_of_two(f->mantissa_bits - exponent);
+    int low = (int)gaps;
+    double fraction = nearbyint((gaps - low) * (double)power_of_two(f->random_bits)); /* half to even */
+    uint32_t random = word >> (32 - f->random_bits);
+    int up = (int)(((uint32_t)fraction + random) >> f->random_bits);
+    return (uint8_t)(sign | (((exponent - f->min_exponent) << f->mantissa_bits) + low + up));
+}
+
+uint8_t lamb16_encode_e4m3(float x, uint32_t word) { return encode(x, word, &E4M3); }
+
+uint8_t lamb16_encode_e5m2(float x, uint32_t word) { return encode(x, word, &E5M2); }
+
+float lamb16_decode_e4m3(uint8_t code)
+{
+    return (code & 0x7F) > E4M3.largest_code ? NAN : decode(code, &E4M3);
+}
+
+float lamb16_decode_e5m2(uint8_t code)
+{
+    if ((code & 0x7F) <= E5M2.largest_code)
+        return decode(code, &E5M2);
+    if ((code & 0x7F) > 0x7C)
+        return NAN;
+    return code & 0x80 ? -INFINITY : INFINITY;
+}
+
+static lamb16_status encode_array(const float *x, const uint32_t *words, uint8_t *codes, size_t count, const format *f)
+{
+    if (count > 0 && (x == NULL || words == NULL || codes == NULL))
+        return LAMB16_NULL_POINTER;
+    for (size_t i = 0; i < count; i++)
+        codes[i] = encode(x[i], words[i], f);
+    return LAMB16_OK;
+}
+
+lamb16_status lamb16_encode_e4m3_array(const float *x, const uint32_t *words, uint8_t *codes, size_t count)
+{
+    return encode_array(x, words, codes, count, &E4M3);
+}
+
+lamb16_status lamb16_encode_e5m2_array(const float *x, const uint32_t *words, uint8_t *codes, size_t count)
+{
+    return encode_array(x, words, codes, count, &E5M2);
+}
+
+static lamb16_status decode_array(const uint8_t *codes, float *x, size_t count, float (*decode_one)(uint8_t))
+{
+    if (count > 0 && (codes == NULL || x == NULL))
+        return LAMB16_NULL_POINTER;
+    for (size_t i = 0; i < count; i++)
+        x[i] = decode_one(codes[i]);
+    return LAMB16_OK;
+}
+
+lamb16_status lamb16_decode_e4m3_array(const uint8_t *codes, float *x, size_t count)
+{
+    return decode_array(codes, x, count, lamb16_decode_e4m3);
+}
+
+lamb16_status lamb16_decode_e5m2_array(const uint8_t *codes, float *x, size_t count)
+{
+    return decode_array(codes, x, count, lamb16_decode_e5m2);
+}
+
+static float scale(float largest, const format *f)
+{
+    if (!(largest >= 0.0f) || isinf(largest))
+        return NAN;
+    if (largest == 0.0f)
+        return f->smallest_scale;
+    int exponent;
+    double fraction = frexp((double)largest / (double)f->largest, &exponent); /* in [0.5, 1) */
+    float found = (float)ldexp(1.0, fraction == 0.5 ? exponent - 1 : exponent);
+    return found > f->smallest_scale ? found : f->smallest_scale;
+}
+
+float lamb16_scale_e4m3(float largest) { return scale(largest, &E4M3); }
+
+float lamb16_scale_e5m2(float largest) { return scale(largest, &E5M2); }
+
+/* ---- checks -------------------------------------------------------------------------------------------------------- */
+
+const char *lamb16_status_string(lamb16_status status)
+{
+    switch (status) {
+    case LAMB16_OK: return "no error";
+    case LAMB16_NULL_POINTER: return "a pointer is NULL; only arrays of tensors with numel 0, and stats, may be";
+    case LAMB16_MISALIGNED: return "param or grad is not aligned as a float is; copy it to aligned memory";
+    case LAMB16_BAD_NUMEL: return "numel is too large: that many floats do not fit into memory";
+    case LAMB16_OVERLAP: return "an array that is written overlaps another array; give each tensor memory of its own";
+    case LAMB16_BAD_LR: return "lr is invalid; it must be finite and >= 0";
+    case LAMB16_BAD_BETA1: return "beta1 is invalid; it must be in [0, 1)";
+    case LAMB16_BAD_BETA2: return "beta2 is invalid; it must be in [0, 1)";
+    case LAMB16_BAD_EPS: return "eps is invalid; it must be in [2^-100, 1]";
+    case LAMB16_BAD_WEIGHT_DECAY: return "weight_decay is invalid; it must be finite and >= 0";
+    case LAMB16_BAD_TRUST_SCALE: return "trust_scale is invalid; it must be finite and >= 0";
+    case LAMB16_BAD_TRUST_LR: return "trust_lr is invalid; it must be finite and > 0";
+    case LAMB16_BAD_TRUST_CLIP: return "trust_clip is invalid; it must be finite and > 0";
+    case LAMB16_BAD_BIAS_CORRECTION: return "bias_correction is invalid; it must be 0 or 1";
+    case LAMB16_BAD_MAXIMIZE: return "maximize is invalid; it must be 0 or 1";
+    case LAMB16_BAD_EXP_AVG: return "exp_avg holds NaN codes: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG_SQ:
+        return "exp_avg_sq holds NaN, infinite or negative codes: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG_NORM:
+        return "exp_avg_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG_SQ_NORM:
+        return "exp_avg_sq_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_STEP: return "step is invalid; it must be in [0, 2^31 - 2]";
+    }
+    return "no lamb16_status";
+}
+
+void lamb16_default_hyper(lamb16_hyper *hyper)
+{
+    static const lamb16_hyper defaults = {1e-3, 0.9, 0.999, 1e-6, 0.0, 0.382, 1e-3, 2.0, 1, 0};
+    if (hyper != NULL)
+        *hyper = defaults;
+}
+
+static int is_decay_rate(double x) { return x >= 0.0 && x < 1.0; } /* false for NaN, as all of these */
+
+static int is_non_negative(double x) { return x >= 0.0 && x <= DBL_MAX; }
+
+static int is_positive(double x) { return x > 0.0 && x <= DBL_MAX; }
+
+static int is_flag(int32_t x) { return x == 0 || x == 1; }
+
+static lamb16_status check_hyper(const lamb16_hyper *h)
+{
+    if (h == NULL)
+        return LAMB16_NULL_POINTER;
+    if (!is_non_negative(h->lr))
+        return LAMB16_BAD_LR;
+    if (!is_decay_rate(h->beta1))
+        return LAMB16_BAD_BETA1;
+    if (!is_decay_rate(h->beta2))
+        return LAMB16_BAD_BETA2;
+    if (!(h->eps >= SMALLEST_EPS && h->eps <= 1.0))
+        return LAMB16_BAD_EPS;
+    if (!is_non_negative(h->weight_decay))
+        return LAMB16_BAD_WEIGHT_DECAY;
+    if (!is_non_negative(h->trust_scale))
+        return LAMB16_BAD_TRUST_SCALE;
+    if (!is_positive(h->trust_lr))
+        return LAMB16_BAD_TRUST_LR;
+    if (!is_positive(h->trust_clip))
+        return LAMB16_BAD_TRUST_CLIP;
+    if (!is_flag(h->bias_correction))
+        return LAMB16_BAD_BIAS_CORRECTION;
+    if (!is_flag(h->maximize))
+        return LAMB16_BAD_MAXIMIZE;
+    return LAMB16_OK;
+}
+
+/* Whether two arrays share a byte. Addresses of different objects are compared as integers, which C permits. */
+static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
+{
+    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
+    return a_size > 0 && b_size > 0 && (x <= y ? y - x < a_size : x - y < b_size);
+}
+
+/* Whether what is written of `a` shares memory with what is read or written of `b`; of itself where they are the same. */
+static int disturbs(const lamb16_tensor *a, const lamb16_tensor *b)
+{
+    const void *written[] = {a->param, a->exp_avg, a->exp_avg_sq};
+    const void *used[] = {b->param, b->exp_avg, b->exp_avg_sq, b->grad};
+    const size_t sizes[] = {sizeof(float), 1, 1, sizeof(float)};
+    for (int i = 0; i < 3; i++)
+        for (int k = 0; k < 4; k++)
+            if (!(a == b && i == k) && overlap(written[i], a->numel * sizes[i], used[k], b->numel * sizes[k]))
+                return 1;
+    return 0;
+}
+
+static int is_power_of_two(float x)
+{
+    int exponent;
+    return x >= FLT_MIN && x <= FLT_MAX && frexpf(x, &exponent) == 0.5f;
+}
+
+static int is_misaligned(const float *x) { return (uintptr_t)x % _Alignof(float) != 0; }
+
+static lamb16_status check_codes(const lamb16_tensor *x)
+{
+    for (size_t i = 0; i < x->numel; i++) {
+        if ((x->exp_avg[i] & 0x7F) > E4M3.largest_code)
+            return LAMB16_BAD_EXP_AVG;
+        if (x->exp_avg_sq[i] > E5M2.largest_code) /* with a sign bit it is larger too */
+            return LAMB16_BAD_EXP_AVG_SQ;
+    }
+    return LAMB16_OK;
+}
+
+static lamb16_status check_tensor(const lamb16_tensor *x)
+{
+    if (x->numel > 0 && (x->param == NULL || x->grad == NULL || x->exp_avg == NULL || x->exp_avg_sq == NULL))
+        return LAMB16_NULL_POINTER;
+    if (x->numel > SIZE_MAX / sizeof(float))
+        return LAMB16_BAD_NUMEL;
+    if (x->numel > 0 && (is_misaligned(x->param) || is_misaligned(x->grad)))
+        return LAMB16_MISALIGNED;
+    if (disturbs(x, x))
+        return LAMB16_OVERLAP;
+    if (!is_power_of_two(x->exp_avg_norm))
+        return LAMB16_BAD_EXP_AVG_NORM;
+    if (!is_power_of_two(x->exp_avg_sq_norm))
+        return LAMB16_BAD_EXP_AVG_SQ_NORM;
+    if (x->step < 0 || x->step == INT32_MAX)
+        return LAMB16_BAD_STEP;
+    return check_codes(x);
+}
+
+lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hyper)
+{
+    if (tensor == NULL)
+        return LAMB16_NULL_POINTER;
+    lamb16_status status = check_hyper(hyper);
+    return status != LAMB16_OK ? status : check_tensor(tensor);
+}
+
+static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper)
+{
+    if (count > 0 && tensors == NULL)
+        return LAMB16_NULL_POINTER;
+    lamb16_status status = check_hyper(hyper);
+    for (size_t i = 0; i < count && status == LAMB16_OK; i++)
+        status = check_tensor(&tensors[i]);
+    for (size_t i = 0; i < count && status == LAMB16_OK; i++)
+        for (size_t k = 0; k < i && status == LAMB16_OK; k++)
+            if (disturbs(&tensors[i], &tensors[k]) || disturbs(&tensors[k], &tensors[i]))
+                status = LAMB16_OVERLAP;
+    return status;
+}
+
+/* ---- the step ------------------------------------------------------------------------------------------------------ */
+
+lamb16_status lamb16_init(lamb16_tensor *tensor)
+{
+    if (tensor == NULL || (tensor->numel > 0 && (tensor->exp_avg == NULL || tensor->exp_avg_sq == NULL)))
+        return LAMB16_NULL_POINTER;
+    if (tensor->numel > SIZE_MAX / sizeof(float))
+        return LAMB16_BAD_NUMEL;
+    if (overlap(tensor->exp_avg, tensor->numel, tensor->exp_avg_sq, tensor->numel))
+        return LAMB16_OVERLAP;
+    if (tensor->numel > 0) {
+        memset(tensor->exp_avg, 0, tensor->numel);
+        memset(tensor->exp_avg_sq, 0, tensor->numel);
+    }
+    tensor->exp_avg_norm = E4M3.smallest_scale;
+    tensor->exp_avg_sq_norm = E5M2.smallest_scale;
+    tensor->step = 0;
+    return LAMB16_OK;
+}
+
+/* The scalars of a step, each computed in double and rounded once. */
+typedef struct {
+    float beta1, beta2;
+    float new1, new2;   /* 1 - beta */
+    float rho;          /* c1 / sqrt(c2), where bias correction divides m by c1 and v by c2 */
+    float eps;          /* eps * c1: c1 is taken out of the fraction */
+    float bound;        /* rho / C, where |m| <= C * sqrt(v) for any gradients */
+    float weight_decay;
+    float floor;        /* the least square of an update in its norm */
+    int maximize;
+} factors;
+
+/* 1 / C by Cauchy-Schwarz over the two moving averages; 0, no bound, where beta1^2 >= beta2. */
+static double inverse_bound(double beta1, double beta2)
+{
+    if (beta1 * beta1 >= beta2)
+        return 0.0;
+    return sqrt((1.0 - beta2) * (1.0 - beta1 * beta1 / beta2)) / (1.0 - beta1);
+}
+
+static factors make_factors(const lamb16_hyper *h, int32_t t)
+{
+    double c1 = h->bias_correction ? 1.0 - pow(h->beta1, t) : 1.0;
+    double c2 = h->bias_correction ? 1.0 - pow(h->beta2, t) : 1.0;
+    double rho = c1 / sqrt(c2);
+    factors f;
+    f.beta1 = (float)h->beta1;
+    f.beta2 = (float)h->beta2;
+    f.new1 = (float)(1.0 - h->beta1);
+    f.new2 = (float)(1.0 - h->beta2);
+    f.rho = (float)rho;
+    f.eps = (float)(h->eps * c1);
+    f.bound = (float)(rho * inverse_bound(h->beta1, h->beta2));
+    f.weight_decay = (float)h->weight_decay;
+    f.floor = (float)h->eps;
+    f.maximize = h->maximize;
+    return f;
+}
+
+/* What a step makes of one element: both passes ask for it, so that nothing has to be stored. */
+typedef struct {
+    float m, v; /* the fresh moments */
+    float u;    /* the update, still without learning rate and trust ratio */
+} element;
+
+static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
+{
+    float g = f->maximize ? -x->grad[i] : x->grad[i];
+    float old_m = decode(x->exp_avg[i], &E4M3) * x->exp_avg_norm;
+    float old_v = decode(x->exp_avg_sq[i], &E5M2) * x->exp_avg_sq_norm;
+    element e;
+    e.m = f->beta1 * old_m + f->new1 * g;
+    e.v = f->beta2 * old_v + f->new2 * (g * g);
+    float denominator = f->rho * sqrtf(e.v) + f->eps;
+    float least = f->bound * fabsf(e.m);
+    if (least > denominator)
+        denominator = least;
+    e.u = e.m / denominator + f->weight_decay * x->param[i];
+    return e;
+}
+
+/* A sum in double that carries along what each addition lost (Kahan), so that it does not depend on the order. */
+typedef struct {
+    double total, lost;
+} sum;
+
+static void add(sum *s, double x)
+{
+    double corrected = x - s->lost;
+    double total = s->total + corrected;
+    s->lost = (total - s->total) - corrected;
+    s->total = total;
+}
+
+/* clamp(x^2, floor, 1); a NaN stays one. */
+static float clamped_square(float x, float floor)
+{
+    float square = x * x;
+    if (square < floor)
+        return floor;
+    return square > 1.0f ? 1.0f : square;
+}
+
+typedef struct {
+    float max_m, max_v;
+    double weight_norm, update_norm;
+    int skip;
+} measures;
+
+/* First pass: what is reduced over the tensor. */
+static measures measure(const lamb16_tensor *x, const factors *f)
+{
+    measures found = {0.0f, 0.0f, 0.0, 0.0, 0};
+    sum weights = {0.0, 0.0}, updates = {0.0, 0.0};
+    for (size_t i = 0; i < x->numel; i++) {
+        element e = evaluate(x, i, f);
+        if (!isfinite(x->grad[i]) || !isfinite(e.m) || !(e.v < OVERFLOW_V)) {
+            found.skip = 1;
+            return found;
+        }
+        if (fabsf(e.m) > found.max_m)
+            found.max_m = fabsf(e.m);
+        if (e.v > found.max_v)
+            found.max_v = e.v;
+        add(&weights, clamped_square(x->param[i], (float)WEIGHT_FLOOR));
+        add(&updates, clamped_square(e.u, f->floor));
+    }
+    found.weight_norm = sqrt(weights.total);
+    found.update_norm = sqrt(updates.total);
+    return found;
+}
+
+/* min((w / u * trust_lr / lr) ^ trust_scale, trust_clip). */
+static double trust_ratio(const measures *found, const lamb16_hyper *h)
+{
+    if (found->update_norm == 0.0) /* an empty tensor */
+        return h->trust_clip;
+    double base = h->lr == 0.0 ? INFINITY : found->weight_norm / found->update_norm * h->trust_lr / h->lr;
+    double ratio = pow(base, h->trust_scale);
+    return h->trust_clip < ratio ? h->trust_clip : ratio;
+}
+
+/* Second pass: weights and codes. */
+static void apply(lamb16_tensor *x, const factors *f, float step_size, float scale_m, float scale_v, int32_t t)
+{
+    for (size_t i = 0; i < x->numel; i++) {
+        element e = evaluate(x, i, f);
+        uint32_t word = lamb16_word(i, x->salt, t);
+        uint8_t code_v = encode(e.v / scale_v, word, &E5M2);
+        x->param[i] = x->param[i] - step_size * e.u;
+        x->exp_avg[i] = encode(e.m / scale_m, word, &E4M3);
+        x->exp_avg_sq[i] = code_v == 0 && e.v > 0.0f ? 1 : code_v; /* 1 / sqrt(0) would ruin the layer */
+    }
+}
+
+static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h)
+{
+    int32_t t = x->step + 1;
+    factors f = make_factors(h, t);
+    measures found = measure(x, &f);
+    lamb16_stats stats = {NAN, NAN, NAN, 1};
+    if (found.skip)
+        return stats;
+    stats.skipped = 0;
+    stats.weight_norm = found.weight_norm;
+    stats.update_norm = found.update_norm;
+    stats.trust_ratio = trust_ratio(&found, h);
+
+    float scale_m = scale(found.max_m, &E4M3), scale_v = scale(found.max_v, &E5M2);
+    apply(x, &f, (float)(h->lr * stats.trust_ratio), scale_m, scale_v, t);
+    x->exp_avg_norm = scale_m;
+    x->exp_avg_sq_norm = scale_v;
+    if (found.max_m > 0.0f || found.max_v > 0.0f) /* a step that leaves all moments 0 does not count */
+        x->step = t;
+    return stats;
+}
+
+lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, lamb16_stats *stats)
+{
+    lamb16_status status = check_list(tensors, count, hyper);
+    for (size_t i = 0; i < count && status == LAMB16_OK; i++) {
+        lamb16_stats found = step_tensor(&tensors[i], hyper);
+        if (stats != NULL)
+            stats[i] = found;
+    }
+    return status;
+}
+
+lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, lamb16_stats *stats)
+{
+    return lamb16_step_list(tensor, 1, hyper, stats);
+}
