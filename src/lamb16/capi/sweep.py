@@ -18,6 +18,7 @@ What is compared:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 import time
@@ -249,6 +250,7 @@ def boundary_patterns() -> Tensor:
     starts = [exponent << 23 for exponent in range(257)]
     for encoding in ENCODINGS:
         grid = torch.arange(encoding.largest_code + 1, dtype=torch.uint8).view(encoding.dtype).float()
+        grid = torch.cat([grid, 2 * grid[-1:] - grid[-2:-1]])  # and what would follow
         middles = (grid[1:] + grid[:-1]) / 2
         starts += torch.cat([grid, middles]).view(torch.int32).tolist() + known_patterns(encoding).tolist()
     near = {start + k for start in starts for k in range(-2, 3)}
@@ -263,6 +265,17 @@ def with_progress(chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, T
         if first and first % (1 << 28) == 0:
             print(f"{first / 2**32:.0%} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         yield first, patterns
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, like C: on chunks this small several wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(library: Library, full: bool = False) -> Sweep:
@@ -281,19 +294,15 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m lamb16.capi.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="all 2^32 float32 bit patterns, not a sample")
-    parser.add_argument("--threads", type=int, help="of torch; C takes one (default: torch's own number)")
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        if args.threads < 1:
-            parser.error(f"--threads {args.threads} is invalid; it must be at least 1")
-        torch.set_num_threads(args.threads)
     try:
         library = load()
     except NoCompilerError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     start = time.monotonic()
-    sweep = run(library, args.full)
+    with one_thread():
+        sweep = run(library, args.full)
     print(sweep.table())
     print(f"{sweep.differing:,} differing; {time.monotonic() - start:.0f} s")
     return 1 if sweep.differing else 0

@@ -1,0 +1,463 @@
+/* Goes through every function of lamb16.h with every error code; run with sanitizers by tests/test_capi.py.
+ *
+ * Arrays come from malloc with their exact size, so that AddressSanitizer sees a step outside. What the numbers have to be
+ * is not asked here but in property_tests/test_capi.py. Ends with status 0, or 1 with the first line that failed.
+ */
+#include "lamb16.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition) check((condition) != 0, #condition, __LINE__)
+
+static void check(int holds, const char *text, int line)
+{
+    if (!holds) {
+        printf("exercise.c:%d: %s does not hold\n", line, text);
+        exit(1);
+    }
+}
+
+static void *memory(size_t size)
+{
+    void *found = malloc(size > 0 ? size : 1);
+    check(found != NULL, "malloc", __LINE__);
+    return found;
+}
+
+/* Something between -1 and 1, the same for the same i. */
+static float noise(uint32_t i) { return (float)(int32_t)lamb16_hash(i) / 2147483648.0f; }
+
+static void fill(float *x, size_t n, uint32_t seed, float factor)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = noise(seed + (uint32_t)i) * factor;
+}
+
+/* ---- tensors ------------------------------------------------------------------------------------------------------- */
+
+static lamb16_tensor make_tensor(size_t n, uint32_t salt)
+{
+    lamb16_tensor x;
+    memset(&x, 0, sizeof x);
+    x.numel = n;
+    x.exp_avg = memory(n);
+    x.exp_avg_sq = memory(n);
+    x.salt = salt;
+    memset(x.exp_avg, 0xFF, n);
+    memset(x.exp_avg_sq, 0xFF, n);
+    CHECK(lamb16_init(&x) == LAMB16_OK); /* before there are weights and gradients */
+    x.param = memory(n * sizeof(float));
+    float *grad = memory(n * sizeof(float));
+    fill(x.param, n, salt, 1.0f);
+    fill(grad, n, salt + 12345, 0.01f);
+    x.grad = grad;
+    return x;
+}
+
+static lamb16_tensor copy_tensor(const lamb16_tensor *x)
+{
+    lamb16_tensor copy = *x;
+    float *grad = memory(x->numel * sizeof(float));
+    copy.param = memory(x->numel * sizeof(float));
+    copy.exp_avg = memory(x->numel);
+    copy.exp_avg_sq = memory(x->numel);
+    memcpy(copy.param, x->param, x->numel * sizeof(float));
+    memcpy(grad, x->grad, x->numel * sizeof(float));
+    memcpy(copy.exp_avg, x->exp_avg, x->numel);
+    memcpy(copy.exp_avg_sq, x->exp_avg_sq, x->numel);
+    copy.grad = grad;
+    return copy;
+}
+
+static void free_tensor(lamb16_tensor *x)
+{
+    free(x->param);
+    free((void *)x->grad);
+    free(x->exp_avg);
+    free(x->exp_avg_sq);
+}
+
+static int same(const lamb16_tensor *a, const lamb16_tensor *b)
+{
+    return memcmp(a->param, b->param, a->numel * sizeof(float)) == 0 &&
+           memcmp(a->grad, b->grad, a->numel * sizeof(float)) == 0 &&
+           memcmp(a->exp_avg, b->exp_avg, a->numel) == 0 && memcmp(a->exp_avg_sq, b->exp_avg_sq, a->numel) == 0 &&
+           a->numel == b->numel && a->exp_avg_norm == b->exp_avg_norm && a->exp_avg_sq_norm == b->exp_avg_sq_norm &&
+           a->step == b->step && a->salt == b->salt;
+}
+
+static lamb16_hyper usual(void)
+{
+    lamb16_hyper h;
+    lamb16_default_hyper(&h);
+    h.lr = 0.01;
+    h.weight_decay = 0.1;
+    return h;
+}
+
+/* ---- words, codes, scales ------------------------------------------------------------------------------------------ */
+
+static void words(void)
+{
+    uint32_t found[5];
+    CHECK(lamb16_hash(1) != lamb16_hash(2));
+    CHECK(lamb16_word(0, 7, 0) == lamb16_hash(7));
+    CHECK(lamb16_word(3, UINT32_MAX, 2) == lamb16_hash(2) + 2 * 0x9E3779B9u);
+    CHECK(lamb16_word((1ull << 32) + 5, 0, 1) == lamb16_word(5, 0, 1)); /* indices wrap around */
+    CHECK(lamb16_words(10, 3, 2147483647, found, 5) == LAMB16_OK);
+    for (uint32_t i = 0; i < 5; i++)
+        CHECK(found[i] == lamb16_word(10 + i, 3, 2147483647));
+    CHECK(lamb16_words(0, 0, 0, NULL, 0) == LAMB16_OK);
+    CHECK(lamb16_words(0, 0, 0, NULL, 1) == LAMB16_NULL_POINTER);
+}
+
+typedef struct {
+    uint8_t (*encode)(float, uint32_t);
+    float (*decode)(uint8_t);
+    float (*scale)(float);
+    lamb16_status (*encode_array)(const float *, const uint32_t *, uint8_t *, size_t);
+    lamb16_status (*decode_array)(const uint8_t *, float *, size_t);
+    uint8_t largest_code;
+    float largest, smallest, smallest_scale;
+} format;
+
+static const format FORMATS[] = {
+    {lamb16_encode_e4m3, lamb16_decode_e4m3, lamb16_scale_e4m3, lamb16_encode_e4m3_array, lamb16_decode_e4m3_array, 0x7E,
+     448.0f, 0x1p-9f, 0x1p-117f},
+    {lamb16_encode_e5m2, lamb16_decode_e5m2, lamb16_scale_e5m2, lamb16_encode_e5m2_array, lamb16_decode_e5m2_array, 0x7B,
+     57344.0f, 0x1p-16f, 0x1p-110f},
+};
+
+static void codes(const format *f)
+{
+    static const uint32_t some[] = {0, 1, LAMB16_NEAREST, 0xFFFFFFFFu};
+    for (int k = 0; k < 4; k++) {
+        for (int code = 0; code < 256; code++) /* a value on the grid stays where it is, whatever the word */
+            if ((code & 0x7F) <= f->largest_code)
+                CHECK(f->encode(f->decode((uint8_t)code), some[k]) == code);
+        CHECK(f->encode(INFINITY, some[k]) == f->largest_code && f->encode(-INFINITY, some[k]) == (f->largest_code | 0x80));
+        CHECK(f->encode(FLT_MAX, some[k]) == f->largest_code && f->encode(-FLT_MAX, some[k]) == (f->largest_code | 0x80));
+        CHECK(f->encode(NAN, some[k]) == 0x7F && f->encode(-NAN, some[k]) == 0xFF);
+        CHECK(f->encode(0.0f, some[k]) == 0 && f->encode(-0.0f, some[k]) == 0x80);
+    }
+    CHECK(f->decode(f->largest_code) == f->largest && f->decode(1) == f->smallest && signbit(f->decode(0x80)));
+    CHECK(isnan(f->decode(0x7F)) && isnan(f->decode(0xFF)));
+    CHECK(f->encode(f->smallest * 0.75f, 0) == 0 && f->encode(f->smallest * 0.75f, 0xFFFFFFFFu) == 1);
+    CHECK(f->encode(f->smallest * 0.5f, LAMB16_NEAREST) == 1 && f->encode(f->smallest * 0.49f, LAMB16_NEAREST) == 0);
+    CHECK(f->encode(FLT_TRUE_MIN, 0xFFFFFFFFu) == 0);
+
+    float x[] = {0.1f, -3.0f, 300.0f, NAN};
+    uint32_t random[] = {5, LAMB16_NEAREST, 0xFFFFFFFFu, 0};
+    uint8_t found[4];
+    float back[4];
+    CHECK(f->encode_array(x, random, found, 4) == LAMB16_OK && f->decode_array(found, back, 4) == LAMB16_OK);
+    for (int i = 0; i < 4; i++)
+        CHECK(found[i] == f->encode(x[i], random[i]) && (i == 3 ? isnan(back[i]) : back[i] == f->decode(found[i])));
+    CHECK(f->encode_array(NULL, NULL, NULL, 0) == LAMB16_OK && f->decode_array(NULL, NULL, 0) == LAMB16_OK);
+    CHECK(f->encode_array(NULL, random, found, 4) == LAMB16_NULL_POINTER);
+    CHECK(f->encode_array(x, NULL, found, 4) == LAMB16_NULL_POINTER);
+    CHECK(f->encode_array(x, random, NULL, 4) == LAMB16_NULL_POINTER);
+    CHECK(f->decode_array(NULL, back, 4) == LAMB16_NULL_POINTER && f->decode_array(found, NULL, 4) == LAMB16_NULL_POINTER);
+
+    CHECK(f->scale(0.0f) == f->smallest_scale && f->scale(FLT_TRUE_MIN) == f->smallest_scale);
+    CHECK(f->scale(f->largest) == 1.0f && f->scale(nextafterf(f->largest, INFINITY)) == 2.0f);
+    CHECK(f->scale(f->largest / 2) == 0.5f && isfinite(f->scale(FLT_MAX)));
+    CHECK(isnan(f->scale(-1.0f)) && isnan(f->scale(INFINITY)) && isnan(f->scale(NAN)));
+}
+
+/* ---- steps --------------------------------------------------------------------------------------------------------- */
+
+static void steps(size_t n)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(n, 99), start = copy_tensor(&x);
+    lamb16_stats stats;
+    for (int t = 1; t <= 3; t++) {
+        CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK);
+        CHECK(!stats.skipped && isfinite(stats.trust_ratio) && x.step == (n > 0 ? t : 0));
+    }
+    CHECK(n == 0 || !same(&x, &start));
+    CHECK(lamb16_check(&x, &h) == LAMB16_OK); /* what a step leaves is a valid state */
+    h.maximize = 1;
+    h.bias_correction = 0;
+    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK);
+    free_tensor(&x);
+    free_tensor(&start);
+}
+
+/* Gradients with which a tensor is left as it is. */
+static void skipped_steps(size_t n)
+{
+    const float bad[] = {INFINITY, -INFINITY, NAN, 1e25f, -1e22f};
+    const size_t places[] = {0, n / 2, n - 1};
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(n, 5);
+    float *grad = memory(n * sizeof(float));
+    memcpy(grad, x.grad, n * sizeof(float));
+    free((void *)x.grad);
+    x.grad = grad;
+    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK);
+    for (int i = 0; i < 5; i++)
+        for (int k = 0; k < 3; k++) {
+            float usual_value = grad[places[k]];
+            lamb16_stats stats = {0.0, 0.0, 0.0, 0};
+            grad[places[k]] = bad[i];
+            lamb16_tensor before = copy_tensor(&x);
+            CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK);
+            CHECK(stats.skipped == 1 && isnan(stats.weight_norm) && isnan(stats.update_norm) && isnan(stats.trust_ratio));
+            CHECK(same(&x, &before));
+            grad[places[k]] = usual_value;
+            free_tensor(&before);
+        }
+    free_tensor(&x);
+}
+
+static void decoded_moments_that_overflow(void)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(3, 1);
+    lamb16_stats stats;
+    x.exp_avg_norm = 0x1p127f;
+    x.exp_avg[1] = 0x7E;
+    lamb16_tensor before = copy_tensor(&x);
+    CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK && stats.skipped && same(&x, &before));
+    free_tensor(&x);
+    free_tensor(&before);
+}
+
+static void zero_gradients_leave_no_trace(void)
+{
+    lamb16_hyper h = usual();
+    h.lr = 0.0;
+    lamb16_tensor x = make_tensor(7, 1);
+    memset((void *)x.grad, 0, 7 * sizeof(float));
+    lamb16_tensor before = copy_tensor(&x);
+    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK && same(&x, &before));
+    free_tensor(&x);
+    free_tensor(&before);
+}
+
+static void lists(void)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor list[] = {make_tensor(7, 1), make_tensor(0, 2), make_tensor(1023, 3)};
+    lamb16_stats stats[3];
+    for (int i = 0; i < 3; i++) {
+        lamb16_tensor alone = copy_tensor(&list[i]);
+        CHECK(lamb16_step(&alone, &h, &stats[i]) == LAMB16_OK);
+        free_tensor(&alone);
+    }
+    lamb16_tensor alone = copy_tensor(&list[2]);
+    CHECK(lamb16_step(&alone, &h, NULL) == LAMB16_OK);
+    lamb16_stats together[3];
+    CHECK(lamb16_step_list(list, 3, &h, together) == LAMB16_OK);
+    CHECK(same(&list[2], &alone));
+    for (int i = 0; i < 3; i++)
+        CHECK(together[i].update_norm == stats[i].update_norm && together[i].weight_norm == stats[i].weight_norm);
+    CHECK(lamb16_step_list(list, 3, &h, NULL) == LAMB16_OK);
+    CHECK(lamb16_step_list(NULL, 0, &h, NULL) == LAMB16_OK);
+    for (int i = 0; i < 3; i++)
+        free_tensor(&list[i]);
+    free_tensor(&alone);
+}
+
+/* ---- mistakes ------------------------------------------------------------------------------------------------------ */
+
+static int seen[64]; /* by status */
+
+static void expect(lamb16_status wanted, lamb16_status found, int line)
+{
+    if (wanted != found)
+        printf("wanted: %s\nfound: %s\n", lamb16_status_string(wanted), lamb16_status_string(found));
+    check(wanted == found, "the status", line);
+    seen[wanted] = 1;
+}
+
+/* A step with a wrong second tensor: this status from all functions, nothing changed, the first tensor included. */
+static void refused(lamb16_tensor *list, const lamb16_hyper *h, lamb16_status wanted, int line)
+{
+    lamb16_tensor first = copy_tensor(&list[0]), second = list[1];
+    lamb16_stats stats[2];
+    memset(stats, 0x55, sizeof stats);
+    lamb16_stats before[2];
+    memcpy(before, stats, sizeof stats);
+    expect(wanted, lamb16_step_list(list, 2, h, stats), line);
+    expect(wanted, lamb16_step(&list[1], h, stats), line);
+    expect(wanted, lamb16_check(&list[1], h), line);
+    check(same(&first, &list[0]) && memcmp(&second, &list[1], sizeof second) == 0, "nothing was changed", line);
+    check(memcmp(stats, before, sizeof stats) == 0, "the stats were left alone", line);
+    free_tensor(&first);
+}
+
+#define REFUSED_HYPER(field, value, status)     \
+    do {                                        \
+        lamb16_hyper wrong = usual();           \
+        wrong.field = (value);                  \
+        refused(list, &wrong, status, __LINE__); \
+    } while (0)
+
+#define REFUSED_TENSOR(field, value, status)        \
+    do {                                            \
+        lamb16_tensor kept = list[1];               \
+        list[1].field = (value);                    \
+        lamb16_hyper fine = usual();                \
+        refused(list, &fine, status, __LINE__);     \
+        list[1] = kept;                             \
+    } while (0)
+
+static void wrong_hyperparameters(lamb16_tensor *list)
+{
+    REFUSED_HYPER(lr, -1e-9, LAMB16_BAD_LR);
+    REFUSED_HYPER(lr, INFINITY, LAMB16_BAD_LR);
+    REFUSED_HYPER(lr, NAN, LAMB16_BAD_LR);
+    REFUSED_HYPER(beta1, 1.0, LAMB16_BAD_BETA1);
+    REFUSED_HYPER(beta1, -0.1, LAMB16_BAD_BETA1);
+    REFUSED_HYPER(beta1, NAN, LAMB16_BAD_BETA1);
+    REFUSED_HYPER(beta2, 1.0, LAMB16_BAD_BETA2);
+    REFUSED_HYPER(beta2, -0.1, LAMB16_BAD_BETA2);
+    REFUSED_HYPER(beta2, NAN, LAMB16_BAD_BETA2);
+    REFUSED_HYPER(eps, 0x1p-101, LAMB16_BAD_EPS);
+    REFUSED_HYPER(eps, 1.1, LAMB16_BAD_EPS);
+    REFUSED_HYPER(eps, NAN, LAMB16_BAD_EPS);
+    REFUSED_HYPER(weight_decay, -0.1, LAMB16_BAD_WEIGHT_DECAY);
+    REFUSED_HYPER(weight_decay, INFINITY, LAMB16_BAD_WEIGHT_DECAY);
+    REFUSED_HYPER(weight_decay, NAN, LAMB16_BAD_WEIGHT_DECAY);
+    REFUSED_HYPER(trust_scale, -0.1, LAMB16_BAD_TRUST_SCALE);
+    REFUSED_HYPER(trust_scale, INFINITY, LAMB16_BAD_TRUST_SCALE);
+    REFUSED_HYPER(trust_scale, NAN, LAMB16_BAD_TRUST_SCALE);
+    REFUSED_HYPER(trust_lr, 0.0, LAMB16_BAD_TRUST_LR);
+    REFUSED_HYPER(trust_lr, INFINITY, LAMB16_BAD_TRUST_LR);
+    REFUSED_HYPER(trust_lr, NAN, LAMB16_BAD_TRUST_LR);
+    REFUSED_HYPER(trust_clip, 0.0, LAMB16_BAD_TRUST_CLIP);
+    REFUSED_HYPER(trust_clip, INFINITY, LAMB16_BAD_TRUST_CLIP);
+    REFUSED_HYPER(trust_clip, NAN, LAMB16_BAD_TRUST_CLIP);
+    REFUSED_HYPER(bias_correction, 2, LAMB16_BAD_BIAS_CORRECTION);
+    REFUSED_HYPER(bias_correction, -1, LAMB16_BAD_BIAS_CORRECTION);
+    REFUSED_HYPER(maximize, 2, LAMB16_BAD_MAXIMIZE);
+    REFUSED_HYPER(maximize, -1, LAMB16_BAD_MAXIMIZE);
+}
+
+static void wrong_tensors(lamb16_tensor *list)
+{
+    REFUSED_TENSOR(param, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(grad, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(exp_avg, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(exp_avg_sq, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(numel, SIZE_MAX / 2, LAMB16_BAD_NUMEL);
+    REFUSED_TENSOR(param, (void *)((char *)list[1].param + 1), LAMB16_MISALIGNED);
+    REFUSED_TENSOR(grad, (void *)((char *)(void *)list[1].grad + 2), LAMB16_MISALIGNED);
+    REFUSED_TENSOR(grad, list[1].param, LAMB16_OVERLAP);
+    REFUSED_TENSOR(grad, list[1].param + 6, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg, (uint8_t *)list[1].param + 27, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg_sq, list[1].exp_avg + 6, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg_sq, (uint8_t *)(void *)list[1].grad, LAMB16_OVERLAP);
+    const float norms[] = {0.0f, -1.0f, 3.0f, 0x1p-127f, INFINITY, NAN};
+    for (int i = 0; i < 6; i++) {
+        REFUSED_TENSOR(exp_avg_norm, norms[i], LAMB16_BAD_EXP_AVG_NORM);
+        REFUSED_TENSOR(exp_avg_sq_norm, norms[i], LAMB16_BAD_EXP_AVG_SQ_NORM);
+    }
+    REFUSED_TENSOR(step, -1, LAMB16_BAD_STEP);
+    REFUSED_TENSOR(step, INT32_MAX, LAMB16_BAD_STEP);
+    const uint8_t wrong_m[] = {0x7F, 0xFF}, wrong_v[] = {0x7C, 0x7D, 0x7F, 0x80, 0x81, 0xFC};
+    lamb16_hyper h = usual();
+    for (int i = 0; i < 2; i++) {
+        list[1].exp_avg[6] = wrong_m[i];
+        refused(list, &h, LAMB16_BAD_EXP_AVG, __LINE__);
+        list[1].exp_avg[6] = 0;
+    }
+    for (int i = 0; i < 6; i++) {
+        list[1].exp_avg_sq[6] = wrong_v[i];
+        refused(list, &h, LAMB16_BAD_EXP_AVG_SQ, __LINE__);
+        list[1].exp_avg_sq[6] = 0;
+    }
+}
+
+/* Two tensors that are fine each, but not together. */
+static void wrong_lists(lamb16_tensor *list)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor kept = list[1];
+    list[1].param = list[0].param;
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+    list[1] = kept;
+    list[1].grad = list[0].param; /* written by the one, read by the other, in either order */
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+    list[1] = list[0];
+    list[0] = kept;
+    list[1].exp_avg = kept.exp_avg;
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+}
+
+static void mistakes(void)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor list[] = {make_tensor(7, 1), make_tensor(7, 2)};
+    wrong_hyperparameters(list);
+    wrong_tensors(list);
+    lamb16_tensor kept[] = {list[0], list[1]};
+    lamb16_tensor before[] = {copy_tensor(&list[0]), copy_tensor(&list[1])};
+    wrong_lists(list);
+    CHECK(same(&kept[0], &before[0]) && same(&kept[1], &before[1]));
+
+    expect(LAMB16_NULL_POINTER, lamb16_step(NULL, &h, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step(kept, NULL, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 1, &h, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 0, NULL, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_check(NULL, &h), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_check(kept, NULL), __LINE__);
+    lamb16_default_hyper(NULL);
+
+    lamb16_tensor x = kept[0];
+    expect(LAMB16_NULL_POINTER, lamb16_init(NULL), __LINE__);
+    x.exp_avg = NULL;
+    expect(LAMB16_NULL_POINTER, lamb16_init(&x), __LINE__);
+    x.exp_avg = kept[0].exp_avg_sq;
+    expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
+    x.numel = SIZE_MAX;
+    x.exp_avg = kept[0].exp_avg;
+    expect(LAMB16_BAD_NUMEL, lamb16_init(&x), __LINE__);
+    CHECK(same(&kept[0], &before[0]));
+    for (int i = 0; i < 2; i++) {
+        free_tensor(&kept[i]);
+        free_tensor(&before[i]);
+    }
+}
+
+/* Every status has a text of its own and, but for LAMB16_OK, was met above. */
+static void statuses(void)
+{
+    for (int a = LAMB16_OK; a <= LAMB16_BAD_STEP; a++) {
+        CHECK(a == LAMB16_OK || seen[a]);
+        for (int b = a + 1; b <= LAMB16_BAD_STEP + 1; b++)
+            CHECK(strcmp(lamb16_status_string((lamb16_status)a), lamb16_status_string((lamb16_status)b)) != 0);
+    }
+}
+
+int main(void)
+{
+    const size_t sizes[] = {0, 1, 7, 1023, 70001};
+    words();
+    codes(&FORMATS[0]);
+    codes(&FORMATS[1]);
+    for (int i = 0; i < 5; i++)
+        steps(sizes[i]);
+    for (int i = 1; i < 5; i++)
+        skipped_steps(sizes[i]);
+    decoded_moments_that_overflow();
+    zero_gradients_leave_no_trace();
+    lists();
+    mistakes();
+    statuses();
+#ifdef STEP_OUTSIDE /* negative control: the sanitizer has to see this */
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(7, 1);
+    x.numel = 8;
+    lamb16_step(&x, &h, NULL);
+#endif
+    puts("all held");
+    return 0;
+}

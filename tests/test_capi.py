@@ -1,0 +1,307 @@
+"""The C reference: that it builds everywhere without a warning, what it refuses, and the sweep over the fp8 codes."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamb16 import capi, reference
+from lamb16.capi import sweep
+from lamb16.reference import Hyper
+
+EXERCISE = Path(__file__).parent / "capi" / "exercise.c"
+HEADER = (capi.include() / "lamb16.h").read_text()
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+HYPER = Hyper(lr=0.01, weight_decay=0.1)
+
+
+def need(compiler: str) -> str:
+    path = shutil.which(compiler)
+    if path is None:
+        pytest.skip(f"{compiler} is not installed")
+    return path
+
+
+@pytest.fixture(scope="module")
+def library() -> capi.Library:
+    if not any(map(shutil.which, capi.COMPILERS)):
+        pytest.skip("no C compiler is installed")
+    return capi.load()
+
+
+def edited(folder: Path, old: str, new: str) -> Path:
+    """A copy of the source with one thing changed."""
+    source = capi.sources()[0].read_text()
+    assert source.count(old) == 1, f"{old!r} is not in the source once"
+    path = folder / "lamb16.c"
+    path.write_text(source.replace(old, new))
+    return path
+
+
+# -- building ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", capi.COMPILERS)
+def test_it_builds_without_a_warning_and_gives_the_references_bits(compiler: str, tmp_path: Path) -> None:
+    assert {"-Wall", "-Wextra", "-Werror", "-pedantic", "-O2", "-std=c11"} <= set(capi.FLAGS)
+    library = capi.Library(capi.build(need(compiler), (*capi.FLAGS, "-Wconversion", "-Wshadow"), tmp_path))
+    p, grad = torch.randn(2, 1023, generator=torch.Generator().manual_seed(0))
+    mine = theirs = p, reference.init(p, 7), None
+    for _ in range(3):
+        mine, theirs = library.step(mine[0], grad, mine[1], HYPER), reference.step(theirs[0], grad, theirs[1], HYPER)
+    assert torch.equal(mine[0], theirs[0])
+    assert not torch.equal(mine[0], p)
+    assert torch.equal(mine[1].exp_avg, theirs[1].exp_avg)
+    assert torch.equal(mine[1].exp_avg_sq, theirs[1].exp_avg_sq)
+
+
+@pytest.mark.parametrize("old", ["int sign_is_unused;", "static const double SMALLEST_EPS = 0x1p-100;"])
+def test_a_warning_fails_the_build(old: str, tmp_path: Path) -> None:
+    """Negative control: an unused variable, and a constant that is missing."""
+    compiler = capi.find_compiler() if shutil.which("gcc") else need("clang")
+    if old.startswith("int"):
+        file = edited(tmp_path, "    double rho = c1 / sqrt(c2);", f"    double rho = c1 / sqrt(c2); {old}")
+    else:
+        file = edited(tmp_path, old, "")
+    with pytest.raises(capi.BuildError, match=r"failed with status 1:\n(.|\n)*(sign_is_unused|SMALLEST_EPS)"):
+        capi.build(compiler, folder=tmp_path, files=[file])
+
+
+def test_fast_math_is_refused(tmp_path: Path) -> None:
+    need("gcc")
+    with pytest.raises(capi.BuildError, match="compile it without -ffast-math"):
+        capi.build("gcc", (*capi.FLAGS, "-ffast-math"), tmp_path)
+
+
+def exercise(compiler: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Build and run the C program that goes through all functions and error codes."""
+    program = folder / "exercise"
+    files = [str(EXERCISE), *map(str, capi.sources())]
+    command = [need(compiler), *capi.FLAGS, *flags, f"-I{capi.include()}", *files, "-o", str(program), "-lm"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode and re.search(r"cannot find.*(asan|ubsan|clang_rt)", built.stderr):
+        pytest.skip(f"{compiler} has no sanitizers here: {built.stderr.splitlines()[0]}")
+    assert built.returncode == 0, built.stderr
+    return subprocess.run([str(program)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("compiler", capi.COMPILERS)
+def test_every_function_and_error_code_under_sanitizers(compiler: str, tmp_path: Path) -> None:
+    done = exercise(compiler, tmp_path, *SANITIZE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all held\n", "")
+
+
+@pytest.mark.parametrize("compiler", capi.COMPILERS)
+def test_the_sanitizers_see_a_step_outside(compiler: str, tmp_path: Path) -> None:
+    """Negative control."""
+    done = exercise(compiler, tmp_path, *SANITIZE, "-DSTEP_OUTSIDE")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_the_header_is_for_cpp_too(tmp_path: Path) -> None:
+    """A C++ program includes it, calls the C functions, and gets a default back."""
+    cpp, cc = need("g++"), need("gcc")
+    (tmp_path / "main.cpp").write_text(
+        '#include "lamb16.h"\n#include <cstdint>\n#include <vector>\n'
+        "int main() {\n"
+        "    std::vector<float> p(5, 1.0f), g(5, 0.1f);\n"
+        "    std::vector<std::uint8_t> m(5), v(5);\n"
+        "    lamb16_tensor x = {5, p.data(), g.data(), m.data(), v.data(), 0.0f, 0.0f, 0, 1u};\n"
+        "    lamb16_hyper h;\n"
+        "    lamb16_default_hyper(&h);\n"
+        "    if (lamb16_init(&x) != LAMB16_OK || lamb16_step(&x, &h, nullptr) != LAMB16_OK) return 1;\n"
+        "    return p[0] < 1.0f && x.step == 1 && h.beta2 == 0.999 ? 0 : 2;\n"
+        "}\n"
+    )
+    flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{capi.include()}"]
+    subprocess.run([cc, *capi.FLAGS, "-c", str(capi.sources()[0]), "-o", "lamb16.o"], cwd=tmp_path, check=True)
+    subprocess.run([cpp, "-std=c++17", *flags, "main.cpp", "lamb16.o", "-o", "main"], cwd=tmp_path, check=True)
+    subprocess.run([str(tmp_path / "main")], check=True)
+
+
+def test_no_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        capi.NoCompilerError, match="no C compiler: no-such-compiler not found on the PATH; install gcc"
+    ):
+        capi.build("no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "mycc -m64")
+    with pytest.raises(capi.NoCompilerError, match="no C compiler: mycc, gcc, clang, cc not found"):
+        capi.find_compiler()
+
+
+def test_another_library_is_refused(tmp_path: Path) -> None:
+    need("gcc")
+    (tmp_path / "other.c").write_text("int other(void);\nint other(void) { return 1; }\n")
+    path = capi.build("gcc", folder=tmp_path, files=[tmp_path / "other.c"])
+    with pytest.raises(OSError, match="is not the lamb16 C library: it has no function lamb16_"):
+        capi.Library(path)
+
+
+def test_the_binding_has_every_function_of_the_header() -> None:
+    declared = set(re.findall(r"\blamb16_(\w+)\([^)]*\);", HEADER))
+    assert declared == set(capi._signatures())
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_statuses_reach_python(library: capi.Library) -> None:
+    """All of them are in exercise.c; here one of the hyperparameters, and one of a state, in a list."""
+    p, grad = torch.ones(2, 5)
+    state = library.init(p, 1)
+    with pytest.raises(capi.StatusError, match=r"status 8: eps is invalid; it must be in \[2\^-100, 1\]") as found:
+        library.step(p, grad, state, replace(HYPER, eps=2.0))
+    assert found.value.status == 8
+    damaged = replace(state, exp_avg=torch.full((5,), 0xFF, dtype=torch.uint8))
+    with pytest.raises(capi.StatusError, match="exp_avg holds NaN codes"):
+        library.step_list([(p, grad, state), (p, grad, damaged)], HYPER)
+    assert torch.equal(p, torch.ones(5))
+    assert library.status_string(99) == "no lamb16_status"
+
+
+def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
+    p, grad = torch.ones(2, 5)
+    state = library.init(p, 1)
+    for arguments, message in (
+        (
+            (p.double(), grad, state),
+            r"weights of tensor 0 is torch.float64 \(5,\) on cpu; it must be torch.float32 \(5,\)",
+        ),
+        ((p, grad[:4], state), r"gradient of tensor 0 is torch.float32 \(4,\) on cpu"),
+        ((p, grad, replace(state, exp_avg_sq=state.exp_avg_sq[:4])), r"exp_avg_sq of tensor 0 is torch.uint8 \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            library.step(*arguments, HYPER)
+    with pytest.raises(ValueError, match="moment_dtype='float32' is not supported"):
+        library.step(p, grad, state, replace(HYPER, moment_dtype="float32"))
+    with pytest.raises(ValueError, match=r"words is torch\.int64"):
+        library.encode(p, torch.zeros(5, dtype=torch.int64), "e4m3")
+    with pytest.raises(ValueError, match=r"codes is torch\.float32"):
+        library.decode(p, "e5m2")
+
+
+def test_the_binding_changes_nothing_in_place(library: capi.Library) -> None:
+    p, grad = torch.randn(2, 4, 3).transpose(1, 2)  # not contiguous
+    state = library.init(p, 2**32 - 1)
+    before = p.clone(), grad.clone(), state.exp_avg.clone()
+    new_p, new_state, _ = library.step(p, grad, state, HYPER)
+    assert torch.equal(p, before[0])
+    assert torch.equal(grad, before[1])
+    assert torch.equal(state.exp_avg, before[2])
+    expected, expected_state, _ = reference.step(p.contiguous(), grad.contiguous(), reference.init(p, 2**32 - 1), HYPER)
+    assert torch.equal(new_p, expected)
+    assert torch.equal(new_state.exp_avg, expected_state.exp_avg)
+
+
+def test_the_default_hyperparameters_are_the_references(library: capi.Library) -> None:
+    found = capi.CHyper()
+    library.c["default_hyper"](found)
+    assert bytes(found) == bytes(capi.c_hyper(Hyper()))
+
+
+# -- the sweep -----------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_of_the_sweep(library: capi.Library, capsys: pytest.CaptureFixture[str]) -> None:
+    """2^24 patterns and all boundaries, four kinds of words, both formats, C against eager and compiled torch."""
+    threads = torch.get_num_threads()
+    assert sweep.main([]) == 0
+    assert torch.get_num_threads() == threads
+    out = capsys.readouterr().out
+    assert re.search(r"\n0 differing; \d+ s\n$", out)
+    for line in out.splitlines()[2:-1]:
+        inputs = int(line.split("|")[4].replace(",", ""))
+        assert inputs >= (124 if "decode" in line else 8_000_000) or "ties |" in line
+    for name in ("e4m3", "e5m2"):
+        for form in sweep.WORDS:
+            for against in ("eager", "compiled"):
+                assert f"| encode {name} | {form} | {against} |" in out
+
+
+def test_the_sample_holds_what_it_promises() -> None:
+    chunks = [patterns for _, patterns in sweep.sample_patterns()]
+    patterns = torch.cat(chunks)
+    assert torch.cat(chunks[:-1]).unique().numel() == 1 << 24
+    assert torch.bincount((patterns.long() & 0xFFFFFFFF) >> 23, minlength=512).min() >= 1 << 15
+    boundaries = set(chunks[-1].tolist())
+    for value in (0.0, 448.0, 464.0, 57344.0, 2.0**-9, 2.0**-10, 2.0**-6, 2.0**-14, 2.0**-17, float("inf")):
+        for near in range(-2, 3):
+            pattern = sweep.bits_of(value) + near
+            if pattern >= 0:
+                assert {pattern, sweep.wrap(pattern | 1 << 31)} <= boundaries, (value, near)
+
+
+def test_all_patterns_are_all() -> None:
+    chunks = sweep.all_patterns()
+    for first, (found, patterns) in zip(range(0, 1 << 20, sweep.CHUNK), chunks, strict=False):
+        assert found == first
+        assert torch.equal(patterns.long() & 0xFFFFFFFF, torch.arange(first, first + sweep.CHUNK))
+
+
+def test_where_nearest_differs_from_the_cast_is_counted_by_hand() -> None:
+    """Ties: e4m3 has 126 gaps between non-negative codes and e5m2 123, every second one above an even code.
+
+    Below the midpoints of the first gaps float32 has 16, 4, 2, 2, 1, 1, 1, 1 numbers within 2^-30 in e4m3, and
+    8, 2, 1, 1 within 2^-38 in e5m2.
+    """
+    e4m3, e5m2 = map(sweep.differing_from_cast, sweep.ENCODINGS)
+    assert len(e4m3) == 63 + 28
+    assert len(e5m2) == 62 + 12
+    for encoding, patterns in zip(sweep.ENCODINGS, (e4m3, e5m2), strict=True):
+        assert patterns == sorted(set(patterns))
+        assert sweep.known_patterns(encoding).tolist() == patterns
+
+
+CHANGES = {
+    "bits of e4m3": ("{3, -6, 20, 0x7E,", "{3, -6, 19, 0x7E,"),
+    "exponents of e5m2": ("{2, -14, 21,", "{2, -15, 21,"),
+    "largest": ("448.0f, 0x1p-117f", "440.0f, 0x1p-117f"),
+    "half to even": ("nearbyint((gaps - low)", "floor((gaps - low)"),
+    "hash": ("0x8A3B8E57u", "0x8A3B8E55u"),
+    "golden": ("0x9E3779B9u", "0x9E3779BBu"),
+    "NaN": ("return sign | 0x7F;", "return sign | 0x7E;"),
+    "sign": ("signbit(x) ? 0x80", "signbit(x) && x < 0.0f ? 0x80"),
+    "decoded NaN": ("(code & 0x7F) > 0x7C", "(code & 0x7F) > 0x7D"),
+    "decode": ("power_of_two(exponent + field - 1)", "power_of_two(exponent + field)"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_sweep_tells_a_changed_c_source(change: str, tmp_path: Path, library: capi.Library) -> None:
+    """Negative control, on the boundary patterns alone."""
+    boundaries = sweep.boundary_patterns()
+
+    def differing(built: capi.Library) -> int:
+        found = sweep.Sweep(built)
+        sweep.sweep_decoders(found)
+        sweep.sweep_encoders(found, [(0, boundaries)])
+        return found.differing
+
+    if change == next(iter(CHANGES)):
+        assert differing(library) == 0
+    changed = capi.Library(capi.build(folder=tmp_path, files=[edited(tmp_path, *CHANGES[change])]))
+    assert differing(changed) > 0
+
+
+def test_the_sweeps_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boundaries = [(0, sweep.boundary_patterns())]
+    monkeypatch.setattr(sweep, "sample_patterns", lambda: iter(boundaries))
+    changed = capi.Library(capi.build(folder=tmp_path, files=[edited(tmp_path, *CHANGES["golden"])]))
+    monkeypatch.setattr(sweep, "load", lambda: changed)
+    assert sweep.main([]) == 1
+    assert "| hash | - | eager |" in capsys.readouterr().out
+
+    def no_compiler() -> capi.Library:
+        raise capi.NoCompilerError("no C compiler: cc not found")
+
+    monkeypatch.setattr(sweep, "load", no_compiler)
+    assert sweep.main([]) == 2
+    assert capsys.readouterr().err == "python -m lamb16.capi.sweep: error: no C compiler: cc not found\n"
