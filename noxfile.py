@@ -94,6 +94,16 @@ def gpu(session: nox.Session, torch: str) -> None:
 
 
 @nox.session
+def sweep(session: nox.Session) -> None:
+    """All fp8 codes and all 2^32 float32: C against torch, eager and compiled, on one core for a quarter of an hour.
+
+    The tests do the same on a sample of 2^24.
+    """
+    install(session, "2.14")
+    session.run("python", "-m", "lamb16.capi.sweep", "--full")
+
+
+@nox.session
 def study(session: nox.Session) -> None:
     """The study behind docs/algorithm.md, peers included; without arguments in its quick form."""
     session.install("-e", ".[train,peers]")

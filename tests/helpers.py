@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from lamb16 import reference
+from lamb16 import capi, reference
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
 
@@ -29,6 +30,15 @@ def parameters(
     generator = torch.Generator().manual_seed(seed)
     start = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
     return [nn.Parameter(w.to(DEVICE, dtype)) for w in start]
+
+
+def edited_c_source(folder: Path, old: str, new: str) -> Path:
+    """A copy of the C reference with one thing changed, for negative controls."""
+    source = capi.sources()[0].read_text()
+    assert source.count(old) == 1, f"{old!r} is not in the C source once"
+    path = folder / "lamb16.c"
+    path.write_text(source.replace(old, new))
+    return path
 
 
 def model(seed: int = 0) -> nn.Module:

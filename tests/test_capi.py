@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import edited_c_source
 from lamb16 import capi, reference
 from lamb16.capi import sweep
 from lamb16.reference import Hyper
@@ -33,22 +34,17 @@ def library() -> capi.Library:
     return capi.load()
 
 
-def edited(folder: Path, old: str, new: str) -> Path:
-    """A copy of the source with one thing changed."""
-    source = capi.sources()[0].read_text()
-    assert source.count(old) == 1, f"{old!r} is not in the source once"
-    path = folder / "lamb16.c"
-    path.write_text(source.replace(old, new))
-    return path
-
-
 # -- building ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimization", ["-O2", "-O0", "-O3"])
 @pytest.mark.parametrize("compiler", capi.COMPILERS)
-def test_it_builds_without_a_warning_and_gives_the_references_bits(compiler: str, tmp_path: Path) -> None:
+def test_it_builds_without_a_warning_and_gives_the_references_bits(
+    compiler: str, optimization: str, tmp_path: Path
+) -> None:
     assert {"-Wall", "-Wextra", "-Werror", "-pedantic", "-O2", "-std=c11"} <= set(capi.FLAGS)
-    library = capi.Library(capi.build(need(compiler), (*capi.FLAGS, "-Wconversion", "-Wshadow"), tmp_path))
+    flags = (*capi.FLAGS, "-Wconversion", "-Wshadow", optimization)
+    library = capi.Library(capi.build(need(compiler), flags, tmp_path))
     p, grad = torch.randn(2, 1023, generator=torch.Generator().manual_seed(0))
     mine = theirs = p, reference.init(p, 7), None
     for _ in range(3):
@@ -64,9 +60,9 @@ def test_a_warning_fails_the_build(old: str, tmp_path: Path) -> None:
     """Negative control: an unused variable, and a constant that is missing."""
     compiler = capi.find_compiler() if shutil.which("gcc") else need("clang")
     if old.startswith("int"):
-        file = edited(tmp_path, "    double rho = c1 / sqrt(c2);", f"    double rho = c1 / sqrt(c2); {old}")
+        file = edited_c_source(tmp_path, "    double rho = c1 / sqrt(c2);", f"    double rho = c1 / sqrt(c2); {old}")
     else:
-        file = edited(tmp_path, old, "")
+        file = edited_c_source(tmp_path, old, "")
     with pytest.raises(capi.BuildError, match=r"failed with status 1:\n(.|\n)*(sign_is_unused|SMALLEST_EPS)"):
         capi.build(compiler, folder=tmp_path, files=[file])
 
@@ -285,7 +281,7 @@ def test_the_sweep_tells_a_changed_c_source(change: str, tmp_path: Path, library
 
     if change == next(iter(CHANGES)):
         assert differing(library) == 0
-    changed = capi.Library(capi.build(folder=tmp_path, files=[edited(tmp_path, *CHANGES[change])]))
+    changed = capi.Library(capi.build(folder=tmp_path, files=[edited_c_source(tmp_path, *CHANGES[change])]))
     assert differing(changed) > 0
 
 
@@ -294,7 +290,7 @@ def test_the_sweeps_exit_status(
 ) -> None:
     boundaries = [(0, sweep.boundary_patterns())]
     monkeypatch.setattr(sweep, "sample_patterns", lambda: iter(boundaries))
-    changed = capi.Library(capi.build(folder=tmp_path, files=[edited(tmp_path, *CHANGES["golden"])]))
+    changed = capi.Library(capi.build(folder=tmp_path, files=[edited_c_source(tmp_path, *CHANGES["golden"])]))
     monkeypatch.setattr(sweep, "load", lambda: changed)
     assert sweep.main([]) == 1
     assert "| hash | - | eager |" in capsys.readouterr().out

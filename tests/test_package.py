@@ -68,7 +68,7 @@ def test_a_wheel_is_built_with_all_modules(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob(f"lamb16-{lamb16.__version__}-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {f"lamb16/{path.relative_to(ROOT / 'src/lamb16')}" for path in (ROOT / "src/lamb16").rglob("*.py")}
-    assert sources | {"lamb16/py.typed"} <= names
+    assert sources | {"lamb16/py.typed", "lamb16/capi/lamb16.h", "lamb16/capi/lamb16.c"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "test" in name]
     target = tmp_path / "installed"

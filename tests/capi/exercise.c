@@ -1,7 +1,7 @@
 /* Goes through every function of lamb16.h with every error code; run with sanitizers by tests/test_capi.py.
  *
  * Arrays come from malloc with their exact size, so that AddressSanitizer sees a step outside. What the numbers have to be
- * is not asked here but in property_tests/test_capi.py. Ends with status 0, or 1 with the first line that failed.
+ * is not asked here but in property_tests/test_c_reference.py. Ends with status 0, or 1 with the first line that failed.
  */
 #include "lamb16.h"
 

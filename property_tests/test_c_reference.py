@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compare import run_beside_reference, same_bits
+from helpers import edited_c_source
 from lamb16 import capi, reference
 from lamb16.reference import Hyper, State, Stats
 from strategies import Case, cases
@@ -148,20 +149,14 @@ def test_the_witnesses_pass() -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_c_source_fails(change: str, tmp_path: Path) -> None:
-    source = capi.sources()[0].read_text()
-    old, new = CHANGES[change]
-    assert source.count(old) == 1, f"{old!r} is not in the source once"
-    file = tmp_path / "lamb16.c"
-    file.write_text(source.replace(old, new))
-    library = capi.Library(capi.build(folder=tmp_path, files=[file]))
+    library = capi.Library(capi.build(folder=tmp_path, files=[edited_c_source(tmp_path, *CHANGES[change])]))
     with pytest.raises(AssertionError, match=r"differs?\b"):
         run_witnesses(library)
 
 
 def test_a_changed_c_source_fails_the_step_too(compile: bool, tmp_path: Path) -> None:
     """The comparison with the eager and the compiled step."""
-    file = tmp_path / "lamb16.c"
-    file.write_text(capi.sources()[0].read_text().replace(*CHANGES["weight decay"]))
+    file = edited_c_source(tmp_path, *CHANGES["weight decay"])
     library = capi.Library(capi.build(folder=tmp_path, files=[file]))
     run_beside_reference(CONTROL, compile, capi.load().step)
     with pytest.raises(AssertionError, match="weights differ"):
