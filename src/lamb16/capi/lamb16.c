@@ -18,7 +18,7 @@
 #if FLT_EVAL_METHOD != 0
 #error "lamb16.c needs float arithmetic in float precision: on 32-bit x86 compile it with -msse2 -mfpmath=sse"
 #endif
-_Static_assert(sizeof(float) == 4 && FLT_RADIX == 2 && FLT_MANT_DIG == 24 && FLT_MAX_EXP == 128, "float is IEEE binary32");
+_Static_assert(sizeof(float) == 4 && FLT_MANT_DIG == 24 && FLT_MAX_EXP == 128, "float is IEEE binary32");
 _Static_assert(sizeof(double) == 8 && DBL_MANT_DIG == 53 && DBL_MAX_EXP == 1024, "double is IEEE binary64");
 
 static const uint32_t GOLDEN = 0x9E3779B9u; /* 2^32 / golden ratio: the step of the rounding words from step to step */
@@ -38,7 +38,7 @@ typedef struct {
 static const format E4M3 = {3, -6, 20, 0x7E, 448.0f, 0x1p-117f};
 static const format E5M2 = {2, -14, 21, 0x7B, 57344.0f, 0x1p-110f};
 
-/* ---- rounding words ------------------------------------------------------------------------------------------------ */
+/* ---- rounding words ---------------------------------------------------------------------------------------------- */
 
 uint32_t lamb16_hash(uint32_t x)
 {
@@ -63,7 +63,7 @@ lamb16_status lamb16_words(uint64_t first, uint32_t salt, int32_t t, uint32_t *w
     return LAMB16_OK;
 }
 
-/* ---- fp8 ----------------------------------------------------------------------------------------------------------- */
+/* ---- fp8 --------------------------------------------------------------------------------------------------------- */
 
 /* 2^exponent for exponents of normal floats; ldexp would do, a hundred times as slowly. */
 static float power_of_two(int exponent)
@@ -185,7 +185,7 @@ float lamb16_scale_e4m3(float largest) { return scale(largest, &E4M3); }
 
 float lamb16_scale_e5m2(float largest) { return scale(largest, &E5M2); }
 
-/* ---- checks -------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 const char *lamb16_status_string(lamb16_status status)
 {
@@ -266,7 +266,7 @@ static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
     return a_size > 0 && b_size > 0 && (x <= y ? y - x < a_size : x - y < b_size);
 }
 
-/* Whether what is written of `a` shares memory with what is read or written of `b`; of itself where they are the same. */
+/* Whether what is written of `a` shares memory with what is used of `b`; with its own other arrays where a is b. */
 static int disturbs(const lamb16_tensor *a, const lamb16_tensor *b)
 {
     const void *written[] = {a->param, a->exp_avg, a->exp_avg_sq};
@@ -339,7 +339,7 @@ static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, cons
     return status;
 }
 
-/* ---- the step ------------------------------------------------------------------------------------------------------ */
+/* ---- the step ---------------------------------------------------------------------------------------------------- */
 
 lamb16_status lamb16_init(lamb16_tensor *tensor)
 {

@@ -1,17 +1,17 @@
 /* lamb16 in C: LAMB with 16 bits of optimizer state a parameter. The reference that other implementations are held to.
  *
- * Portable C11 that needs only the standard library (link with -lm), usable from C++. It is written to be read and to be
- * right, not to be fast: one element after the other, in two passes, without allocating memory. It shares no code with
- * PyTorch, and gives the bits of the package's Python reference: weights, codes, scales and step counts.
+ * Portable C11 that needs only the standard library (link with -lm), usable from C++. It is written to be read and to
+ * be right, not to be fast: one element after the other, in two passes, without allocating memory. It shares no code
+ * with PyTorch, and gives the bits of the package's Python reference: weights, codes, scales and step counts.
  *
  *     cc -std=c11 -O2 -ffp-contract=off -c lamb16.c
  *
  * The bits need IEEE 754 arithmetic, one rounding an operation: no contraction of a multiply and an add (hence
- * -ffp-contract=off), no -ffast-math (refused), no x87 (refused), the default rounding mode, subnormals not flushed to zero.
- * pow is the C library's; glibc's is the one that the bits were compared with.
+ * -ffp-contract=off), no -ffast-math (refused), no x87 (refused), the default rounding mode, subnormals not flushed to
+ * zero. pow is the C library's; glibc's is the one that the bits were compared with.
  *
- * All functions are reentrant: they touch nothing but their arguments. Functions that can fail return a lamb16_status, and
- * have then changed nothing.
+ * All functions are reentrant: they touch nothing but their arguments. Functions that can fail return a
+ * lamb16_status, and have then changed nothing.
  */
 #ifndef LAMB16_H
 #define LAMB16_H
@@ -40,8 +40,8 @@ typedef struct {
     int32_t maximize;        /* 1: ascend instead of descend; 0: descend */
 } lamb16_hyper;
 
-/* One tensor with its gradient and its state. The memory is the caller's; shapes do not matter, elements are numbered in
- * their order in memory. The arrays may be NULL where numel is 0. */
+/* One tensor with its gradient and its state. The memory is the caller's; shapes do not matter, elements are numbered
+ * in their order in memory. The arrays may be NULL where numel is 0. */
 typedef struct {
     size_t numel;          /* elements of each of the four arrays */
     float *param;          /* weights; updated in place */
@@ -93,7 +93,7 @@ const char *lamb16_status_string(lamb16_status status);
  * trust_lr 1e-3, trust_clip 2, bias_correction 1, maximize 0. NULL is ignored. */
 void lamb16_default_hyper(lamb16_hyper *hyper);
 
-/* ---- rounding words ------------------------------------------------------------------------------------------------ */
+/* ---- rounding words ---------------------------------------------------------------------------------------------- */
 
 /* The 32-bit mixer: two multiply-xorshift rounds. */
 uint32_t lamb16_hash(uint32_t x);
@@ -102,16 +102,17 @@ uint32_t lamb16_hash(uint32_t x);
  * hash(index + salt) + t * 0x9E3779B9, modulo 2^32. */
 uint32_t lamb16_word(uint64_t index, uint32_t salt, int32_t t);
 
-/* The words of elements first .. first + count - 1 into words[count]. LAMB16_NULL_POINTER where count > 0 and words is NULL. */
+/* The words of elements first .. first + count - 1 into words[count]. LAMB16_NULL_POINTER where count > 0 and words is
+ * NULL. */
 lamb16_status lamb16_words(uint64_t first, uint32_t salt, int32_t t, uint32_t *words, size_t count);
 
-/* ---- fp8 ----------------------------------------------------------------------------------------------------------- */
+/* ---- fp8 --------------------------------------------------------------------------------------------------------- */
 
-/* Round x to one of its two neighbours on the grid of e4m3fn (largest 448) or e5m2 (largest 57344). The top 20 (e5m2: 21)
- * bits of the word decide: the magnitude is rounded up where its distance from the lower neighbour, in units of the gap and
- * rounded to 20 (21) bits, plus the word's bits reaches 1. So word 0 truncates towards zero and LAMB16_NEAREST rounds to
- * nearest, ties away from zero. The sign is kept, also of zeros. Magnitudes above the largest value, infinite ones too, give
- * the code of the largest value; NaN gives the code 0x7f, with its sign. */
+/* Round x to one of its two neighbours on the grid of e4m3fn (largest 448) or e5m2 (largest 57344). The top 20 (e5m2:
+ * 21) bits of the word decide: the magnitude is rounded up where its distance from the lower neighbour, in units of
+ * the gap and rounded to 20 (21) bits, plus the word's bits reaches 1. So word 0 truncates towards zero and
+ * LAMB16_NEAREST rounds to nearest, ties away from zero. The sign is kept, also of zeros. Magnitudes above the
+ * largest value, infinite ones too, give the code of the largest value; NaN gives the code 0x7f, with its sign. */
 uint8_t lamb16_encode_e4m3(float x, uint32_t word);
 uint8_t lamb16_encode_e5m2(float x, uint32_t word);
 
@@ -121,41 +122,44 @@ float lamb16_decode_e4m3(uint8_t code);
 float lamb16_decode_e5m2(uint8_t code);
 
 /* The same for arrays of `count` elements: x and words (encode) or codes (decode) are read, the other array is written.
- * LAMB16_NULL_POINTER where count > 0 and an array is NULL. */
+ * The arrays must not overlap. LAMB16_NULL_POINTER where count > 0 and an array is NULL. */
 lamb16_status lamb16_encode_e4m3_array(const float *x, const uint32_t *words, uint8_t *codes, size_t count);
 lamb16_status lamb16_encode_e5m2_array(const float *x, const uint32_t *words, uint8_t *codes, size_t count);
 lamb16_status lamb16_decode_e4m3_array(const uint8_t *codes, float *x, size_t count);
 lamb16_status lamb16_decode_e5m2_array(const uint8_t *codes, float *x, size_t count);
 
-/* The scale of a moment whose largest magnitude is `largest`: the smallest power of two s with largest / s not above 448
- * (57344), but at least 2^-117 (2^-110). NaN where largest is negative, infinite or NaN. */
+/* The scale of a moment whose largest magnitude is `largest`: the smallest power of two s with largest / s not above
+ * 448 (57344), but at least 2^-117 (2^-110). NaN where largest is negative, infinite or NaN. */
 float lamb16_scale_e4m3(float largest);
 float lamb16_scale_e5m2(float largest);
 
-/* ---- the step ------------------------------------------------------------------------------------------------------ */
+/* ---- the step ---------------------------------------------------------------------------------------------------- */
 
-/* The state before the first step: codes 0, the smallest scales, step 0. Reads numel, exp_avg and exp_avg_sq; param, grad
- * and salt are neither read nor changed, and may be set later. LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL or LAMB16_OVERLAP. */
+/* The state before the first step: codes 0, the smallest scales, step 0. Reads numel, exp_avg and exp_avg_sq; param,
+ * grad and salt are neither read nor changed, and may be set later. LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL or
+ * LAMB16_OVERLAP. */
 lamb16_status lamb16_init(lamb16_tensor *tensor);
 
 /* What lamb16_step would return for this tensor and these hyperparameters; changes nothing. Reads the codes, not the
  * weights and gradients. */
 lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hyper);
 
-/* One step for one tensor: updates param, exp_avg, exp_avg_sq, their norms and step in place. `stats` gets the norms unless
- * it is NULL.
+/* One step for one tensor: updates param, exp_avg, exp_avg_sq, their norms and step in place. `stats` gets the norms
+ * unless it is NULL.
  *
- * A tensor whose gradient holds an inf or a NaN, or whose second moment would reach 2^127 (or its first infinity), is left
- * exactly as it is, its step count too; that is no error: the status is LAMB16_OK and stats->skipped is 1. A step that leaves
- * all moments 0 is not counted. Weights are not checked: where they are NaN or infinite, so are the results.
+ * A tensor whose gradient holds an inf or a NaN, or whose second moment would reach 2^127, or whose first moment would
+ * be infinite, is left exactly as it is, its step count too; that is no error: the status is LAMB16_OK and
+ * stats->skipped is 1. A step that leaves all moments 0 is not counted. Weights are not checked: one that is NaN makes
+ * all weights of the tensor NaN, as in the Python reference.
  *
- * Any status but LAMB16_OK has changed nothing. Checked are, in this order: pointers, hyperparameters in the order of their
- * fields, then the tensor's pointers, numel, alignment, overlap, norms, step and codes. */
+ * Any status but LAMB16_OK has changed nothing. Checked are, in this order: pointers, hyperparameters in the order of
+ * their fields, then the tensor's pointers, numel, alignment, overlap, norms, step and codes. */
 lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, lamb16_stats *stats);
 
-/* One step for each of tensors[count], all with the same hyperparameters; stats[count] or NULL. As lamb16_step, and all
- * tensors are checked before the first is changed. Gradients may be shared, arrays that are written may not: every pair of
- * tensors is compared, so the time for that grows with count^2. lamb16_check finds the tensor that is at fault. */
+/* One step for each of tensors[count], all with the same hyperparameters; stats[count] or NULL. As lamb16_step, and
+ * all tensors are checked before the first is changed. Gradients may be shared, arrays that are written may not:
+ * every pair of tensors is compared, so the time for that grows with count^2. lamb16_check finds the tensor that is
+ * at fault. */
 lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, lamb16_stats *stats);
 
 #ifdef __cplusplus
