@@ -71,7 +71,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
             with _alone_is_fine():
                 dcp_load(state, checkpoint_id=path)
         except CheckpointException as error:
-            raise ValueError(f"lamb16.checkpoint.load: {path}: {_first_cause(error)}") from error
+            raise ValueError(
+                f"lamb16.checkpoint.load: {path} is damaged, or not of this model and optimizer; load another one "
+                f"({_first_cause(error)})"
+            ) from error
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     set_model_state_dict(model, state["model"])
     for name, other in others.items():
