@@ -2,7 +2,7 @@
 
 The two-layer CNN on MNIST, batch 1024 / lr 0.02 / 10 epochs and batch 128 / lr 0.01 / 5 epochs, weight decay 0.01, with
 a constant and with a linearly falling learning rate. Every optimizer gets the same hyperparameters, as in the
-demonstration; other libraries' optimizers run with batch 128 only.
+demonstration.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from lamb16.cli.study.sizes import Sizes
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-PEERS = ("adamw8bit", "adamw4bit", "adamw8bit-bnb")
-OWN = ("lamb16", "lamb", "adam", "published")
-OPTIMIZERS = OWN + PEERS
+OPTIMIZERS = ("lamb16", "lamb", "adam", "published", "adamw8bit", "adamw4bit", "adamw8bit-bnb")
 SCHEDULES = ("constant", "linear")
 
 Pair = tuple[MnistRun, Result]
@@ -32,8 +30,7 @@ Pair = tuple[MnistRun, Result]
 
 def jobs(sizes: Sizes) -> list[MnistRun]:
     """All runs of the optimizers that work here; seeds outermost, so that an interrupted study has whole seeds."""
-    settings = [(name, setting) for setting in sizes.published for name in OWN]
-    settings += [(name, setting) for setting in sizes.peers for name in PEERS]
+    settings = [(name, setting) for setting in sizes.published for name in OPTIMIZERS]
     return [
         MnistRun(name, sizes.dataset, batch, lr, epochs, schedule, seed, quick=sizes.quick)
         for seed in sizes.published_seeds

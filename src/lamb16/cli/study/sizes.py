@@ -33,7 +33,6 @@ class Sizes:
     dataset: str
     published: tuple[tuple[int, float, int], ...]  # batch size, learning rate, epochs
     published_seeds: tuple[int, ...]
-    peers: tuple[tuple[int, float, int], ...]  # the same for other libraries' optimizers
     timed_rounds: int
     quick: bool
 
@@ -52,7 +51,6 @@ FULL = Sizes(
     dataset="mnist",
     published=((1024, 0.02, 10), (128, 0.01, 5)),
     published_seeds=(1, 2, 3, 4, 5),
-    peers=((128, 0.01, 5),),
     timed_rounds=30,
     quick=False,
 )
@@ -70,7 +68,6 @@ QUICK = Sizes(
     dataset="digits",
     published=((128, 0.01, 2),),
     published_seeds=(1, 2),
-    peers=((128, 0.01, 2),),
     timed_rounds=3,
     quick=True,
 )
