@@ -34,7 +34,7 @@ def test_a_mesh_gives_the_bits_of_one_process(
         assert had["bytes"] == 2 * had["elements"]
         split = sum(dim is not None and size > 1 for size, dim in zip(sizes, dims, strict=True))
         assert had["collectives"] == 2 * split
-        assert had["sent"] <= REDUCED_BYTES * len(sharded.SHAPES) * split
+        assert had["sent"] <= REDUCED_BYTES * (len(sharded.SHAPES) + 1) * split
         assert had["skipped"] == 1
 
 
@@ -48,11 +48,12 @@ def test_training_on_ranks_gives_the_bits_of_one_process(ranks: Ranks, how: str,
         assert_same(tensors, expected)
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("how", ["FSDP2 on 3", "TP", "TP and FSDP2"])
-def test_equal_gradients_give_equal_bits(ranks: Ranks, how: str) -> None:
+def test_equal_gradients_give_equal_bits(ranks: Ranks, how: str, compile: bool) -> None:
     """Where the ranks' gradients do not sum to the same bits."""
     (expected,) = ranks.run(1, parallel.train, "one process", "given", False, STEPS)
-    for tensors in ranks.run(math.prod(parallel.MESHES[how]), parallel.train, how, "given", False, STEPS):
+    for tensors in ranks.run(math.prod(parallel.MESHES[how]), parallel.train, how, "given", compile, STEPS):
         assert_same(tensors, expected)
 
 
@@ -113,10 +114,16 @@ def test_partial_gradients_are_summed(ranks: Ranks) -> None:
         assert torch.equal(partial, whole)
 
 
-def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks) -> None:
-    first, second = ranks.run(2, refused.one_rank_has_a_damaged_state)
-    assert "another rank found its part of the state at fault" in first
-    assert "exp_avg of parameter 2 holds NaN codes" in second
+@pytest.mark.parametrize("placement", ["rows over 2", "replicated over 2", "HSDP"])
+def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks, placement: str) -> None:
+    found = ranks.run(math.prod(sharded.PLACEMENTS[placement][0]), refused.one_rank_has_a_damaged_state, placement)
+    assert "exp_avg of parameter 2 holds NaN codes" in found.pop(1)
+    assert all("another rank found its part of the state at fault" in text for text in found)
+
+
+def test_ranks_that_step_other_parameters_are_told(ranks: Ranks) -> None:
+    for text in ranks.run(2, refused.other_gradients_on_other_ranks):
+        assert text.startswith("RuntimeError: Lamb16: the ranks that share parameters do not step the same ones")
 
 
 def test_whole_states_load_into_shards(ranks: Ranks) -> None:

@@ -25,7 +25,7 @@ from .checks import (
 )
 from .compiled import Kind
 from .plan import Plan, Store, compile_graphs, init_state
-from .sharding import Reduction, agree, check_layout, is_sharded, like, like_param, local, local_gradient
+from .sharding import Reduction, agree, check_layout, is_sharded, like, like_param, local, local_gradient, sharded_types
 from .update import TRUST_RATIO, UPDATE_NORM, WEIGHT_NORM
 
 CODES = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
@@ -191,15 +191,19 @@ class Lamb16(Optimizer):
                 loss = closure()
         plans, reductions, grads = self._current_plans()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for plan in plans:
-            device = plan.kind.device
-            if device not in self._skipped:
-                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-            plan.measure([grads[p] for p in plan.params], grad_scale)
-        for reduction in reductions:
-            reduction.run()
-        for plan in plans:
-            plan.apply(self._skipped[plan.kind.device], found_inf)
+        try:
+            for plan in plans:
+                device = plan.kind.device
+                if device not in self._skipped:
+                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+                plan.measure([grads[p] for p in plan.params], grad_scale)
+            for reduction in reductions:
+                reduction.run()
+            for plan in plans:
+                plan.apply(self._skipped[plan.kind.device], found_inf)
+        finally:
+            for plan in plans:
+                plan.let_go()
         self._last = plans
         return loss
 
@@ -207,6 +211,7 @@ class Lamb16(Optimizer):
         """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts."""
         grads: dict[Tensor, Tensor] = {}
         key: list[Any] = []
+        sharded = sharded_types()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"])
             for i, p in enumerate(group["params"]):
@@ -214,8 +219,10 @@ class Lamb16(Optimizer):
                     grad = p.grad
                     if grad.layout != torch.strided or grad.dtype != p.dtype:
                         check_gradient(grad, self._name(group, i))
-                    plain = not is_sharded(p) and not is_sharded(grad)
-                    grads[p] = grad.detach() if plain else local_gradient(p, grad, self._name(group, i))
+                    if isinstance(p, sharded) or isinstance(grad, sharded):
+                        grads[p] = local_gradient(p, grad, self._name(group, i))
+                    else:
+                        grads[p] = grad.detach()
                     key += (id(p), grad.dtype)
         frozen = tuple(key)
         cached = self._plans.get(frozen)
@@ -359,12 +366,12 @@ class Lamb16(Optimizer):
             ValueError: groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is changed then.
         """
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
         error: Exception | None = None
         try:
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                replaced = hook(self, state_dict)
+                if replaced is not None:
+                    state_dict = replaced
             groups = self._checked_groups(state_dict)
             known = self._checked_owners(state_dict, groups)
         except Exception as found:

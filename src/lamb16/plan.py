@@ -20,8 +20,10 @@ from .checks import check_hyperparameters
 from .compiled import Kind, Step, step_functions
 from .fp8 import E4M3, E5M2
 from .packing import ForeachPacking, TablePacking, Tail
-from .sharding import MAX_JUMPS, layout, like, local
+from .sharding import MAX_JUMPS, is_sharded, layout, like, local
 from .update import FACTORS, GRAD_FACTOR, HYPER, LR, PIECE, ROW, SALT, Part, Results
+
+FRACTION = 2.0**46  # the unit of the second word of a rank's sums; 2^16 ranks can add theirs up
 
 
 class Store:
@@ -173,6 +175,7 @@ class Plan:
         self.kind, self.params, self.states, self.store, self.groups = kind, params, states, store, groups
         self.compile = compile
         self.functions: Step = step_functions(kind, compile)
+        self.distributed = any(is_sharded(p) for p in params)
         self.weights = [local(p) for p in params]
         self.layouts = [layout(p) for p in params]
         self.sharded = any(layout.groups for layout in self.layouts)
@@ -299,6 +302,11 @@ class Plan:
 
         self.bases = table([[layout.base % 2**32] for layout in self.layouts], torch.int32)[:, 0]
         self.spread = any(layout.jumps for layout in self.layouts)
+        if self.spread and any(w.numel() >= 1 << 31 for w in self.weights):
+            raise ValueError(
+                "Lamb16: a rank's part of a parameter split along an inner dimension has 2^31 elements or more; "
+                "split it over more ranks, or along its first dimension"
+            )
         self.inverses = table([[1 / run for run, _ in layout.jumps] for layout in self.layouts], torch.float64)
         self.jumps = table([[jump % 2**32 for _, jump in layout.jumps] for layout in self.layouts], torch.int32)
         owners = [i for i, _ in self.large] + [count - 1] * len(self.spare)
@@ -309,7 +317,7 @@ class Plan:
 
     def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
-        weights = [local(p) for p in self.params]
+        weights = [local(p) if self.distributed else p.detach() for p in self.params]
         if [_memory(w) for w in weights] != self.memory:
             return False
         for p, state, (m, v) in zip(self.params, self.states, self.moments, strict=True):
@@ -342,15 +350,18 @@ class Plan:
             f.collect(self.partial, self.chunk_start, self.chunk_length, self.lanes, self.chunk_peaks, self.chunk_sums)
 
     def give(self, maxima: Tensor, totals: Tensor) -> None:
-        """Write what this rank measured, for :class:`~lamb16.sharding.Reduction`: int32 and int64 [tensors, 2]."""
+        """Write what this rank measured: int32 [tensors, 2] and int64 [tensors, 2, 2], two words a sum."""
         pieces = self.pieces[: len(self.params)]
         maxima.copy_(self.peaks[pieces].amax(1))
-        totals.copy_((self.sums[pieces].sum(1) * self.units).round())
+        sums = self.sums[pieces].sum(1) * self.units
+        totals[..., 0] = sums.floor()
+        totals[..., 1] = ((sums - sums.floor()) * FRACTION).round()
 
     def take(self, maxima: Tensor, totals: Tensor) -> None:
         """Take the same of all ranks."""
         self.whole_peaks[1 : len(maxima) + 1] = maxima
-        self.whole_sums[1 : len(totals) + 1] = totals / self.units
+        words = totals.double()
+        self.whole_sums[1 : len(totals) + 1] = (words[..., 0] + words[..., 1] / FRACTION) / self.units
 
     def apply(self, skipped: Tensor, found_inf: Tensor | None) -> None:
         """Scales and second pass: state and weights are changed."""
@@ -369,8 +380,11 @@ class Plan:
             self.packing.unpack()
         for p, w in self.copies:
             p.copy_(w)
-        self.parts, self.copies = [], []  # gradients are not kept
         self.store.writer, self.store.version = self, self.store.stamp()
+
+    def let_go(self) -> None:
+        """Forget the gradients, and copies of weights."""
+        self.parts, self.copies = [], []
 
     def _apply_large(self, k: slice) -> None:
         if self.sharded and self.spread:

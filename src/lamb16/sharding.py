@@ -7,6 +7,7 @@ and two sums (:class:`Reduction`), so that norms and scales are the whole tensor
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .plan import Plan
 
-REDUCED_BYTES = 24  # a tensor and split mesh axis: two maxima of 4 and two sums of 8
+REDUCED_BYTES = 40  # a tensor and split mesh axis: two maxima of 4 and two sums of two words of 8
 MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor. Does not import torch.distributed.tensor: where nobody did, nothing is one."""
+def sharded_types() -> tuple[type, ...]:
+    """DTensor. Does not import torch.distributed.tensor: where nobody did, nothing is one."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return () if module is None else (module.DTensor,)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor."""
+    return isinstance(tensor, sharded_types())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -123,10 +129,15 @@ def check_layout(param: Tensor, name: str) -> None:
         raise ValueError(
             f"Lamb16: parameter {name} has partial placements {placements}; redistribute it to Shard or Replicate"
         )
+    unknown = [p for p in placements if not (p.is_shard() or p.is_replicate() or _is_strided(p))]
+    if unknown:
+        raise ValueError(
+            f"Lamb16: parameter {name} has the placement {unknown[0]}; redistribute it to Shard or Replicate"
+        )
     split: dict[int, list[int]] = {}
     for axis, dim in _splits(param):
         split.setdefault(dim, []).append(param.device_mesh.size(axis))  # type: ignore[attr-defined]
-    strided = {p.dim for p in placements if _is_strided(p)}
+    strided = {dim for axis, dim in _splits(param) if _is_strided(placements[axis])}
     for dim, sizes in split.items():
         if dim in strided and param.shape[dim] % math.prod(sizes):
             raise ValueError(
@@ -151,7 +162,7 @@ def _splits(param: Tensor) -> Iterator[tuple[int, int]]:
 
 def _is_strided(placement: Any) -> bool:
     """Whether this is what FSDP2 makes of a dimension that tensor parallelism has split: no subclass of Shard."""
-    return not (placement.is_shard() or placement.is_replicate() or placement.is_partial())
+    return type(placement).__name__ == "_StridedShard"
 
 
 def _local_shape(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
@@ -171,16 +182,18 @@ class Reduction:
     """What the ranks tell each other in a step: for every group of ranks one MAX and one SUM, of all its tensors.
 
     The maxima are the bits of non-negative floats, int32, which order like the floats and put inf and NaN on top. The
-    sums are fixed-point int64, scaled by a power of two for each tensor so that they cannot overflow: their result
-    does not depend on the order in which a backend adds, so replicas that reduce in other groups stay equal. 24 bytes a
-    tensor.
+    sums are fixed-point numbers of two int64, scaled by a power of two for each tensor so that they cannot overflow:
+    their result does not depend on the order in which a backend adds, so replicas that reduce in other groups stay
+    equal. Below the tensors' maxima goes a signature of which tensors these are.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         device = plans[0].kind.device
         count = sum(len(plan.params) for plan in plans)
-        self.maxima = torch.zeros(count, 2, dtype=torch.int32, device=device)
-        self.totals = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        self.maxima = torch.zeros(count + 1, 2, dtype=torch.int32, device=device)
+        self.totals = torch.zeros(count + 1, 2, 2, dtype=torch.int64, device=device)
+        self.signature = torch.tensor(_signature(plans), dtype=torch.int32, device=device)
+        self.agreed = False
         rows: dict[tuple[int, ...], list[int]] = {}
         groups: dict[tuple[int, ...], Any] = {}
         layouts = [layout for plan in plans for layout in plan.layouts]
@@ -190,10 +203,11 @@ class Reduction:
                 groups.setdefault(ranks, group)
                 rows.setdefault(ranks, []).append(row)
         self.groups = [
-            (group, None if len(rows[ranks]) == count else torch.tensor(rows[ranks], device=device))
+            (group, None if len(rows[ranks]) == count else torch.tensor([*rows[ranks], count], device=device))
             for ranks, group in groups.items()
         ]
-        shares = [torch.split(x, [len(plan.params) for plan in plans]) for x in (self.maxima, self.totals)]
+        sizes = [len(plan.params) for plan in plans]
+        shares = [torch.split(x[:-1], sizes) for x in (self.maxima, self.totals)]
         self.shares = list(zip(plans, *shares, strict=True))
 
     @classmethod
@@ -206,14 +220,33 @@ class Reduction:
         return [cls(members) for members in split.values()]
 
     def run(self) -> None:
-        """Reduce what the plans have measured, and hand it back to them."""
+        """Reduce what the plans have measured, and hand it back to them.
+
+        Raises:
+            RuntimeError: the first time, if the ranks do not step the same tensors.
+        """
         for plan, maxima, totals in self.shares:
             plan.give(maxima, totals)
+        self.maxima[-1] = self.signature
         for group, rows in self.groups:
             _all_reduce(self.maxima, rows, torch.distributed.ReduceOp.MAX, group)
             _all_reduce(self.totals, rows, torch.distributed.ReduceOp.SUM, group)
+        if not self.agreed:  # once: reading it waits for the device
+            if not torch.equal(self.maxima[-1], self.signature):
+                raise RuntimeError(
+                    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of "
+                    "them, or groups and names differ. Give every rank a gradient (of zeros). Nothing was changed."
+                )
+            self.agreed = True
         for plan, maxima, totals in self.shares:
             plan.take(maxima, totals)
+
+
+def _signature(plans: Sequence[Plan]) -> tuple[int, int]:
+    """31 bits of which tensors are stepped, by salts and shapes, and the complement: the MAX of both shows another."""
+    what = [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
+    number = int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
+    return number, 0x7FFFFFFF - number
 
 
 def _all_reduce(table: Tensor, rows: Tensor | None, op: Any, group: Any) -> None:
@@ -227,15 +260,15 @@ def _all_reduce(table: Tensor, rows: Tensor | None, op: Any, group: Any) -> None
 
 
 def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
-    """Raise on every rank that shares parameters with this one if one of them has found an error.
+    """Raise on every rank that shares parameters with this one, or has replicas, if one of them has found an error.
 
-    A collective where a parameter is split; else it raises this rank's error, if there is one.
+    A collective for DTensor parameters; else it raises this rank's error, if there is one.
     """
     groups = {
         tuple(torch.distributed.get_process_group_ranks(group)): (group, p.device)
         for p in params
         if is_sharded(p)
-        for group in layout(p).groups
+        for group in p.device_mesh.get_all_groups()  # type: ignore[attr-defined]
     }
     failed = torch.tensor(int(error is not None))
     for group, device in groups.values():
