@@ -1,16 +1,16 @@
 """The step over a fixed list of tensors as an AOTInductor package, for programs without Python.
 
-:class:`ExportedStep` composes the functions of ``update.py`` in one graph. A block is a large tensor, or the small tensors
-of one size, copied into a row each. What crosses from one pass to the next is :func:`stored`. docs/c-api.md describes
-inputs and manifest.
+:class:`ExportedStep` composes the functions of ``update.py`` in one graph. A block is a large tensor, or the small
+tensors of one size, copied into a row each. What crosses from one pass to the next is :func:`stored`. docs/c-api.md
+describes inputs and manifest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,38 +20,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lamb16 import __version__, compiled, update
+from lamb16 import compiled, update
+from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, describe, inputs, write
 from lamb16.fp8 import E4M3, E5M2
 from lamb16.reference import Hyper
 from lamb16.update import FACTORS, HYPER, KEEP, OFFSET, SALT, Factors, Part
 
-FORMAT = 1  # of the manifest
-PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
 USED = len(Factors._fields)
-PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
-
-Shape = tuple[int, ...]
-
-
-class Input(NamedTuple):
-    """An input of the exported step."""
-
-    name: str
-    dtype: torch.dtype
-    shape: Shape
-
-
-def inputs(shapes: Sequence[Shape]) -> list[Input]:
-    """What a step over these shapes takes, in order: four inputs a tensor, then the tables and the learning rate."""
-    found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in PARTS.items()]
-    count = len(shapes)
-    return [
-        *found,
-        Input("norms", torch.float32, (count, 2)),
-        Input("counters", torch.int32, (count, 2)),
-        Input("lr", torch.float64, (1,)),
-    ]
 
 
 def stored(x: Tensor) -> Tensor:
@@ -199,23 +175,28 @@ def first_inputs(shapes: Sequence[Shape], device: torch.device) -> tuple[list[Te
 def inductor_options(device: torch.device, threads: int) -> dict[str, Any]:
     """What Inductor is told.
 
-    Unlike the optimizer's graphs these have static sizes: a loop over a few numbers need not be a parallel region, which
-    code for any number of threads makes of every loop.
+    Unlike the optimizer's graphs this one has static sizes: a loop over a few numbers need not be a parallel region,
+    which code for any number of threads makes of every loop.
     """
     found = compiled.options(device)
     return found | {"cpp.dynamic_threads": False, "cpp.threads": threads} if device.type == "cpu" else found
 
 
-def export(names: Sequence[str], shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.device,
-           threads: int) -> dict[str, Any]:  # fmt: skip
-    """Compile the step over ``shapes``, write package and manifest into ``folder`` and return the manifest."""
+def export(shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.device, threads: int) -> dict[str, Any]:
+    """Compile the step over ``shapes``, write package and manifest into ``folder`` and return the manifest.
+
+    Nothing is written there before the compiler is through. Raises whatever torch.export and Inductor do.
+    """
     options = inductor_options(device, threads)
-    package = folder / PACKAGE
-    with torch.no_grad(), _kernels_shared():
-        program = torch.export.export(ExportedStep(shapes, hyper), first_inputs(shapes, device))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
-    manifest = describe(names, shapes, hyper, device, options, package)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(prefix="lamb16-export-") as scratch:
+        package = Path(scratch) / PACKAGE
+        with torch.no_grad(), _kernels_shared():
+            program = torch.export.export(ExportedStep(shapes, hyper), first_inputs(shapes, device))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
+        manifest = describe(shapes, hyper, device, options, package)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(package, folder / PACKAGE)
+    write(manifest, folder / MANIFEST)
     return manifest
 
 
@@ -233,39 +214,3 @@ def _kernels_shared() -> Iterator[None]:
         return
     with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", 0):
         yield
-
-
-def digest(package: Path) -> str:
-    """The SHA-256 of a file."""
-    return hashlib.sha256(package.read_bytes()).hexdigest()
-
-
-def hyper_entries(hyper: Hyper) -> dict[str, Any]:
-    """The hyperparameters as the manifest and C name them."""
-    values = asdict(hyper)
-    beta1, beta2 = values.pop("betas")
-    del values["moment_dtype"]  # always float8
-    return {"lr": values.pop("lr"), "beta1": beta1, "beta2": beta2, **values}
-
-
-def describe(names: Sequence[str], shapes: Sequence[Shape], hyper: Hyper, device: torch.device,
-             options: dict[str, Any], package: Path) -> dict[str, Any]:  # fmt: skip
-    """The manifest."""
-    return {
-        "format": FORMAT,
-        "lamb16": __version__,
-        "torch": torch.__version__,
-        "device": device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "package": {"file": PACKAGE, "sha256": digest(package)},
-        "hyperparameters": hyper_entries(hyper),
-        "inductor": options,
-        "tensors": [
-            {"name": name, "shape": list(shape), "numel": math.prod(shape)}
-            for name, shape in zip(names, shapes, strict=True)
-        ],
-        "inputs": [
-            {"name": x.name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)}
-            for x in inputs(shapes)
-        ],
-    }

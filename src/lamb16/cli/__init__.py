@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-COMMANDS = ("train", "compare", "bench", "cuda-report", "scale")
+COMMANDS = ("train", "compare", "bench", "cuda-report", "scale", "export", "check")
 
 
 class CommandError(Exception):

@@ -12,6 +12,21 @@ def mlp() -> list[Shape]:
     return [shape for _ in range(8) for shape in ((1024, 1024), (1024,))]
 
 
+def resnet18() -> list[Shape]:
+    """ResNet-18 on 1,000 classes: 11.7 million parameters in 62 tensors."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    width_in = 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            convs = [(width, width_in, 3, 3), (width, width, 3, 3)]
+            if block == 0 and width != width_in:
+                convs.append((width, width_in, 1, 1))
+            for conv in convs:
+                shapes += [conv, (width,), (width,)]
+            width_in = width
+    return [*shapes, (1000, 512), (1000,)]
+
+
 def resnet50() -> list[Shape]:
     """ResNet-50 on 1,000 classes: 25.6 million parameters in 161 tensors."""
     shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
@@ -39,6 +54,11 @@ def transformer(layers: int, width: int, embeddings: list[Shape]) -> list[Shape]
     return shapes
 
 
+def small_transformer() -> list[Shape]:
+    """Four layers of width 256 with 4,096 words: 4.2 million parameters in 66 tensors."""
+    return transformer(4, 256, [(4096, 256), (128, 256)])
+
+
 def bert_base() -> list[Shape]:
     """BERT-base without its heads: 108.9 million parameters in 197 tensors."""
     return transformer(12, 768, [(30522, 768), (512, 768), (2, 768), (768,), (768,)])
@@ -61,7 +81,9 @@ def tiny_tensors() -> list[Shape]:
 
 SETS: dict[str, Callable[[], list[Shape]]] = {
     "mlp": mlp,
+    "resnet18": resnet18,
     "resnet50": resnet50,
+    "transformer": small_transformer,
     "bert-base": bert_base,
     "bert-large": bert_large,
     "gpt2": gpt2,

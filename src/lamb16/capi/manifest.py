@@ -1,0 +1,179 @@
+"""The manifest beside an exported step: what the package is, and the checks before anything of it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lamb16 import __version__
+from lamb16.checks import check_hyperparameters
+from lamb16.reference import Hyper
+
+FORMAT = 1
+PACKAGE, MANIFEST = "step.pt2", "manifest.json"
+MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
+PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
+CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
+
+Shape = tuple[int, ...]
+
+
+class ManifestError(ValueError):
+    """A folder does not hold what `lamb16 export` wrote, or not for this machine and these versions."""
+
+
+class Input(NamedTuple):
+    """An input of the exported step."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+
+
+def inputs(shapes: Sequence[Shape]) -> list[Input]:
+    """What a step over these shapes takes, in order: four inputs a tensor, then the tables and the learning rate."""
+    found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in PARTS.items()]
+    count = len(shapes)
+    return [
+        *found,
+        Input("norms", torch.float32, (count, 2)),
+        Input("counters", torch.int32, (count, 2)),
+        Input("lr", torch.float64, (1,)),
+    ]
+
+
+def hyper_entries(hyper: Hyper) -> dict[str, Any]:
+    """The hyperparameters under their names in C."""
+    values = asdict(hyper)
+    beta1, beta2 = values.pop("betas")
+    del values["moment_dtype"]  # always float8
+    return {"lr": values.pop("lr"), "beta1": beta1, "beta2": beta2, **values}
+
+
+def describe(
+    shapes: Sequence[Shape], hyper: Hyper, device: torch.device, options: dict[str, Any], package: Path
+) -> dict[str, Any]:
+    """The manifest of a package that lies at ``package``."""
+    return {
+        "format": FORMAT,
+        "lamb16": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "package": {"file": PACKAGE, "sha256": digest(package)},
+        "hyperparameters": hyper_entries(hyper),
+        "inductor": options,
+        "tensors": _tensor_entries(shapes),
+        "inputs": _input_entries(shapes),
+    }
+
+
+def _tensor_entries(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    return [{"name": str(i), "shape": list(x), "numel": math.prod(x)} for i, x in enumerate(shapes)]
+
+
+def _input_entries(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    return [
+        {"name": x.name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)} for x in inputs(shapes)
+    ]
+
+
+def digest(package: Path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(package.read_bytes()).hexdigest()
+
+
+def write(manifest: dict[str, Any], path: Path) -> None:
+    """As JSON, an entry of a list a line."""
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported step whose manifest has been checked."""
+
+    package: Path
+    device: str
+    hyper: Hyper
+    names: list[str]
+    shapes: list[Shape]
+
+    def extract(self, folder: Path) -> Path:
+        """Unpack the step's shared library into ``folder`` and return its path; raises ManifestError."""
+        try:
+            with zipfile.ZipFile(self.package) as archive:
+                found = [name for name in archive.namelist() if name.endswith(".so")]
+                if len(found) != 1:
+                    raise ManifestError(f"{self.package} holds {len(found)} shared libraries, not one: export it again")
+                target = folder / "step.so"
+                target.write_bytes(archive.read(found[0]))
+                return target
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ManifestError(f"{self.package} is damaged ({error}): export it again") from error
+
+
+def read(folder: Path) -> Exported:
+    """Read and check what `lamb16 export` wrote into ``folder``; raises ManifestError with one line."""
+    path = folder / MANIFEST
+    content = _load(path)
+    _check_versions(content, path)
+    try:
+        values = dict(content["hyperparameters"])
+        betas = (values.pop("beta1"), values.pop("beta2"))
+        hyper = Hyper(betas=betas, **values)
+        shapes = [tuple(int(n) for n in entry["shape"]) for entry in content["tensors"]]
+        package, sha = folder / content["package"]["file"], content["package"]["sha256"]
+        listed = content["tensors"], content["inputs"]
+        device, cpu = content["device"], content["cpu"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{path} lacks or misstates {error}: export it again") from error
+    try:
+        check_hyperparameters(asdict(hyper), f" ({path})")
+    except ValueError as error:
+        raise ManifestError(str(error)) from error
+    if listed != (_tensor_entries(shapes), _input_entries(shapes)):
+        raise ManifestError(f"{path}: its inputs are not those of a step over its tensors: export it again")
+    _check_cpu(cpu, path)
+    if not package.is_file():
+        raise ManifestError(f"{package} is missing: export it again")
+    if digest(package) != sha:
+        raise ManifestError(f"{package} is damaged or of another export: its SHA-256 is not the one in {path}")
+    return Exported(package, device, hyper, [entry["name"] for entry in content["tensors"]], shapes)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ManifestError(
+            f"cannot read {path} ({error.strerror}): name a folder that `lamb16 export -o` wrote"
+        ) from error
+    except ValueError as error:
+        raise ManifestError(f"{path} is damaged ({error}): export it again") from error
+    if not isinstance(content, dict) or "format" not in content or "lamb16" not in content:
+        raise ManifestError(f"{path} is no manifest of `lamb16 export`")
+    return content
+
+
+def _check_versions(content: dict[str, Any], path: Path) -> None:
+    wanted = {"format": FORMAT, "lamb16": __version__, "torch": torch.__version__}
+    for name, value in wanted.items():
+        if content.get(name) != value:
+            raise ManifestError(f"{path} is of {name} {content.get(name)}, this is {name} {value}: export it again")
+
+
+def _check_cpu(cpu: Any, path: Path) -> None:
+    """Refuse code for vector instructions that this processor lacks: it would die of an illegal one."""
+    mine = torch.backends.cpu.get_cpu_capability()
+    if cpu != mine and not (
+        cpu in CPU_LEVELS and mine in CPU_LEVELS and CPU_LEVELS.index(cpu) < CPU_LEVELS.index(mine)
+    ):
+        raise ManifestError(f"{path}: the step was compiled for {cpu}, this processor has {mine}: export it here")

@@ -1,0 +1,292 @@
+"""`lamb16 check`: hold an exported step, and lamb16's other steps, to the C reference, bit for bit.
+
+A C program loads the exported step through AOTInductor's C ABI and runs it beside the C reference (capi/lamb16.c, which
+shares no code with PyTorch) on the same seeded inputs; the Python reference and the optimizer's eager and compiled steps
+are held to the same C code from Python. Every step goes on from its own results, and all are compared after every step.
+Exit status: 0 where no bit differs, 1 where one does or the export is damaged, 2 where the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamb16 import Lamb16, capi, reference
+from lamb16.capi import manifest
+from lamb16.capi.manifest import Exported, ManifestError
+from lamb16.cli import CommandError
+from lamb16.cli.study.report import table
+from lamb16.optimizer import tensor_salt
+from lamb16.reference import Hyper, State
+
+EXPORTED = "exported"
+Results = list[tuple[Tensor, State]]  # weights and state of every tensor
+Stepper = Callable[[list[Tensor], Hyper], Results]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `check` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "check",
+        help="compare an exported step with the C reference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `lamb16 export -o` wrote")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and gradients")
+    parser.add_argument(
+        "--only", nargs="+", choices=[EXPORTED, *STEPPERS], default=[EXPORTED, *STEPPERS], help="default: all"
+    )
+    parser.add_argument("--compiler", metavar="CC", help="C compiler (default: $CC, gcc, clang or cc)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, run, print the table."""
+    if args.steps < 1:
+        raise CommandError(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.seed < 1 << 63:
+        raise CommandError(f"--seed must be at least 0 and below 2^63, not {args.seed}")
+    try:
+        exported = manifest.read(args.folder)
+        if exported.device != "cpu":
+            raise CommandError(f"check runs steps for the CPU, {args.folder} is for {exported.device}", status=1)
+        with tempfile.TemporaryDirectory(prefix="lamb16-check-") as scratch:
+            rows = list(_rows(exported, args, Path(scratch)))
+    except ManifestError as error:
+        raise CommandError(str(error), status=1) from error
+    except capi.NoCompilerError as error:
+        raise CommandError(str(error)) from error
+    except capi.BuildError as error:
+        raise CommandError(" ".join(str(error).split())[:500], status=1) from error
+    print(summary(rows))
+    return int(any(row.differs for row in rows))
+
+
+def _rows(exported: Exported, args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    if EXPORTED in args.only:
+        harness = build_harness(args.compiler, scratch)
+        yield run_harness(harness, exported.extract(scratch), exported, args.steps, args.seed)
+    others = [name for name in STEPPERS if name in args.only]
+    if others:
+        inputs = Inputs(args.compiler, scratch / "inputs")
+        library = capi.Library(capi.build(args.compiler, folder=scratch / "reference"))
+        yield from check_steppers(others, library, inputs, exported, args.steps, args.seed)
+
+
+# -- what is found ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """What differed from the C reference, summed over all steps."""
+
+    name: str
+    tensors: int
+    steps: int
+    codes: int = 0
+    scales: int = 0  # the two norms, the step count and the salt
+    weights: int = 0
+    ulp: int = 0  # the largest difference of a weight
+    skipped: int = 0  # tensor updates that the reference left out; no difference
+
+    @property
+    def differs(self) -> bool:
+        """Whether any bit did."""
+        return bool(self.codes or self.scales or self.weights)
+
+
+HEADER = [
+    "checked against the C reference", "tensors", "steps", "mismatching codes", "mismatching scales and counts",
+    "weights that differ", "largest difference in ulp", "skipped updates",
+]  # fmt: skip
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    return table(HEADER, [[str(x) for x in asdict(row).values()] for row in rows])
+
+
+# -- the exported step -----------------------------------------------------------------------------------------------
+
+
+def build_harness(compiler: str | None, folder: Path) -> Path:
+    """Compile capi/harness.c with the C reference against torch's libraries; raises what `capi.build` does."""
+    libraries = Path(torch.__file__).parent / "lib"
+    program = folder / "harness"
+    sources = [capi.include() / name for name in ("harness.c", "inputs.c", "lamb16.c")]
+    # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
+    link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
+    command = [capi.find_compiler(compiler), *capi.FLAGS, f"-I{capi.include()}", *map(str, sources), "-o", str(program)]
+    command += [*link, "-ltorch_cpu", "-lc10", "-ldl", "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise capi.BuildError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr}")
+    return program
+
+
+def run_harness(harness: Path, step: Path, exported: Exported, steps: int, seed: int) -> Row:
+    """Run it with input checks on; raises `CommandError` (status 1) where it could not do its work."""
+    done = subprocess.run(
+        [str(harness), str(step)],
+        input=plan(exported, steps, seed),
+        env={"AOTI_RUNTIME_CHECK_INPUTS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = done.stdout.split()
+    found = dict(zip(words[::2], words[1::2], strict=False))
+    if done.returncode not in (0, 1) or "codes" not in found:
+        said = " ".join(done.stderr.split())[-500:] or "no message"
+        raise CommandError(f"the exported step did not run (status {done.returncode}): {said}", status=1)
+    print(done.stderr, end="", file=sys.stderr)
+    return Row("exported step, run from C", **{name: int(value) for name, value in found.items()})
+
+
+def plan(exported: Exported, steps: int, seed: int) -> str:
+    """What the harness reads; floats in hexadecimal, so that none is rounded."""
+    values = manifest.hyper_entries(exported.hyper)
+    flags = {name: int(values.pop(name)) for name in ("bias_correction", "maximize")}
+    lines = [f"{steps} {seed}", " ".join([*(float(x).hex() for x in values.values()), *map(str, flags.values())])]
+    lines.append(str(len(exported.shapes)))
+    for name, shape in zip(exported.names, exported.shapes, strict=True):
+        lines.append(" ".join(map(str, [tensor_salt(0, name), len(shape), *shape])))
+    return "\n".join(lines) + "\n"
+
+
+# -- the steps in Python ---------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """The harness's seeded inputs (capi/inputs.h) as tensors; raises what `capi.build` does."""
+
+    def __init__(self, compiler: str | None, folder: Path) -> None:
+        path = capi.build(compiler, folder=folder, files=[capi.include() / "inputs.c"])
+        library = ctypes.CDLL(str(path))
+        pointer, number, size = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t
+        self._weights, self._gradient, self._lr = (
+            library.inputs_weights,
+            library.inputs_gradient,
+            library.inputs_lr,
+        )
+        for function, arguments in (
+            (self._weights, [pointer, size, number, number]),
+            (self._gradient, [pointer, size, number, number, number]),
+        ):
+            function.argtypes, function.restype = arguments, None
+        self._lr.argtypes, self._lr.restype = [ctypes.c_double, number], ctypes.c_double
+
+    def weights(self, shapes: Sequence[manifest.Shape], seed: int) -> list[Tensor]:
+        """The first weights of all tensors."""
+        found = [torch.empty(shape) for shape in shapes]
+        for i, x in enumerate(found):
+            self._weights(x.data_ptr(), x.numel(), seed, i)
+        return found
+
+    def gradients(self, shapes: Sequence[manifest.Shape], seed: int, step: int) -> list[Tensor]:
+        """The gradients of step number ``step``."""
+        found = [torch.empty(shape) for shape in shapes]
+        for i, x in enumerate(found):
+            self._gradient(x.data_ptr(), x.numel(), seed, i, step)
+        return found
+
+    def lr(self, lr: float, step: int) -> float:
+        """The learning rate of a step, where the manifest has ``lr``."""
+        return float(self._lr(lr, step))
+
+
+class ByRule:
+    """Steps of a function like :func:`lamb16.reference.step`, which it takes tensor by tensor."""
+
+    def __init__(self, rule: Any, weights: list[Tensor], names: list[str]) -> None:
+        self.rule, self.skipped = rule, 0
+        self.now: Results = [
+            (w.clone(), reference.init(w, tensor_salt(0, name))) for w, name in zip(weights, names, strict=True)
+        ]
+
+    def __call__(self, grads: list[Tensor], hyper: Hyper) -> Results:
+        for i, ((p, state), grad) in enumerate(zip(self.now, grads, strict=True)):
+            p, state, stats = self.rule(p, grad, state, hyper)
+            self.now[i] = p, state
+            self.skipped += stats.skipped
+        return self.now
+
+
+def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile: bool) -> Stepper:
+    """Steps of Lamb16."""
+    params = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Lamb16(list(zip(names, params, strict=True)), **asdict(hyper), compile=compile)
+
+    def step(grads: list[Tensor], hyper: Hyper) -> Results:
+        optimizer.param_groups[0]["lr"] = hyper.lr
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            raise CommandError(str(error), status=1) from error
+        return [(p.detach(), _state(optimizer.state[p])) for p in params]
+
+    return step
+
+
+def _state(entries: dict[str, Tensor]) -> State:
+    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    norms = {name: entries[name].item() for name in ("exp_avg_norm", "exp_avg_sq_norm")}
+    return State(**codes, **norms, step=int(entries["step"]), salt=int(entries["salt"]) & 0xFFFFFFFF)
+
+
+# What is checked from Python: its line in the table, and how it starts from weights, names and hyperparameters.
+STEPPERS: dict[str, tuple[str, Callable[[list[Tensor], list[str], Hyper], Stepper]]] = {
+    "reference": ("Python reference", lambda weights, names, hyper: ByRule(reference.step, weights, names)),
+    "eager": ("eager step", lambda weights, names, hyper: by_optimizer(weights, names, hyper, False)),
+    "compiled": ("compiled step", lambda weights, names, hyper: by_optimizer(weights, names, hyper, True)),
+}
+
+
+def check_steppers(
+    which: Sequence[str], library: capi.Library, inputs: Inputs, exported: Exported, steps: int, seed: int
+) -> list[Row]:
+    """Run these beside the C reference, all on the inputs that the harness has, and compare after every step."""
+    weights, names, hyper = inputs.weights(exported.shapes, seed), exported.names, exported.hyper
+    oracle = ByRule(library.step, weights, names)
+    rows = [Row(STEPPERS[name][0], len(names), steps) for name in which]
+    others = [STEPPERS[name][1](weights, names, hyper) for name in which]
+    for step in range(steps):
+        now = replace(hyper, lr=inputs.lr(hyper.lr, step))
+        grads = inputs.gradients(exported.shapes, seed, step)
+        wanted = oracle(grads, now)
+        for row, other in zip(rows, others, strict=True):
+            for mine, theirs in zip(other(grads, now), wanted, strict=True):
+                compare(row, mine, theirs)
+    for row in rows:
+        row.skipped = oracle.skipped
+    return rows
+
+
+def compare(row: Row, mine: tuple[Tensor, State], theirs: tuple[Tensor, State]) -> None:
+    """Count what differs between two results of a tensor."""
+    (p, a), (wanted, b) = mine, theirs
+    apart = (_ordinal(p) - _ordinal(wanted)).abs()
+    row.weights += int((apart > 0).sum())
+    row.ulp = max(row.ulp, int(apart.max()) if apart.numel() else 0)
+    row.codes += int((a.exp_avg != b.exp_avg).sum()) + int((a.exp_avg_sq != b.exp_avg_sq).sum())
+    scalars = ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt")
+    row.scales += sum(getattr(a, name) != getattr(b, name) for name in scalars)
+
+
+def _ordinal(x: Tensor) -> Tensor:
+    """Floats numbered in their order, int64; -0 is one below 0."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
