@@ -75,7 +75,7 @@ class ExportedStep(torch.nn.Module):
         self.bound = update.inverse_bound(*hyper.betas)
         self.grad_factor = -1.0 if hyper.maximize else 1.0
 
-    def forward(self, tensors: list[Tensor], norms: Tensor, counters: Tensor, lr: Tensor) -> None:
+    def forward(self, tensors: list[Tensor], norms: Tensor, counters: Tensor, lr: Tensor) -> tuple[()]:
         """Takes what :func:`inputs` lists; changes weights, codes, norms and step counts in place.
 
         ``tensors`` are param, grad, exp_avg and exp_avg_sq of the first tensor, then of the next.
@@ -114,6 +114,7 @@ class ExportedStep(torch.nn.Module):
             _write_back(tensors, part, block)
         norms.copy_(torch.stack(norm_columns, 1))
         counters.copy_(torch.stack(counter_columns, 1))
+        return ()  # None would be an output
 
 
 def _block(tensors: list[Tensor], block: Block) -> Part:

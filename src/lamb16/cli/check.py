@@ -1,8 +1,9 @@
 """`lamb16 check`: hold an exported step, and lamb16's other steps, to the C reference, bit for bit.
 
-A C program loads the exported step through AOTInductor's C ABI and runs it beside the C reference (capi/lamb16.c, which
-shares no code with PyTorch) on the same seeded inputs; the Python reference and the optimizer's eager and compiled steps
-are held to the same C code from Python. Every step goes on from its own results, and all are compared after every step.
+A C program loads the exported step through AOTInductor's C ABI and runs it beside the C reference (capi/lamb16.c,
+which shares no code with PyTorch) on the same seeded inputs; the Python reference and the optimizer's eager and
+compiled steps are held to the same C code from Python. Each goes on from its own results, and all are compared after
+every step.
 Exit status: 0 where no bit differs, 1 where one does or the export is damaged, 2 where the command line is wrong.
 """
 
@@ -174,17 +175,11 @@ class Inputs:
     def __init__(self, compiler: str | None, folder: Path) -> None:
         path = capi.build(compiler, folder=folder, files=[capi.include() / "inputs.c"])
         library = ctypes.CDLL(str(path))
-        pointer, number, size = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t
-        self._weights, self._gradient, self._lr = (
-            library.inputs_weights,
-            library.inputs_gradient,
-            library.inputs_lr,
-        )
-        for function, arguments in (
-            (self._weights, [pointer, size, number, number]),
-            (self._gradient, [pointer, size, number, number, number]),
-        ):
-            function.argtypes, function.restype = arguments, None
+        self._weights, self._gradient, self._lr = library.inputs_weights, library.inputs_gradient, library.inputs_lr
+        number = ctypes.c_uint64
+        self._weights.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number]
+        self._gradient.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number]
+        self._weights.restype = self._gradient.restype = None
         self._lr.argtypes, self._lr.restype = [ctypes.c_double, number], ctypes.c_double
 
     def weights(self, shapes: Sequence[manifest.Shape], seed: int) -> list[Tensor]:
@@ -242,9 +237,9 @@ def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile:
 
 
 def _state(entries: dict[str, Tensor]) -> State:
-    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
-    norms = {name: entries[name].item() for name in ("exp_avg_norm", "exp_avg_sq_norm")}
-    return State(**codes, **norms, step=int(entries["step"]), salt=int(entries["salt"]) & 0xFFFFFFFF)
+    m, v = (entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq"))
+    norm_m, norm_v = (entries[name].item() for name in ("exp_avg_norm", "exp_avg_sq_norm"))
+    return State(m, norm_m, v, norm_v, step=int(entries["step"]), salt=int(entries["salt"]) & 0xFFFFFFFF)
 
 
 # What is checked from Python: its line in the table, and how it starts from weights, names and hyperparameters.
