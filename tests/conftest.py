@@ -1,6 +1,8 @@
 """Fixtures that all tests share."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +21,27 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+# A large tensor, two small ones that share a block, one that does not, an empty one; no hyperparameter has its default.
+EXPORT = [
+    "--shapes", "70x31", "5", "5", "7x3", "0", "--lr", "0.02", "--betas", "0.8", "0.99", "--eps", "1e-5",
+    "--weight-decay", "0.1", "--trust-scale", "0.5", "--trust-lr", "0.01", "--trust-clip", "1.5",
+    "--no-bias-correction", "--maximize", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `lamb16 export` writes; not to be changed."""
+    from lamb16.cli import main
+
+    folder = tmp_path_factory.mktemp("exported") / "step"
+    assert main(["export", *EXPORT, "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def exported_copy(exported: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -165,3 +166,13 @@ SCHEDULERS = {
     ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
 }
+
+
+def change_manifest(folder: Path, *keys: str | int, value: object) -> None:
+    """Set one entry of an exported step's manifest."""
+    path = folder / "manifest.json"
+    content = at = json.loads(path.read_text())
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    path.write_text(json.dumps(content))

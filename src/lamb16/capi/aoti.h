@@ -152,7 +152,7 @@ static inline int aoti_run(aoti_model *model, const aoti_input *inputs, size_t c
         (void)snprintf(numbers, sizeof numbers, "the model takes %zu, there are %zu", model->inputs, count);
         return aoti_fail(model, "wrong number of inputs", numbers);
     }
-    handles = calloc(count, sizeof *handles);
+    handles = (AtenTensorHandle *)calloc(count, sizeof *handles); /* C++ needs the cast */
     if (handles == NULL)
         return aoti_fail(model, "cannot run the step", "out of memory");
     for (size_t i = 0; i < count && !failed; i++)

@@ -1,0 +1,168 @@
+"""`lamb16 check`: an honest step passes, every kind of wrong one fails."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import change_manifest
+from lamb16 import capi, reference, update
+from lamb16.cli import check, main
+from lamb16.reference import State
+
+Run = Callable[..., tuple[int, dict[str, list[int]], str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `lamb16 check`; gives its status, the numbers of each line of the table and what it said on stderr."""
+
+    def run(folder: Path, *options: str) -> tuple[int, dict[str, list[int]], str]:
+        capsys.readouterr()
+        status = main(["check", str(folder), *options])
+        out, err = capsys.readouterr()
+        rows = re.findall(r"^\| (\D[^|]*) \| (\d.*) \|$", out, re.MULTILINE)
+        return status, {name: [int(x) for x in cells.split(" | ")] for name, cells in rows}, err
+
+    return run
+
+
+@pytest.mark.parametrize("compiler", capi.COMPILERS)
+def test_the_exported_step_is_the_c_reference(compiler: str, exported: Path, run: Run) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    status, rows, _ = run(exported, "--steps", "40", "--seed", "3", "--only", "exported", "--compiler", compiler)
+    (cells,) = rows.values()
+    assert status == 0
+    assert cells[:-1] == [5, 40, 0, 0, 0, 0]
+    assert 0 < cells[-1] < 5 * 40 / 2, "some gradients are not finite"
+
+
+def test_so_are_the_reference_the_eager_and_the_compiled_step(exported: Path, run: Run) -> None:
+    status, rows, _ = run(exported, "--steps", "6")
+    assert status == 0
+    assert list(rows) == ["exported step, run from C", "Python reference", "eager step", "compiled step"]
+    assert {tuple(cells[:-1]) for cells in rows.values()} == {(5, 6, 0, 0, 0, 0)}
+    assert len({cells[-1] for cells in rows.values()}) == 1, "the same inputs, the same updates skipped"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta2", 0.98),
+        ("beta1", 0.81),
+        ("eps", 2e-5),
+        ("weight_decay", 0.11),
+        ("trust_scale", 0.6),
+        ("trust_lr", 0.02),
+        ("trust_clip", 0.1),
+        ("bias_correction", True),
+        ("maximize", False),
+    ],
+)
+def test_a_manifest_with_another_hyperparameter_fails(name: str, value: object, exported_copy: Path, run: Run) -> None:
+    change_manifest(exported_copy, "hyperparameters", name, value=value)
+    status, rows, err = run(exported_copy, "--steps", "3", "--only", "exported")
+    (cells,) = rows.values()
+    assert status == 1
+    assert sum(cells[2:6]) > 0
+    assert "the reference has" in err
+
+
+def test_a_corrupted_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """One constant of the exported step has one bit changed: the rounding words go on by another number."""
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "GOLDEN", update.GOLDEN ^ (1 << 24))
+        assert main(["export", "--shapes", "64", "--threads", "1", "-o", str(tmp_path)]) == 0
+    status, rows, _ = run(tmp_path, "--steps", "5", "--only", "exported", "reference")
+    assert status == 1
+    corrupted, honest = rows.values()
+    assert corrupted[2] > 0, "codes"
+    assert honest[2:6] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "constant", "wrong"),
+    [("reference", reference, "WEIGHT_FLOOR", 0.02), ("eager", update, "GOLDEN", update.GOLDEN ^ (1 << 24))],
+)
+def test_a_wrong_step_in_python_fails(
+    name: str, module: object, constant: str, wrong: float, exported: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr(module, constant, wrong)
+    status, rows, _ = run(exported, "--steps", "4", "--only", name)
+    (cells,) = rows.values()
+    assert status == 1
+    assert sum(cells[2:6]) > 0
+
+
+def test_every_difference_is_counted() -> None:
+    codes = torch.zeros(3, dtype=torch.uint8)
+    state = State(codes, 1.0, codes, 1.0, 4, 7)
+    row = check.Row("", 1, 1)
+    check.compare(row, (torch.tensor([1.0, 0.0, 2.0]), state), (torch.tensor([1.0, 0.0, 2.0]), state))
+    assert not row.differs
+    other = State(codes + 1, 2.0, torch.tensor([0, 9, 0], dtype=torch.uint8), 2.0, 5, 8)
+    check.compare(row, (torch.tensor([1 + 2.0**-22, -0.0, 2.0]), other), (torch.tensor([1.0, 0.0, 2.0]), state))
+    assert (row.codes, row.scales, row.weights, row.ulp) == (4, 4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ([(31, 70), (5,), (5,), (7, 3), (0,)], "the step failed"),
+        ([(70, 31)], "wrong number of inputs: the model takes 23"),
+    ],
+)
+def test_a_manifest_of_other_shapes_fails(
+    shapes: list[tuple[int, ...]], said: str, exported_copy: Path, run: Run
+) -> None:
+    """Consistent in itself; the step's own input checks find out."""
+    change_manifest(exported_copy, "tensors", value=capi.manifest._tensor_entries(shapes))
+    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries(shapes))
+    status, rows, err = run(exported_copy, "--only", "exported")
+    assert (status, rows) == (1, {})
+    assert said in err
+
+
+def test_what_is_no_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    harness = check.build_harness(None, tmp_path)
+    step = tmp_path / "step.so"
+    shutil.copy(capi.build(folder=tmp_path), step)
+    found = capi.manifest.read(exported)
+    with pytest.raises(check.CommandError, match="no AOTInductor model"):
+        check.run_harness(harness, step, found, 1, 0)
+    step.write_text("no library")
+    with pytest.raises(check.CommandError, match="cannot load the model"):
+        check.run_harness(harness, step, found, 1, 0)
+
+
+def test_a_damaged_export_is_one_line(exported_copy: Path, run: Run) -> None:
+    (exported_copy / "step.pt2").write_bytes(b"PK")
+    status, rows, err = run(exported_copy)
+    assert (status, rows, len(err.splitlines())) == (1, {}, 1)
+    change_manifest(exported_copy, "device", value="cuda")
+    change_manifest(exported_copy, "package", "sha256", value=capi.manifest.digest(exported_copy / "step.pt2"))
+    assert "check runs steps for the CPU" in run(exported_copy)[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--compiler", "nowhere-cc"], "nowhere-cc"),
+    ],
+)
+def test_wrong_values_are_refused(options: list[str], said: str, exported: Path, run: Run) -> None:
+    status, _, err = run(exported, *options)
+    assert status == 2
+    assert said in err
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, run: Run) -> None:
+    status, _, err = run(tmp_path / "nowhere")
+    assert status == 1
+    assert "lamb16 export -o" in err

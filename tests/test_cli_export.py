@@ -1,0 +1,184 @@
+"""`lamb16 export`: what it writes and what it refuses. That the step is right is for test_cli_check.py to say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import change_manifest
+from lamb16 import __version__
+from lamb16.capi import export, manifest
+from lamb16.cli import main
+from lamb16.cli.export import parse_shapes
+from lamb16.cli.shapes import SETS
+from lamb16.reference import Hyper
+
+SHAPES = [(70, 31), (5,), (5,), (7, 3), (0,)]  # of the fixture `exported`
+
+
+def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
+    assert sorted(path.name for path in exported.iterdir()) == ["manifest.json", "step.pt2"]
+    content = json.loads((exported / "manifest.json").read_text())
+    assert (content["format"], content["device"]) == (1, "cpu")
+    assert (content["lamb16"], content["torch"]) == (__version__, torch.__version__)
+    assert [(x["name"], tuple(x["shape"])) for x in content["tensors"]] == [(str(i), x) for i, x in enumerate(SHAPES)]
+    assert [x["numel"] for x in content["tensors"]] == [2170, 5, 5, 21, 0]
+    assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][:4] == [
+        ("param.0", "float32", [70, 31]),
+        ("grad.0", "float32", [70, 31]),
+        ("exp_avg.0", "uint8", [70, 31]),
+        ("exp_avg_sq.0", "uint8", [70, 31]),
+    ]
+    assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][-3:] == [
+        ("norms", "float32", [5, 2]),
+        ("counters", "int32", [5, 2]),
+        ("lr", "float64", [1]),
+    ]
+    assert content["hyperparameters"] == {
+        "lr": 0.02, "beta1": 0.8, "beta2": 0.99, "eps": 1e-5, "weight_decay": 0.1, "trust_scale": 0.5, "trust_lr": 0.01,
+        "trust_clip": 1.5, "bias_correction": False, "maximize": True,
+    }  # fmt: skip
+    assert content["inductor"]["cpp.threads"] == 1
+
+
+def test_the_manifest_is_read_back(exported: Path) -> None:
+    found = manifest.read(exported)
+    assert (found.names, found.shapes, found.device) == (["0", "1", "2", "3", "4"], SHAPES, "cpu")
+    assert found.hyper == Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, True)
+
+
+def test_the_package_runs_from_python_too(exported: Path) -> None:
+    """As a step from zero gradients: nothing moves."""
+    step = torch._inductor.aoti_load_package(str(exported / "step.pt2"))
+    tensors, norms, counters, lr = export.first_inputs(SHAPES, torch.device("cpu"))
+    before = norms.clone()
+    step(tensors, norms, counters, lr)
+    assert not any(x.any() for x in tensors)
+    assert torch.equal(norms, before)
+    assert not counters.any()
+
+
+def test_small_tensors_of_a_size_share_a_block() -> None:
+    shapes = [(5,), (3000,), (0,), (5, 1), (3000,), (2048,), (2047,)]
+    assert export.blocks(shapes) == [([0, 3], 5, 0), ([1], 3000, 2), ([4], 3000, 3), ([5], 2048, 4), ([6], 2047, 5)]
+    assert export.ExportedStep(shapes, Hyper()).order == [0, 3, 1, 4, 5, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"), [("resnet18", 62, 11_689_512), ("transformer", 66, 4_240_384)]
+)
+def test_words_name_shapes_and_sets(name: str, tensors: int, parameters: int) -> None:
+    shapes = parse_shapes(["4x3", name, "7"])
+    assert (shapes[0], shapes[1:-1], shapes[-1]) == ((4, 3), SETS[name](), (7,))
+    assert (len(shapes) - 2, sum(torch.Size(shape).numel() for shape in shapes) - 19) == (tensors, parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shapes", "4by3"], "4by3 is neither a shape"),
+        (["--shapes", "4x-3"], "4x-3 is neither a shape"),
+        (["--shapes", "1x1x1x1x1x1x1x1x1"], "at most 8 dimensions"),
+        (["--shapes", "65536x65536"], "at most 8 dimensions and 2^31 - 1 elements"),
+        (["--shapes", "0", "0x3"], "no tensor has an element"),
+        (["--lr", "-1"], "lr=-1.0"),
+        (["--betas", "0.9", "1"], "betas=(0.9, 1.0)"),
+        (["--eps", "0"], "eps=0.0"),
+        (["--weight-decay", "-0.1"], "weight_decay=-0.1"),
+        (["--trust-scale", "-1"], "trust_scale=-1.0"),
+        (["--trust-lr", "0"], "trust_lr=0.0"),
+        (["--trust-clip", "nan"], "trust_clip=nan"),
+        (["--threads", "0"], "--threads must be at least 1"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_written(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "step"
+    shapes = [] if "--shapes" in options else ["--shapes", "3"]
+    assert main(["export", *shapes, *options, "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main(["export", "--shapes", "3", "-o", str(tmp_path)]) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert main(["export", "--shapes", "3", "-o", str(tmp_path / "thesis.tex")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--shapes", "3", "--device", "cuda", "-o", str(tmp_path / "step")]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_leaves_the_old_export(
+    exported_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in exported_copy.iterdir()}
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler here\nat all")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
+    assert main(["export", "--shapes", "3", "-o", str(exported_copy)]) == 1
+    assert "no compiler here at all" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in exported_copy.iterdir()} == before
+
+
+# -- the manifest --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (["format"], 2, "is of format 2"),
+        (["lamb16"], "0.0.1", "is of lamb16 0.0.1"),
+        (["torch"], "1.0", "is of torch 1.0"),
+        (["cpu"], "AVX1024", "compiled for AVX1024"),
+        (["hyperparameters"], {"lr": 0.1}, "'beta1'"),
+        (["hyperparameters", "beta2"], 1.5, "betas="),
+        (["hyperparameters", "gamma"], 1.5, "gamma"),
+        (["tensors", 0, "shape"], [31, 70], "inputs are not those"),
+        (["tensors", 1, "numel"], 6, "inputs are not those"),
+        (["inputs", 3, "dtype"], "float32", "inputs are not those"),
+        (["inputs"], [], "inputs are not those"),
+        (["tensors"], None, "lacks or misstates"),
+        (["package", "file"], "other.pt2", "other.pt2 is missing"),
+        (["package", "sha256"], "0" * 64, "damaged or of another export"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    keys: list[str | int], value: object, said: str, exported_copy: Path
+) -> None:
+    change_manifest(exported_copy, *keys, value=value)
+    with pytest.raises(manifest.ManifestError) as error:
+        manifest.read(exported_copy)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "cannot read"), ('{"format": 1', "damaged"), ("[]", "no manifest"), ("{}", "no manifest")]
+)
+def test_what_is_no_manifest_is_refused(text: str | None, said: str, exported_copy: Path) -> None:
+    path = exported_copy / "manifest.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(manifest.ManifestError) as error:
+        manifest.read(exported_copy)
+    assert said in str(error.value)
+
+
+def test_a_truncated_package_is_refused_whatever_its_digest(exported_copy: Path, tmp_path: Path) -> None:
+    package = exported_copy / "step.pt2"
+    package.write_bytes(package.read_bytes()[:-1000])
+    with pytest.raises(manifest.ManifestError, match="damaged or of another export"):
+        manifest.read(exported_copy)
+    change_manifest(exported_copy, "package", "sha256", value=manifest.digest(package))
+    with pytest.raises(manifest.ManifestError, match="is damaged"):
+        manifest.read(exported_copy).extract(tmp_path)
