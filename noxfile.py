@@ -94,6 +94,24 @@ def gpu(session: nox.Session, torch: str) -> None:
 
 
 @nox.session
+@nox.parametrize("compiler", ["gcc", "clang"])
+def capi(session: nox.Session, compiler: str) -> None:
+    """The C code's tests, then 100 steps of ResNet-18's and a transformer's tensors against the C reference.
+
+    The tests alone, on small tensors, are in the ordinary ones. Arguments after ``--`` go to ``lamb16 check``.
+    """
+    if shutil.which(compiler) is None:
+        session.skip(f"SKIPPED: {compiler} is not installed on this machine")
+    install(session, "2.14")
+    files = ["test_capi", "test_c_api_doc", "test_cli_export", "test_cli_check"]
+    session.run("pytest", *(f"tests/{name}.py" for name in files), env={"CC": compiler})
+    for shapes in ("resnet18", "transformer"):
+        folder = f"{session.create_tmp()}/{shapes}"
+        session.run("lamb16", "export", "--shapes", shapes, "--weight-decay", "0.01", "-o", folder)
+        session.run("lamb16", "check", folder, "--steps", "100", "--compiler", compiler, *session.posargs)
+
+
+@nox.session
 def sweep(session: nox.Session) -> None:
     """All fp8 codes and all 2^32 float32: C against torch, eager and compiled, on one core for a quarter of an hour.
 

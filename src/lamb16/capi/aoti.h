@@ -1,7 +1,8 @@
 /* Running a step that `lamb16 export` made from C: AOTInductor's C ABI, and four functions around it.
  *
- * torch's own headers for this ABI (aoti_runtime/interface.h, aoti_torch/c/shim.h) are C++, so what is needed of them is
- * declared here. Link with libtorch_cpu, and with DT_RPATH: the model has no search path and does not inherit a DT_RUNPATH.
+ * torch's own headers for this ABI (aoti_runtime/interface.h, aoti_torch/c/shim.h) are C++, so what is needed of them
+ * is declared here. Link with libtorch_cpu, and with DT_RPATH: the model has no search path and does not inherit a
+ * DT_RUNPATH.
  *
  *     cc -std=c11 -I CAPI program.c -L TORCH -Wl,--disable-new-dtags,-rpath,TORCH -Wl,--no-as-needed -ltorch_cpu -lc10
  *
@@ -20,7 +21,7 @@
 extern "C" {
 #endif
 
-/* ---- torch/csrc/inductor/aoti_torch/c/shim.h: in libtorch_cpu --------------------------------------------------------- */
+/* ---- torch/csrc/inductor/aoti_torch/c/shim.h: in libtorch_cpu ---------------------------------------------------- */
 
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 
@@ -34,17 +35,17 @@ int32_t aoti_torch_create_tensor_from_blob(void *data, int64_t ndim, const int64
                                            int32_t device_index, AtenTensorHandle *result);
 int32_t aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 
-/* ---- torch/csrc/inductor/aoti_runtime/interface.h: in the model, by dlsym ---------------------------------------------- */
+/* ---- torch/csrc/inductor/aoti_runtime/interface.h: in the model, by dlsym ---------------------------------------- */
 
 typedef void *aoti_container;
 typedef int32_t (*aoti_create)(aoti_container *, size_t models, const char *device, const char *cubin_folder);
 typedef int32_t (*aoti_delete)(aoti_container);
-typedef int32_t (*aoti_run_function)(aoti_container, AtenTensorHandle *inputs, size_t num_inputs, AtenTensorHandle *outputs,
-                                     size_t num_outputs, void *stream, void *proxy_executor);
+typedef int32_t (*aoti_run_function)(aoti_container, AtenTensorHandle *inputs, size_t num_inputs,
+                                     AtenTensorHandle *outputs, size_t num_outputs, void *stream, void *proxy_executor);
 typedef int32_t (*aoti_count)(aoti_container, size_t *);
 typedef int32_t (*aoti_last_error)(const char **);
 
-/* ---- around them --------------------------------------------------------------------------------------------------------- */
+/* ---- around them ------------------------------------------------------------------------------------------------- */
 
 enum { AOTI_MAX_DIMS = 8, AOTI_MESSAGE = 1024 };
 
@@ -160,7 +161,7 @@ static inline int aoti_run(aoti_model *model, const aoti_input *inputs, size_t c
             failed = aoti_fail(model, "cannot make a tensor", "torch refused its dtype or shape");
     if (!failed && model->run(model->container, handles, count, NULL, 0, NULL, NULL) != 0)
         failed = aoti_fail(model, "the step failed", aoti_detail(model));
-    for (size_t i = 0; i < count; i++) /* a run takes the handles and leaves NULL; one that fails its checks does not */
+    for (size_t i = 0; i < count; i++) /* a run takes the handles and leaves NULL; failed checks leave them */
         if (handles[i] != NULL)
             (void)aoti_torch_delete_tensor_object(handles[i]);
     free(handles);

@@ -2,9 +2,9 @@
  *
  *     AOTI_RUNTIME_CHECK_INPUTS=1 harness MODEL.so < PLAN
  *
- * PLAN is text: steps, seed, the hyperparameters in the order of lamb16_hyper, the number of tensors, and for each of them
- * its salt, the number of its dimensions and these. The results go to stdout as one line of names and numbers, the first
- * mismatches to stderr. Status 0: no bit differed; 1: some did; 2: it could not be run, and stderr says why.
+ * PLAN is text: steps, seed, the hyperparameters in the order of lamb16_hyper, the number of tensors, and for each of
+ * them its salt, the number of its dimensions and these. The results go to stdout as one line of names and numbers, the
+ * first mismatches to stderr. Status 0: no bit differed; 1: some did; 2: it could not be run, and stderr says why.
  */
 #include "aoti.h"
 #include "inputs.h"
@@ -51,12 +51,13 @@ static void *allocate(size_t count, size_t size)
     return memory;
 }
 
-/* ---- the plan -------------------------------------------------------------------------------------------------------- */
+/* ---- the plan ---------------------------------------------------------------------------------------------------- */
 
 static void read_hyper(lamb16_hyper *h)
 {
-    if (scanf("%la %la %la %la %la %la %la %la %" SCNd32 " %" SCNd32, &h->lr, &h->beta1, &h->beta2, &h->eps, &h->weight_decay,
-              &h->trust_scale, &h->trust_lr, &h->trust_clip, &h->bias_correction, &h->maximize) != 10)
+    if (scanf("%la %la %la %la %la %la %la %la %" SCNd32 " %" SCNd32, &h->lr, &h->beta1, &h->beta2, &h->eps,
+              &h->weight_decay, &h->trust_scale, &h->trust_lr, &h->trust_clip, &h->bias_correction,
+              &h->maximize) != 10)
         quit("the plan has no hyperparameters");
 }
 
@@ -105,7 +106,7 @@ static void read_plan(plan *p)
     }
 }
 
-/* ---- the steps ------------------------------------------------------------------------------------------------------- */
+/* ---- the steps --------------------------------------------------------------------------------------------------- */
 
 static aoti_input table(void *data, int32_t dtype, int64_t rows, int64_t columns)
 {
@@ -160,7 +161,7 @@ static void step_reference(plan *p, double lr, differences *d)
     }
 }
 
-/* ---- comparing ------------------------------------------------------------------------------------------------------- */
+/* ---- comparing --------------------------------------------------------------------------------------------------- */
 
 static uint32_t bits_of(float x)
 {
@@ -178,11 +179,12 @@ static uint64_t ulps(float a, float b)
     return (uint64_t)(x > y ? x - y : y - x);
 }
 
-static void show(differences *d, uint64_t step, size_t i, const char *what, size_t element, uint32_t found, uint32_t wanted)
+static void show(differences *d, uint64_t step, size_t i, const char *what, size_t element, uint32_t found,
+                 uint32_t wanted)
 {
     if (d->shown++ < SHOWN)
-        fprintf(stderr, "step %" PRIu64 ", tensor %zu, %s[%zu]: 0x%08" PRIx32 ", the reference has 0x%08" PRIx32 "\n", step + 1,
-                i, what, element, found, wanted);
+        fprintf(stderr, "step %" PRIu64 ", tensor %zu, %s[%zu]: 0x%08" PRIx32 ", the reference has 0x%08" PRIx32 "\n",
+                step + 1, i, what, element, found, wanted);
 }
 
 static void compare_scalar(differences *d, uint64_t step, size_t i, const char *what, uint32_t found, uint32_t wanted)
@@ -221,7 +223,7 @@ static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *
         quit("the step changed a gradient, which it is only to read");
 }
 
-/* ---- main ------------------------------------------------------------------------------------------------------------ */
+/* ---- main -------------------------------------------------------------------------------------------------------- */
 
 int main(int argc, char **argv)
 {

@@ -25,8 +25,8 @@ static uint64_t start(uint64_t seed, uint64_t tensor, uint64_t step)
 static float normal(uint64_t *state)
 {
     uint64_t x = next(state);
-    int32_t sum = (int32_t)(x & 0xFFFF) + (int32_t)(x >> 16 & 0xFFFF) + (int32_t)(x >> 32 & 0xFFFF) + (int32_t)(x >> 48);
-    return (float)(sum - 2 * 65535) * (1.0f / 37837.0f);
+    uint64_t sum = (x & 0xFFFF) + (x >> 16 & 0xFFFF) + (x >> 32 & 0xFFFF) + (x >> 48);
+    return (float)((int32_t)sum - 2 * 65535) * (1.0f / 37837.0f);
 }
 
 void inputs_weights(float *p, size_t n, uint64_t seed, uint64_t tensor)

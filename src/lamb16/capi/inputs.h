@@ -1,7 +1,7 @@
 /* What the checks feed a step with: weights, gradients and learning rates from a seed, the same in every process.
  *
- * Tensors have scales of their own. About a third of the gradients are awkward: zero, subnormal, sparse, with outliers, so
- * large that the second moment overflows, or with one inf or NaN. */
+ * Tensors have scales of their own. About a third of the gradients are awkward: zero, subnormal, sparse, with outliers,
+ * so large that the second moment overflows, or with one inf or NaN. */
 #ifndef LAMB16_INPUTS_H
 #define LAMB16_INPUTS_H
 
