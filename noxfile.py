@@ -98,8 +98,7 @@ def gpu(session: nox.Session, torch: str) -> None:
 def capi(session: nox.Session, compiler: str) -> None:
     """The C code's tests, then 100 steps of ResNet-18's and a transformer's tensors against the C reference.
 
-    About a quarter of an hour on two cores; the slow Python reference takes 10 of the steps. The tests alone, on small tensors,
-    are in the ordinary ones.
+    A quarter of an hour or more on two cores. The tests alone, on small tensors, are in the ordinary ones.
     """
     if shutil.which(compiler) is None:
         session.skip(f"SKIPPED: {compiler} is not installed on this machine")
@@ -109,9 +108,7 @@ def capi(session: nox.Session, compiler: str) -> None:
     for shapes in ("resnet18", "transformer"):
         folder = f"{session.create_tmp()}/{shapes}"
         session.run("lamb16", "export", "--shapes", shapes, "--weight-decay", "0.01", "-o", folder)
-        check = ["lamb16", "check", folder, "--compiler", compiler]
-        session.run(*check, "--steps", "100", "--only", "exported", "eager", "compiled")
-        session.run(*check, "--steps", "10", "--only", "reference")
+        session.run("lamb16", "check", folder, "--steps", "100", "--compiler", compiler)
 
 
 @nox.session
