@@ -32,10 +32,11 @@ MESHES: dict[str, tuple[int, ...]] = {
 EXACT = ("FSDP2 on 2", "FSDP2 on 4", "HSDP", "DDP")  # of equal batches the mean is exact for powers of two
 
 
-def network(hidden: int = 64) -> nn.Sequential:
+def network(hidden: int = 64, extra: bool = False) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(48, hidden), nn.Tanh(), nn.LayerNorm(hidden), nn.Linear(hidden, 6))
+        layers = [nn.Linear(48, hidden), nn.Tanh(), nn.LayerNorm(hidden), nn.Linear(hidden, 6)]
+        return nn.Sequential(*layers, *([nn.Linear(6, 6)] if extra else []))
 
 
 def parallelize(model: nn.Sequential, how: str) -> nn.Module:

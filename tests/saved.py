@@ -76,12 +76,17 @@ def through_state_dict(how: str, mode: str) -> Found:
     return all_of((model, new))
 
 
-def save(how: str, folder: str, foreign: bool = False) -> None:
-    """Three steps and a checkpoint; a foreign one is AdamW's."""
-    made = model, _ = make(how)
-    if foreign:
+def save(how: str, folder: str, kind: str = "") -> None:
+    """Three steps and a checkpoint, of the kinds of the tests' faults."""
+    made = model, optimizer = make(how)
+    if kind == "another optimizer":
         made = model, torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[assignment]
+    if kind == "more layers":
+        model = parallelize(network(extra=True), how)
+        made = model, Lamb16(named(model), **HYPER, compile=False)
     steps(made, 0, 3)
+    if kind == "another dtype":
+        made = model.bfloat16(), optimizer
     checkpoint.save(Path(folder) / "checkpoint", *made)
 
 
@@ -117,7 +122,10 @@ def fails_to_load(how: str, folder: str, kind: str, stepped: bool) -> str:
     if stepped:
         steps(made, 0, 2)
     before = all_of(made)
-    error = message(checkpoint.load, Path(folder) / "checkpoint", *made)
+    path = Path(folder) / "checkpoint"
+    if kind == "not seen by a rank" and torch.distributed.get_rank() == 1:
+        path = Path(folder) / "elsewhere"
+    error = message(checkpoint.load, path, *made)
     assert_same(all_of(made), before)
     return error
 
@@ -146,3 +154,36 @@ def killed_while_writing() -> Any:
         return original(*args, **kwargs)
 
     return mock.patch.object(filesystem, "_write_item", write)
+
+
+def cannot_be_saved(how: str, folder: str) -> list[str]:
+    """Into a folder below a file, and where there is a checkpoint already."""
+    made = make(how)
+    (Path(folder) / "file").touch()
+    (Path(folder) / "there").mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    return [message(checkpoint.save, Path(folder) / name, *made) for name in ("file/checkpoint", "there")]
+
+
+def with_unused_parameter(how: str, folder: str, steps_before: int) -> tuple[Found, Found, list[float]]:
+    """A parameter that never has a gradient, and a scheduler; saved after a backward pass and loaded into new ones."""
+    model, optimizer = make(how)
+    model[2].bias.requires_grad_(False)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for step in range(steps_before):
+        given_without(model, step)
+        optimizer.step()
+        scheduler.step()
+    given_without(model, steps_before)
+    checkpoint.save(Path(folder) / "checkpoint", model, optimizer, scheduler=scheduler)
+    model[2].bias.requires_grad_(True)
+    new_model, new = make(how)
+    new_scheduler = torch.optim.lr_scheduler.ExponentialLR(new, 0.5)
+    checkpoint.load(Path(folder) / "checkpoint", new_model, new, scheduler=new_scheduler)
+    before, after = all_of((model, optimizer)), all_of((new_model, new))
+    return before, after, [new.param_groups[0]["lr"], new_scheduler.last_epoch, bool(new.state.get(new_model[2].bias))]
+
+
+def given_without(model: nn.Module, step: int) -> None:
+    given(model, step)
+    model[2].bias.grad = None

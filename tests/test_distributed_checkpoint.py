@@ -43,6 +43,7 @@ def test_state_dicts_of_every_kind(ranks: Ranks, uninterrupted: dict[int, saved.
         ("FSDP2 on 3", "FSDP2 on 2"),
         ("TP and FSDP2", "FSDP2 on 3"),
         ("HSDP", "TP and FSDP2"),
+        ("HSDP", "TP"),
         ("DDP", "FSDP2 on 2"),
     ],
 )
@@ -117,11 +118,14 @@ def nothing(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no metadata": (remove, "there is no checkpoint in"),
-    "a file is missing": (lose_a_file, "is damaged, or not of this model"),
-    "a truncated file": (cut_a_file, "is damaged, or not of this model"),
-    "truncated metadata": (cut_the_metadata, "is damaged, or not of this model"),
-    "another model": (nothing, "load another one (rank 0: ValueError: Size mismatch"),
-    "another optimizer": (nothing, "load another one (rank 0: RuntimeError: Missing key"),
+    "a file is missing": (lose_a_file, "is damaged; load another one (rank"),
+    "a truncated file": (cut_a_file, "is damaged; load another one (rank"),
+    "truncated metadata": (cut_the_metadata, "is damaged; load another one (pickle"),
+    "not seen by a rank": (nothing, "there is no checkpoint in"),
+    "another model": (nothing, "(it has another shape or dtype for model.0.weight"),
+    "more layers": (nothing, "is not of this model and optimizer; load another one (it has also model.4.weight"),
+    "another optimizer": (nothing, "is not of this model and optimizer; load another one (it has no optimizer.state."),
+    "another dtype": (nothing, "(it has another shape or dtype for model.0.weight"),
 }
 
 
@@ -129,8 +133,22 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_checkpoint_changes_nothing(ranks: Ranks, tmp_path: Path, fault: str, stepped: bool) -> None:
     damage, text = FAULTS[fault]
-    ranks.run(2, saved.save, "FSDP2 on 2", str(tmp_path), fault == "another optimizer")
+    ranks.run(2, saved.save, "FSDP2 on 2", str(tmp_path), fault)
     damage(tmp_path / "checkpoint")
     for error in ranks.run(2, saved.fails_to_load, "FSDP2 on 2", str(tmp_path), fault, stepped):
         assert error.startswith("ValueError: lamb16.checkpoint.load: ")
         assert text in error
+
+
+def test_where_nothing_can_be_saved_all_ranks_say_so(ranks: Ranks, tmp_path: Path) -> None:
+    for below_a_file, there in ranks.run(2, saved.cannot_be_saved, "FSDP2 on 2", str(tmp_path)):
+        assert below_a_file.startswith("ValueError: ")
+        assert "file/checkpoint" in below_a_file
+        assert "exists; save every checkpoint into a folder of its own" in there
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_parameters_without_a_state_have_none_again(ranks: Ranks, tmp_path: Path, steps_before: int) -> None:
+    for before, after, rest in ranks.run(2, saved.with_unused_parameter, "FSDP2 on 2", str(tmp_path), steps_before):
+        assert_same(after, before)
+        assert rest == [0.01 * 0.5**steps_before, steps_before, False]

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +30,134 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
     Keep the previous checkpoint until this returns. ``others`` are objects with a ``state_dict``, as a scheduler.
 
     Raises:
-        ValueError: ``path`` exists.
+        ValueError: ``path`` exists, or cannot be written to.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     path = Path(path)
     unfinished = _unfinished(path)
-    if path.exists():
-        raise ValueError(f"lamb16.checkpoint.save: {path} exists; save every checkpoint into a folder of its own")
-    _barrier()  # no rank looks after another has begun
-    if _rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
-    _barrier()
+
+    def refuse() -> None:
+        if path.exists():
+            raise ValueError(f"lamb16.checkpoint.save: {path} exists; save every checkpoint into a folder of its own")
+
+    def begin() -> None:
+        if _rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        if _rank() == 0:
+            unfinished.rename(path)
+
+    _together(refuse)
+    _together(begin)
     with _alone_is_fine():
         dcp_save(_state(model, optimizer, others), checkpoint_id=unfinished)
-    if _rank() == 0:
-        unfinished.rename(path)
-    _barrier()
+    _together(finish)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
     """Read a checkpoint that :func:`save` wrote, on any number of ranks, into the same kind of model; a collective.
+
+    Needs room for a second copy of the model's shards and of the optimizer's state. ``others`` are loaded last, by
+    their own ``load_state_dict``.
 
     Raises:
         ValueError: there is no complete checkpoint, a part of it cannot be read, or it is of another model or
             optimizer. Nothing is changed then, on any rank.
     """
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
     path = Path(path)
-    if not (path / ".metadata").is_file():
-        hint = f"; {path.name}{UNFINISHED} is one that was not finished" if _unfinished(path).exists() else ""
-        raise ValueError(f"lamb16.checkpoint.load: there is no checkpoint in {path}{hint}")
+    saved: dict[str, Any] = {}
+    _together(lambda: saved.update(_saved(path)))
     with _room(optimizer):
         state = _copied(_state(model, optimizer, others))
+        _together(lambda: _forget_unsaved(state, saved, path))
         try:
             with _alone_is_fine():
                 dcp_load(state, checkpoint_id=path)
         except CheckpointException as error:
             raise ValueError(
-                f"lamb16.checkpoint.load: {path} is damaged, or not of this model and optimizer; load another one "
-                f"({_first_cause(error)})"
+                f"lamb16.checkpoint.load: {path} is damaged; load another one ({_first_cause(error)})"
             ) from error
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        # Not strict: a parameter that had no state yet has none again.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     set_model_state_dict(model, state["model"])
     for name, other in others.items():
         other.load_state_dict(state[name])
 
 
+def _saved(path: Path) -> dict[str, Any]:
+    """What a checkpoint says it holds, by DCP's keys."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if not (path / ".metadata").is_file():
+        hint = f"; {_unfinished(path).name} is one that was not finished" if _unfinished(path).exists() else ""
+        raise ValueError(f"lamb16.checkpoint.load: there is no checkpoint in {path}{hint}")
+    try:
+        return FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise ValueError(f"lamb16.checkpoint.load: {path} is damaged; load another one ({error})") from error
+
+
+def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    """Take the optimizer states out that the checkpoint does not have: those of parameters that were never stepped.
+
+    Raises ValueError if anything else is missing, if there is more in the checkpoint, or if shapes or dtypes differ.
+    DCP ignores what is not asked for, and casts.
+    """
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    states = state["optimizer"]["state"]
+    for name in list(states):
+        if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+            del states[name]
+    own, _ = flatten_state_dict(state)
+    frozen = tuple(f"optimizer.state.{name}." for name in state["model"] if name not in states)
+    missing = [key for key in own if key not in saved]
+    surplus = [key for key in saved if key not in own and key.startswith(("model.", "optimizer."))]
+    surplus = [key for key in surplus if not key.startswith(frozen)]
+    unlike = [key for key in own if key in saved and _kind(own[key]) != _kind(saved[key])]
+    for keys, fault in ((missing, "has no"), (surplus, "has also"), (unlike, "has another shape or dtype for")):
+        if keys:
+            raise ValueError(
+                f"lamb16.checkpoint.load: {path} is not of this model and optimizer; load another one "
+                f"(it {fault} {keys[0]})"
+            )
+
+
+def _kind(value: Any) -> tuple[Any, Any]:
+    """Shape and dtype of a tensor, or of what a checkpoint says of one; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    return getattr(value, "size", None), getattr(getattr(value, "properties", None), "dtype", None)
+
+
 @contextlib.contextmanager
 def _room(optimizer: Optimizer) -> Iterator[None]:
-    """Around loading. torch makes room for a state by a step that changes nothing, where there are no gradients."""
+    """Around loading: the optimizer has no state and no gradients, which is where torch makes room for a state.
+
+    It does so by a step that changes nothing else. After an error the old state is back.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients, fresh = [p.grad for p in params], not optimizer.state
+    gradients, before = [p.grad for p in params], dict(optimizer.state)
     for p in params:
         p.grad = None
+    optimizer.state.clear()
     try:
         yield
-    except Exception:
-        if fresh:
-            optimizer.state.clear()
+    except BaseException:
+        optimizer.state.clear()
+        optimizer.state.update(before)
         raise
     finally:
         for p, gradient in zip(params, gradients, strict=True):
@@ -141,6 +206,17 @@ def _rank() -> int:
     return torch.distributed.get_rank() if _distributed() else 0
 
 
-def _barrier() -> None:
+def _together(action: Callable[[], None]) -> None:
+    """Do what may fail on one rank; then all raise a ValueError. No rank returns before all have done it."""
+    cause, text = None, None
+    try:
+        action()
+    except (OSError, ValueError) as error:
+        cause, text = error, str(error)
+    texts = [text]
     if _distributed():
-        torch.distributed.barrier()
+        texts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(texts, text)
+    for rank, found in enumerate(texts):
+        if found is not None:
+            raise ValueError(found if text else f"{found} (on rank {rank})") from cause

@@ -1,6 +1,6 @@
 """`lamb16 scale`: what a step costs on large meshes, on paper: collectives, communicated bytes, state a rank holds.
 
-From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 8 and 16 bytes a tensor;
+From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 8 and 32 bytes a tensor;
 state of 2 bytes for every element of a shard, and 16 for every tensor on every rank. Nothing runs.
 """
 
@@ -51,19 +51,20 @@ MODELS = {
 
 
 class Mesh(NamedTuple):
-    """A mesh and how many of its axes split the parameters."""
+    """A mesh: its ranks, over how many of them the parameters are split, along how many axes, over how many by TP."""
 
     name: str
     ranks: int
     split: int
     axes: int
+    tensor_parallel: int = 1
 
 
 MESHES = (
     Mesh("FSDP2 8", 8, 8, 1),
     Mesh("HSDP 128 x 8", 1024, 8, 1),
     Mesh("FSDP2 1,024", 1024, 1024, 1),
-    Mesh("FSDP2 2,048 x TP 8", 16_384, 16_384, 2),
+    Mesh("FSDP2 2,048 x TP 8", 16_384, 16_384, 2, 8),
 )
 
 
@@ -73,15 +74,16 @@ def elements(shapes: list[Shape]) -> int:
 
 
 def communication() -> str:
-    """Per step and rank: collectives, what they hold, and the same beside the gradients' reduce-scatter in float32."""
+    """Per step and rank: collectives, what they hold, and the same beside the float32 gradients that FSDP2 reduces."""
     header = ["model", "parameters", "tensors", "mesh", "ranks", "collectives", "bytes", "of the gradients' bytes"]
     rows = []
     for name, shapes in MODELS.items():
         for mesh in MESHES:
-            sent = REDUCED_BYTES * len(shapes) * mesh.axes
+            sent = REDUCED_BYTES * (len(shapes) + 1) * mesh.axes  # one line more: which tensors these are
+            gradients = 4 * elements(shapes) / mesh.tensor_parallel
             rows.append([
                 name, f"{elements(shapes):,}", str(len(shapes)), mesh.name, f"{mesh.ranks:,}",
-                str(2 * mesh.axes), f"{sent:,}", f"{sent / (4 * elements(shapes)):.1e}",
+                str(2 * mesh.axes), f"{sent:,}", f"{sent / gradients:.1e}",
             ])  # fmt: skip
     return table(header, rows)
 
