@@ -113,7 +113,7 @@ def capi(session: nox.Session, compiler: str) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """All fp8 codes and all 2^32 float32: C against torch, eager and compiled, on one core for a quarter of an hour.
+    """All fp8 codes and all 2^32 float32: C against torch, eager and compiled, on one core for up to half an hour.
 
     The tests do the same on a sample of 2^24.
     """

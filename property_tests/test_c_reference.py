@@ -149,7 +149,7 @@ def test_the_witnesses_pass() -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_c_source_fails(change: str, tmp_path: Path) -> None:
-    library = capi.Library(capi.build(folder=tmp_path, files=[edited_c_source(tmp_path, *CHANGES[change])]))
+    library = capi.Library(capi.build(tmp_path, files=[edited_c_source(tmp_path, *CHANGES[change])]))
     with pytest.raises(AssertionError, match=r"differs?\b"):
         run_witnesses(library)
 
@@ -157,7 +157,7 @@ def test_a_changed_c_source_fails(change: str, tmp_path: Path) -> None:
 def test_a_changed_c_source_fails_the_step_too(compile: bool, tmp_path: Path) -> None:
     """The comparison with the eager and the compiled step."""
     file = edited_c_source(tmp_path, *CHANGES["weight decay"])
-    library = capi.Library(capi.build(folder=tmp_path, files=[file]))
+    library = capi.Library(capi.build(tmp_path, files=[file]))
     run_beside_reference(CONTROL, compile, capi.load().step)
     with pytest.raises(AssertionError, match="weights differ"):
         run_beside_reference(CONTROL, compile, library.step)

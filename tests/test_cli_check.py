@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import change_manifest
-from lamb16 import capi, reference, update
+from lamb16 import Lamb16, capi, reference, update
 from lamb16.cli import check, main
 from lamb16.reference import State
 
@@ -69,7 +69,52 @@ def test_a_manifest_with_another_hyperparameter_fails(name: str, value: object, 
     (cells,) = rows.values()
     assert status == 1
     assert sum(cells[2:6]) > 0
+    if name == "beta2":
+        assert min(cells[2:4]) > 0, "codes and scales"
     assert "the reference has" in err
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "p.tensors[0].reference.exp_avg_norm *= 2;",
+        "p.tensors[0].reference.exp_avg_sq_norm *= 2;",
+        "p.tensors[0].reference.step++;",
+        "p.tensors[0].reference.salt ^= 1;",
+    ],
+)
+def test_every_scalar_is_compared(edit: str, exported: Path, tmp_path: Path) -> None:
+    """A harness whose reference has another scale, count or salt after its only step."""
+    found = run_edited(exported, tmp_path, "        for (size_t i = 0; i < p.count; i++)\n            compare", edit)
+    assert (found.codes, found.scales, found.weights) == (0, 1, 0)
+
+
+def test_a_changed_gradient_is_found(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(check.CommandError, match="changed a gradient"):
+        run_edited(exported, tmp_path, "        step_reference(&p", "p.tensors[0].grad[0] = 1;")
+
+
+def run_edited(exported: Path, tmp_path: Path, before: str, edit: str) -> check.Row:
+    """One step of a harness that has something more in its loop."""
+    text = (capi.include() / "harness.c").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "edited.c").write_text(text.replace(before, f"        {edit}\n{before}"))
+    step = capi.manifest.read(exported)
+    harness = check.build_harness(None, tmp_path, tmp_path / "edited.c")
+    return check.run_harness(harness, step.extract(tmp_path), step, 1, 0)
+
+
+def test_the_compiled_step_is_compiled(exported: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """And a mistake in it would be one of the eager step's class, for which there is a control above."""
+    seen: list[bool] = []
+
+    def build(*args: object, compile: bool, **kwargs: object) -> Lamb16:
+        seen.append(compile)
+        return Lamb16(*args, compile=False, **kwargs)
+
+    monkeypatch.setattr(check, "Lamb16", build)
+    assert run(exported, "--steps", "1", "--only", "eager", "compiled")[0] == 0
+    assert seen == [False, True]
 
 
 def test_a_corrupted_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
@@ -130,13 +175,38 @@ def test_a_manifest_of_other_shapes_fails(
 def test_what_is_no_model_is_refused(exported: Path, tmp_path: Path) -> None:
     harness = check.build_harness(None, tmp_path)
     step = tmp_path / "step.so"
-    shutil.copy(capi.build(folder=tmp_path), step)
+    shutil.copy(capi.build(tmp_path), step)
     found = capi.manifest.read(exported)
     with pytest.raises(check.CommandError, match="no AOTInductor model"):
         check.run_harness(harness, step, found, 1, 0)
     step.write_text("no library")
     with pytest.raises(check.CommandError, match="cannot load the model"):
         check.run_harness(harness, step, found, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("hyperparameters", "moment_dtype"), "float32", "its hyperparameters are not those of a step"),
+        (("hyperparameters", "lr"), 10**400, "too large"),
+    ],
+)
+def test_hyperparameters_that_no_step_has(
+    keys: tuple[str, str], value: object, said: str, exported_copy: Path, run: Run
+) -> None:
+    change_manifest(exported_copy, *keys, value=value)
+    status, rows, err = run(exported_copy)
+    assert (status, rows, len(err.splitlines())) == (1, {}, 1)
+    assert said in err
+
+
+@pytest.mark.parametrize("shape", [(-3,), (1 << 31, 1 << 31), (1,) * 9])
+def test_shapes_that_no_step_has(shape: tuple[int, ...], exported_copy: Path, run: Run) -> None:
+    change_manifest(exported_copy, "tensors", value=capi.manifest._tensor_entries([shape]))
+    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries([shape]))
+    status, rows, err = run(exported_copy)
+    assert (status, rows) == (1, {})
+    assert "it has a shape that no step can have" in err
 
 
 def test_a_damaged_export_is_one_line(exported_copy: Path, run: Run) -> None:

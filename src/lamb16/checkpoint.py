@@ -102,7 +102,9 @@ def _saved(path: Path) -> dict[str, Any]:
 
     if not (path / ".metadata").is_file():
         hint = f"; {_unfinished(path).name} is one that was not finished" if _unfinished(path).exists() else ""
-        raise ValueError(f"lamb16.checkpoint.load: there is no checkpoint in {path}{hint}")
+        raise ValueError(
+            f"lamb16.checkpoint.load: there is no checkpoint in {path}{hint}; name a folder that save wrote"
+        )
     try:
         return FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -53,34 +54,34 @@ def sources() -> list[Path]:
     return [include() / "lamb16.c"]
 
 
-def find_compiler(compiler: str | None = None) -> str:
-    """The path of a C compiler: the given one, else $CC, gcc, clang or cc.
+def find_compiler(compiler: str | None = None) -> list[str]:
+    """The command of a C compiler: the given one, else $CC (which may have arguments), gcc, clang or cc.
 
     Raises:
         NoCompilerError: it is not on the PATH, or none of these is.
     """
-    wanted = [compiler] if compiler else [*os.environ.get("CC", "").split()[:1], *COMPILERS, "cc"]
-    for name in wanted:
-        found = shutil.which(name)
+    chosen = shlex.split(os.environ.get("CC", ""))
+    wanted = [[compiler]] if compiler else [chosen, *([name] for name in (*COMPILERS, "cc"))]
+    for words in wanted:
+        found = shutil.which(words[0]) if words else None
         if found:
-            return found
-    raise NoCompilerError(
-        f"no C compiler: {', '.join(wanted)} not found on the PATH; install gcc or clang, or name one in CC"
-    )
+            return [found, *words[1:]]
+    names = ", ".join(words[0] for words in wanted if words)
+    raise NoCompilerError(f"no C compiler: {names} not found on the PATH; install gcc or clang, or name one in CC")
 
 
 def build(
+    folder: str | Path,
     compiler: str | None = None,
     flags: Sequence[str] = FLAGS,
-    folder: str | Path | None = None,
     files: Sequence[Path] | None = None,
 ) -> Path:
     """Compile the C reference into a shared library and return its path, ``folder/liblamb16.so``.
 
     Args:
+        folder: made if it is missing.
         compiler: its name or path; None for the first one found.
         flags: of the compiler, in place of :data:`FLAGS`; -fPIC, -shared, the include path and -lm are added.
-        folder: made if it is missing; None for a new temporary one.
         files: other C files in place of :func:`sources`.
 
     Raises:
@@ -88,11 +89,11 @@ def build(
         BuildError: it failed.
     """
     command = find_compiler(compiler)
-    folder = Path(tempfile.mkdtemp(prefix="lamb16-capi-")) if folder is None else Path(folder)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "liblamb16.so"
     inputs = [str(path) for path in (files or sources())]
-    arguments = [command, *flags, "-fPIC", "-shared", f"-I{include()}", *inputs, "-o", str(library), "-lm"]
+    arguments = [*command, *flags, "-fPIC", "-shared", f"-I{include()}", *inputs, "-o", str(library), "-lm"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
@@ -103,7 +104,7 @@ def build(
 def load() -> Library:
     """The C reference, built with the first compiler found, once a process."""
     with tempfile.TemporaryDirectory(prefix="lamb16-capi-") as folder:
-        return Library(build(folder=folder))  # once it is loaded its file is not needed
+        return Library(build(folder))  # once it is loaded its file is not needed
 
 
 class CHyper(ctypes.Structure):

@@ -131,6 +131,8 @@ static inline int aoti_open(aoti_model *model, const char *path)
 static inline int aoti_tensor(const aoti_input *input, AtenTensorHandle *result)
 {
     int64_t strides[AOTI_MAX_DIMS], stride = 1;
+    if (input->ndim < 0 || input->ndim > AOTI_MAX_DIMS)
+        return 1;
     for (int32_t k = input->ndim - 1; k >= 0; k--) {
         strides[k] = stride;
         stride *= input->shape[k] > 0 ? input->shape[k] : 1;
@@ -158,7 +160,7 @@ static inline int aoti_run(aoti_model *model, const aoti_input *inputs, size_t c
         return aoti_fail(model, "cannot run the step", "out of memory");
     for (size_t i = 0; i < count && !failed; i++)
         if (aoti_tensor(&inputs[i], &handles[i]) != 0)
-            failed = aoti_fail(model, "cannot make a tensor", "torch refused its dtype or shape");
+            failed = aoti_fail(model, "cannot make a tensor", "its dtype, shape or number of dimensions is refused");
     if (!failed && model->run(model->container, handles, count, NULL, 0, NULL, NULL) != 0)
         failed = aoti_fail(model, "the step failed", aoti_detail(model));
     for (size_t i = 0; i < count; i++) /* a run takes the handles and leaves NULL; failed checks leave them */

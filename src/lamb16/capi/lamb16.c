@@ -12,7 +12,7 @@
 #pragma STDC FP_CONTRACT OFF
 #endif
 
-#ifdef __FAST_MATH__
+#if defined __FAST_MATH__ || (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__)
 #error "lamb16.c needs IEEE arithmetic: compile it without -ffast-math and -Ofast"
 #endif
 #if FLT_EVAL_METHOD != 0
@@ -420,7 +420,7 @@ static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
     return e;
 }
 
-/* A sum in double that carries along what each addition lost (Kahan), so that it does not depend on the order. */
+/* A sum in double that carries along what each addition lost (Kahan), so that the order matters less. */
 typedef struct {
     double total, lost;
 } sum;

@@ -21,7 +21,7 @@ FORMAT = 1
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
 PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
-CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
+CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart, in order
 
 Shape = tuple[int, ...]
 
@@ -137,8 +137,12 @@ def read(folder: Path) -> Exported:
         raise ManifestError(f"{path} lacks or misstates {error}: export it again") from error
     try:
         check_hyperparameters(asdict(hyper), f" ({path})")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ManifestError(str(error)) from error
+    if hyper_entries(hyper) != content["hyperparameters"]:
+        raise ManifestError(f"{path}: its hyperparameters are not those of a step: export it again")
+    if any(min(x, default=0) < 0 or len(x) > MAX_DIMS or math.prod(x) >= 1 << 31 for x in shapes):
+        raise ManifestError(f"{path}: it has a shape that no step can have: export it again")
     if listed != (_tensor_entries(shapes), _input_entries(shapes)):
         raise ManifestError(f"{path}: its inputs are not those of a step over its tensors: export it again")
     _check_cpu(cpu, path)
@@ -171,7 +175,10 @@ def _check_versions(content: dict[str, Any], path: Path) -> None:
 
 
 def _check_cpu(cpu: Any, path: Path) -> None:
-    """Refuse code for vector instructions that this processor lacks: it would die of an illegal one."""
+    """Refuse code for vector instructions that this processor lacks, as far as torch tells processors apart.
+
+    The code is compiled for all instructions of the processor it was made on, and may die of an illegal one on another.
+    """
     mine = torch.backends.cpu.get_cpu_capability()
     if cpu != mine and not (
         cpu in CPU_LEVELS and mine in CPU_LEVELS and CPU_LEVELS.index(cpu) < CPU_LEVELS.index(mine)

@@ -206,16 +206,21 @@ def known_patterns(encoding: Encoding) -> Tensor:
     return _KNOWN[encoding.name]
 
 
+def _cast(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.view(dtype).float()
+
+
 def sweep_decoders(sweep: Sweep) -> None:
     """All 256 codes of both formats against the cast; those that a step can store against fp8's functions."""
     codes = torch.arange(256, dtype=torch.int32)
     for encoding in ENCODINGS:
         mine = sweep.library.decode(codes.to(torch.uint8), encoding.name)
-        cast = codes.to(torch.uint8).view(encoding.dtype).float()
         name = f"decode {encoding.name}"
-        nan = torch.isnan(cast)  # of which there are many: NaN is compared as NaN, the rest by its bits
-        a, b = (torch.where(torch.isnan(x) & nan, 0, x.view(torch.int32)) for x in (mine, cast))
-        sweep.compare(name, "all codes", "torch's cast", codes, a, b)
+        for how, cast in (("eager", _cast), ("compiled", compile_function(_cast))):
+            theirs = cast(codes.to(torch.uint8), encoding.dtype)
+            nan = torch.isnan(theirs)  # of which there are many: NaN is compared as NaN, the rest by its bits
+            a, b = (torch.where(torch.isnan(x) & nan, 0, x.view(torch.int32)) for x in (mine, theirs))
+            sweep.compare(name, "all codes", f"torch's cast, {how}", codes, a, b)
         stored = (codes & 0x7F) <= encoding.largest_code
         if encoding.fmt is E5M2:
             stored &= codes < 0x80

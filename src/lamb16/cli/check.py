@@ -4,13 +4,15 @@ A C program loads the exported step through AOTInductor's C ABI and runs it besi
 which shares no code with PyTorch) on the same seeded inputs; the Python reference and the optimizer's eager and
 compiled steps are held to the same C code from Python. Each goes on from its own results, and all are compared after
 every step.
-Exit status: 0 where no bit differs, 1 where one does or the export is damaged, 2 where the command line is wrong.
+Exit status: 0 where no bit differs, 1 where one does or the export is damaged, 2 where the command
+line is wrong or there is no C compiler.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,13 +78,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(exported: Exported, args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     if EXPORTED in args.only:
+        _say(EXPORTED, args.steps)
         harness = build_harness(args.compiler, scratch)
         yield run_harness(harness, exported.extract(scratch), exported, args.steps, args.seed)
     others = [name for name in STEPPERS if name in args.only]
     if others:
+        _say(", ".join(others), args.steps)
         inputs = Inputs(args.compiler, scratch / "inputs")
-        library = capi.Library(capi.build(args.compiler, folder=scratch / "reference"))
+        library = capi.Library(capi.build(scratch / "reference", args.compiler))
         yield from check_steppers(others, library, inputs, exported, args.steps, args.seed)
+
+
+def _say(what: str, steps: int) -> None:
+    print(f"checking {what}: {steps} steps", file=sys.stderr, flush=True)  # which may take minutes
 
 
 # -- what is found ---------------------------------------------------------------------------------------------------
@@ -121,15 +129,15 @@ def summary(rows: Sequence[Row]) -> str:
 # -- the exported step -----------------------------------------------------------------------------------------------
 
 
-def build_harness(compiler: str | None, folder: Path) -> Path:
-    """Compile capi/harness.c with the C reference against torch's libraries; raises what `capi.build` does."""
+def build_harness(compiler: str | None, folder: Path, harness: Path | None = None) -> Path:
+    """Compile capi/harness.c, or another, with the C reference against torch's libraries; raises as `capi.build`."""
     libraries = Path(torch.__file__).parent / "lib"
     program = folder / "harness"
-    sources = [capi.include() / name for name in ("harness.c", "inputs.c", "lamb16.c")]
+    sources = [harness or capi.include() / "harness.c", *(capi.include() / name for name in ("inputs.c", "lamb16.c"))]
     # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
     link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
-    command = [capi.find_compiler(compiler), *capi.FLAGS, f"-I{capi.include()}", *map(str, sources), "-o", str(program)]
-    command += [*link, "-ltorch_cpu", "-lc10", "-ldl", "-lm"]
+    command = [*capi.find_compiler(compiler), *capi.FLAGS, f"-I{capi.include()}", *map(str, sources)]
+    command += ["-o", str(program), *link, "-ltorch_cpu", "-lc10", "-ldl", "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise capi.BuildError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr}")
@@ -141,7 +149,7 @@ def run_harness(harness: Path, step: Path, exported: Exported, steps: int, seed:
     done = subprocess.run(
         [str(harness), str(step)],
         input=plan(exported, steps, seed),
-        env={"AOTI_RUNTIME_CHECK_INPUTS": "1"},
+        env=os.environ | {"AOTI_RUNTIME_CHECK_INPUTS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -173,7 +181,7 @@ class Inputs:
     """The harness's seeded inputs (capi/inputs.h) as tensors; raises what `capi.build` does."""
 
     def __init__(self, compiler: str | None, folder: Path) -> None:
-        path = capi.build(compiler, folder=folder, files=[capi.include() / "inputs.c"])
+        path = capi.build(folder, compiler, files=[capi.include() / "inputs.c"])
         library = ctypes.CDLL(str(path))
         self._weights, self._gradient, self._lr = library.inputs_weights, library.inputs_gradient, library.inputs_lr
         number = ctypes.c_uint64

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         written = export(shapes, hyper, args.out, torch.device(args.device), threads)
     except OSError as error:
-        raise CommandError(f"cannot write to {args.out}: {error.strerror or error}", status=1) from error
+        raise CommandError(f"cannot write ({error})", status=1) from error
     except Exception as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise CommandError(f"cannot compile the step: it needs a working C++ compiler ({cause})", status=1) from error
@@ -104,6 +105,9 @@ def check_folder(folder: Path) -> None:
     """Raise `CommandError` unless the folder is missing, empty or of an earlier export."""
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"-o {folder} is a file; name a folder")
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CommandError(f"-o {folder}: {parent} is no folder that can be written to; name another")
     others = sorted(x.name for x in folder.iterdir() if x.name not in (PACKAGE, MANIFEST)) if folder.exists() else []
     if others:
         raise CommandError(f"-o {folder} holds other things ({others[0]}); name a new or empty folder")
