@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sharded
-from helpers import assert_same, snapshot
+from helpers import assert_same, raw
 from lamb16 import Lamb16, sharding
 
 
@@ -41,8 +41,7 @@ def partial_parameter() -> str:
 
 
 def mixed_gradient(sharded_parameter: bool) -> str:
-    mesh = init_device_mesh("cpu", (2,))
-    both = [torch.ones(4), distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)]
+    both = [torch.ones(4), sharded.spreader("rows over 2")(torch.ones(4))]
     optimizer = Lamb16([nn.Parameter(both[sharded_parameter])], compile=False)
     (p,) = optimizer.param_groups[0]["params"]
     with mock.patch.object(type(p), "grad", both[not sharded_parameter]):  # torch itself refuses to set it
@@ -51,12 +50,10 @@ def mixed_gradient(sharded_parameter: bool) -> str:
 
 def partial_gradient() -> list[torch.Tensor]:
     """The weights after a step with gradients of which every rank has one half."""
-    mesh = init_device_mesh("cpu", (2,))
-    whole = sharded.weights()[2]
-    results = []
+    whole, results = sharded.weights()[2], []
     for partial in (True, False):
-        p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
-        grad = DTensor.from_local(whole / 2, mesh, [Partial()]) if partial else p.detach().clone()
+        p = nn.Parameter(sharded.spreader("rows over 2")(whole))
+        grad = DTensor.from_local(whole / 2, p.device_mesh, [Partial()]) if partial else p.detach().clone()
         p.grad = grad
         Lamb16([p], compile=False).step()
         results.append(sharded.whole(p.detach()))
@@ -65,12 +62,8 @@ def partial_gradient() -> list[torch.Tensor]:
 
 def optimizer_on(placement: str) -> Lamb16:
     """After one step."""
-    sizes, dims = sharded.PLACEMENTS[placement]
-    mesh = init_device_mesh("cpu", sizes)
-    whole = sharded.weights()[:3]
-    placed = [sharded.placements_of(w.shape, dims) for w in whole]
-    spread = [distribute_tensor(w, mesh, p, src_data_rank=None) for w, p in zip(whole, placed, strict=True)]
-    params = [nn.Parameter(w) for w in spread]
+    spread = sharded.spreader(placement)
+    params = [nn.Parameter(spread(w)) for w in sharded.weights()[:3]]
     optimizer = Lamb16(params, **sharded.HYPER, compile=False)
     for p in params:
         p.grad = p.detach().clone()
@@ -95,8 +88,8 @@ def one_rank_has_a_damaged_state(placement: str) -> str:
 
 def other_gradients_on_other_ranks() -> str:
     """Each of two ranks has the gradient of another of two equal parameters."""
-    mesh = init_device_mesh("cpu", (2,))
-    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)) for _ in range(2)]
+    spread = sharded.spreader("rows over 2")
+    params = [nn.Parameter(spread(torch.ones(4))) for _ in range(2)]
     optimizer = Lamb16(params, compile=False)
     p = params[torch.distributed.get_rank()]
     p.grad = p.detach().clone()
@@ -107,12 +100,11 @@ def other_gradients_on_other_ranks() -> str:
 
 def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:
     """This rank's part."""
-    return snapshot(optimizer) if not sharding.is_sharded(optimizer.param_groups[0]["params"][0]) else {
-        f"{i}.{key}": sharding.local(value).view(torch.uint8).clone()
+    return {
+        f"{i}.{key}": raw(sharding.local(value))
         for i, p in enumerate(optimizer.param_groups[0]["params"])
         for key, value in (optimizer.state[p] | {"weight": p}).items()
-        if value.dim()
-    }  # fmt: skip
+    }
 
 
 def whole_state_into_shards() -> tuple[sharded.Found, sharded.Found]:

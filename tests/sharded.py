@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from helpers import CODES
-from lamb16 import Lamb16
+from lamb16 import Lamb16, sharding
 
 Found = dict[str, Tensor]
 
@@ -74,14 +74,16 @@ def step_whole(compile: bool, steps: int) -> Found:
     return found(params, optimizer)
 
 
-def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict[str, int]]:
-    """The same on a mesh; returns the gathered tensors, and what this rank had."""
+def spreader(placement: str) -> Callable[[Tensor], DTensor]:
+    """Spreads whole tensors, which every rank has, over the ranks."""
     sizes, dims = PLACEMENTS[placement]
     mesh = init_device_mesh("cpu", sizes)
+    return lambda tensor: distribute_tensor(tensor, mesh, placements_of(tensor.shape, dims), src_data_rank=None)
 
-    def spread(tensor: Tensor) -> DTensor:
-        return distribute_tensor(tensor, mesh, placements_of(tensor.shape, dims), src_data_rank=None)
 
+def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict[str, int]]:
+    """The same on a mesh; returns the gathered tensors, and what this rank had."""
+    spread = spreader(placement)
     params = [nn.Parameter(spread(w)) for w in weights()]
     optimizer = Lamb16(params, **HYPER, compile=compile)
     collectives, sent = [], []
@@ -136,14 +138,6 @@ def whole(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, gathered; gloo does not know fp8."""
     if isinstance(tensor, DTensor):
         if tensor.element_size() == 1:
-            local = tensor.to_local().view(torch.uint8)
-            tensor = DTensor.from_local(
-                local,
-                tensor.device_mesh,
-                tensor.placements,
-                run_check=False,
-                shape=tensor.shape,
-                stride=tensor.stride(),
-            )
+            tensor = sharding.like(tensor, tensor.to_local().view(torch.uint8))
         tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()

@@ -60,8 +60,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
 def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
     """Read a checkpoint that :func:`save` wrote, on any number of ranks, into the same kind of model; a collective.
 
-    Needs room for a second copy of the model's shards and of the optimizer's state. ``others`` are loaded last, by
-    their own ``load_state_dict``.
+    Needs room for a second copy of this rank's part of the model, and for a second and at the end a third one of the
+    optimizer's state. ``others`` are loaded last, by their own ``load_state_dict``.
 
     Raises:
         ValueError: there is no complete checkpoint, a part of it cannot be read, or it is of another model or
@@ -79,7 +79,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
     saved: dict[str, Any] = {}
     _together(lambda: saved.update(_saved(path)))
     with _room(optimizer):
-        state = _copied(_state(model, optimizer, others))
+        state = _state(model, optimizer, others)  # the optimizer's is new, the rest is copied
+        state = {key: value if key == "optimizer" else _copied(value) for key, value in state.items()}
         _together(lambda: _forget_unsaved(state, saved, path))
         try:
             with _alone_is_fine():
@@ -119,15 +120,15 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
     """
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-    states = state["optimizer"]["state"]
+    states, owners = state["optimizer"]["state"], {_owner(key) for key in saved}
     for name in list(states):
-        if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+        if f"optimizer.state.{name}" not in owners:
             del states[name]
     own, _ = flatten_state_dict(state)
-    frozen = tuple(f"optimizer.state.{name}." for name in state["model"] if name not in states)
+    frozen = {f"optimizer.state.{name}" for name in state["model"] if name not in states}
     missing = [key for key in own if key not in saved]
     surplus = [key for key in saved if key not in own and key.startswith(("model.", "optimizer."))]
-    surplus = [key for key in surplus if not key.startswith(frozen)]
+    surplus = [key for key in surplus if _owner(key) not in frozen]
     unlike = [key for key in own if key in saved and _kind(own[key]) != _kind(saved[key])]
     for keys, fault in ((missing, "has no"), (surplus, "has also"), (unlike, "has another shape or dtype for")):
         if keys:
@@ -135,6 +136,11 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
                 f"lamb16.checkpoint.load: {path} is not of this model and optimizer; load another one "
                 f"(it {fault} {keys[0]})"
             )
+
+
+def _owner(key: str) -> str:
+    """The key of the parameter that an entry of a state belongs to."""
+    return key.rpartition(".")[0]
 
 
 def _kind(value: Any) -> tuple[Any, Any]:

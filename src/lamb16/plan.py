@@ -179,6 +179,7 @@ class Plan:
         self.weights = [local(p) for p in params]
         self.layouts = [layout(p) for p in params]
         self.sharded = any(layout.groups for layout in self.layouts)
+        self.spread = any(layout.jumps for layout in self.layouts)
         self.memory = [_memory(w) for w in self.weights]
         self.moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states]
         self.codes = [(flat_codes(local(m)), flat_codes(local(v))) for m, v in self.moments]
@@ -301,12 +302,6 @@ class Plan:
             return filled.to(torch.int64).to(dtype) if dtype == torch.int32 else filled  # modulo 2^32
 
         self.bases = table([[layout.base % 2**32] for layout in self.layouts], torch.int32)[:, 0]
-        self.spread = any(layout.jumps for layout in self.layouts)
-        if self.spread and any(w.numel() >= 1 << 31 for w in self.weights):
-            raise ValueError(
-                "Lamb16: a rank's part of a parameter split along an inner dimension has 2^31 elements or more; "
-                "split it over more ranks, or along its first dimension"
-            )
         self.inverses = table([[1 / run for run, _ in layout.jumps] for layout in self.layouts], torch.float64)
         self.jumps = table([[jump % 2**32 for _, jump in layout.jumps] for layout in self.layouts], torch.int32)
         owners = [i for i, _ in self.large] + [count - 1] * len(self.spare)
@@ -387,7 +382,7 @@ class Plan:
         self.parts, self.copies = [], []
 
     def _apply_large(self, k: slice) -> None:
-        if self.sharded and self.spread:
+        if self.spread:
             places = self.large_inverses[k], self.large_jumps[k]
             self.functions.apply_spread(self.parts[k], self.tables[k], self.roundings[k], *places, self.lanes)
         else:
@@ -395,7 +390,7 @@ class Plan:
 
     def _apply_packed(self) -> None:
         place = self.owner, self.start, self.lanes
-        if self.sharded and self.spread:
+        if self.spread:
             tables = self.table, self.rounding, self.inverses, self.jumps
             self.functions.apply_packed_spread(self.packed, *tables, *place)
         else:

@@ -145,10 +145,17 @@ def check_layout(param: Tensor, name: str) -> None:
                 f"{sizes} ranks, which do not divide it: torch loads checkpoints of such a parameter wrong. Make the "
                 f"dimension a multiple of {math.prod(sizes)}, or split it over one axis"
             )
-    if len([dim for dim in split if dim > 0]) > MAX_JUMPS:
+    inner = [dim for dim in split if dim > 0]
+    if len(inner) > MAX_JUMPS:
         raise ValueError(
             f"Lamb16: parameter {name} is split along the dimensions {sorted(split)}; besides the first at most "
             f"{MAX_JUMPS} are supported"
+        )
+    largest = math.prod(-(-size // math.prod(split.get(dim, [1]))) for dim, size in enumerate(param.shape))
+    if inner and largest >= 1 << 31:
+        raise ValueError(
+            f"Lamb16: a rank's part of parameter {name}, which is split along an inner dimension, has 2^31 elements or "
+            "more; split it over more ranks, or along its first dimension"
         )
 
 
@@ -196,9 +203,8 @@ class Reduction:
         self.agreed = False
         rows: dict[tuple[int, ...], list[int]] = {}
         groups: dict[tuple[int, ...], Any] = {}
-        layouts = [layout for plan in plans for layout in plan.layouts]
-        for row, layout in enumerate(layouts):
-            for group in layout.groups:
+        for row, place in enumerate(place for plan in plans for place in plan.layouts):
+            for group in place.groups:
                 ranks = tuple(torch.distributed.get_process_group_ranks(group))
                 groups.setdefault(ranks, group)
                 rows.setdefault(ranks, []).append(row)

@@ -88,16 +88,20 @@ def build(
         NoCompilerError: there is no such compiler.
         BuildError: it failed.
     """
-    command = find_compiler(compiler)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / "liblamb16.so"
-    inputs = [str(path) for path in (files or sources())]
-    arguments = [*command, *flags, "-fPIC", "-shared", f"-I{include()}", *inputs, "-o", str(library), "-lm"]
+    command = [*find_compiler(compiler), *flags, "-fPIC", "-shared"]
+    folder.mkdir(parents=True, exist_ok=True)
+    run_compiler(command, files or sources(), library, ["-lm"])
+    return library
+
+
+def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, link: Sequence[str]) -> None:
+    """Compile files with ``lamb16.h`` on the include path; raises BuildError."""
+    arguments = [*command, f"-I{include()}", *map(str, files), "-o", str(output), *link]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
-    return library
 
 
 @functools.cache

@@ -136,11 +136,8 @@ def build_harness(compiler: str | None, folder: Path, harness: Path | None = Non
     sources = [harness or capi.include() / "harness.c", *(capi.include() / name for name in ("inputs.c", "lamb16.c"))]
     # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
     link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
-    command = [*capi.find_compiler(compiler), *capi.FLAGS, f"-I{capi.include()}", *map(str, sources)]
-    command += ["-o", str(program), *link, "-ltorch_cpu", "-lc10", "-ldl", "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise capi.BuildError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr}")
+    link += ["-ltorch_cpu", "-lc10", "-ldl", "-lm"]
+    capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS], sources, program, link)
     return program
 
 

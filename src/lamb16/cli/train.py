@@ -140,16 +140,17 @@ def _load(config: TrainConfig, workers: Workers) -> ImageData:
     """The data; the first worker comes first, so that one of them downloads, and none waits for one that failed."""
     if workers.count == 1:
         return load(config.dataset, config.data)
+    data: ImageData | None = None
     failure: list[str | None] = [None]
     if workers.rank == 0:
         try:
-            load(config.dataset, config.data)
+            data = load(config.dataset, config.data)
         except CommandError as error:
             failure = [str(error)]
     torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise CommandError(failure[0])
-    return load(config.dataset, config.data)
+    return data or load(config.dataset, config.data)
 
 
 def write_json(path: Path, result: Any) -> None:
