@@ -31,6 +31,7 @@ CONTROL = Case(
     kinds=[["normal"] * 3, ["growing"] * 3, ["normal", "nan", "zero"], ["huge", "normal", "tiny"]],
     exponent=-2,
 )
+CONTROL_HYPER = Hyper(**CONTROL.hyper)
 
 
 def close(a: float, b: float) -> bool:
@@ -79,6 +80,23 @@ def test_c_equals_reference(case: Case) -> None:
 def test_step_equals_c(compile: bool, case: Case) -> None:
     """The eager and the compiled step, with the C reference in place of the Python one."""
     run_beside_reference(case, compile, capi.load().step)
+
+
+def test_a_power_too_large_for_float64(compile: bool) -> None:
+    """The trust ratio is then its upper bound; Python's own power raises OverflowError."""
+    case = replace(CONTROL, hyper=CONTROL.hyper | {"lr": 1e-300, "trust_scale": 2.0})
+    run_c_beside_reference(case, capi.load())
+    run_beside_reference(case, compile)
+
+
+def test_a_first_moment_that_decodes_to_infinity_is_skipped() -> None:
+    """No step leaves such a scale; a state of other origin may hold it."""
+    weights, grad = torch.ones(3), torch.full((3,), 0.1)
+    codes = torch.tensor([0, 1, 0x7E], dtype=torch.uint8)  # 448 times 2^120 is above float32
+    state = State(codes, 2.0**120, codes.clamp(max=0x7B), 1.0, 5, 0)
+    theirs = reference.step(weights, grad, state, CONTROL_HYPER)
+    assert theirs[2].skipped
+    assert_same("infinite", capi.load().step(weights, grad, state, CONTROL_HYPER), theirs)
 
 
 @given(

@@ -179,9 +179,15 @@ def test_what_is_no_model_is_refused(exported: Path, tmp_path: Path) -> None:
     found = capi.manifest.read(exported)
     with pytest.raises(check.CommandError, match="no AOTInductor model"):
         check.run_harness(harness, step, found, 1, 0)
-    step.write_text("no library")
-    with pytest.raises(check.CommandError, match="cannot load the model"):
+    shutil.copy(exported / "step.pt2", step)  # the package itself, not the library in it
+    with pytest.raises(check.CommandError, match=r"cannot load the model; give the \.so inside"):
         check.run_harness(harness, step, found, 1, 0)
+
+
+def test_a_compiler_that_writes_nothing_is_one_line(exported: Path, run: Run) -> None:
+    status, rows, err = run(exported, "--compiler", "true")
+    assert (status, rows) == (1, {})
+    assert "true wrote no harness: it is no C compiler" in err
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State
     m = f32(beta1) * old_m + f32(1 - beta1) * g
     v = f32(beta2) * old_v + f32(1 - beta2) * (g * g)
     max_m, max_v = largest(m.abs()), largest(v)
-    if not torch.isfinite(g).all() or max_v >= OVERFLOW_V:
+    if not torch.isfinite(g).all() or not math.isfinite(max_m) or max_v >= OVERFLOW_V:
         return p.clone(), state, Stats(math.nan, math.nan, math.nan, skipped=True)
     t = state.step + 1
 
@@ -147,7 +147,10 @@ def trust_ratio(weight_norm: float, update_norm: float, h: Hyper) -> float:
     if update_norm == 0:  # an empty tensor
         return h.trust_clip
     base = weight_norm / update_norm * h.trust_lr / abs(h.lr) if h.lr else math.inf
-    return min(float(base**h.trust_scale), h.trust_clip)
+    try:
+        return min(float(base**h.trust_scale), h.trust_clip)
+    except OverflowError:  # Python's, where IEEE arithmetic gives infinity
+        return h.trust_clip
 
 
 def power_of_two_scale(largest_value: float, format_max: float, smallest: float) -> float:

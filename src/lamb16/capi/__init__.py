@@ -102,6 +102,8 @@ def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, li
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
+    if not output.exists():
+        raise BuildError(f"{command[0]} wrote no {output.name}: it is no C compiler; name one such as gcc")
 
 
 @functools.cache

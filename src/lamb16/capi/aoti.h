@@ -87,7 +87,7 @@ static inline int aoti_find(aoti_model *model, const char *name, void *function)
 {
     void *address = dlsym(model->library, name);
     if (address == NULL)
-        return aoti_fail(model, name, "the library has no such function; it is no AOTInductor model");
+        return aoti_fail(model, name, "no such function in the library; it is no AOTInductor model: give the .so of step.pt2");
     memcpy(function, &address, sizeof address);
     return 0;
 }
@@ -110,7 +110,7 @@ static inline int aoti_open(aoti_model *model, const char *path)
     memset(model, 0, sizeof *model);
     model->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (model->library == NULL)
-        return aoti_fail(model, "cannot load the model", dlerror());
+        return aoti_fail(model, "cannot load the model; give the .so inside the unpacked step.pt2", dlerror());
     if (aoti_find(model, "AOTInductorModelContainerCreateWithDevice", &create) ||
         aoti_find(model, "AOTInductorModelContainerDelete", &model->remove) ||
         aoti_find(model, "AOTInductorModelContainerRun", &model->run) ||
@@ -123,7 +123,7 @@ static inline int aoti_open(aoti_model *model, const char *path)
     if (num_inputs(model->container, &model->inputs) != 0 || num_outputs(model->container, &outputs) != 0)
         return aoti_fail(model, "cannot ask the model for its inputs", aoti_detail(model));
     if (outputs != 0)
-        return aoti_fail(model, "this is no step of lamb16", "a step has no outputs");
+        return aoti_fail(model, "a model with outputs is no step of lamb16", "export one with lamb16 export");
     return 0;
 }
 
