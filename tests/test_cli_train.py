@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from lamb16 import reference
 from lamb16.cli import CommandError, main, require, training
 from lamb16.cli.contenders import why_unusable
 from lamb16.cli.data import ImageData, load
@@ -113,6 +114,9 @@ def test_version() -> None:
             "--trust-scale is for --optimizer lamb16 only",
         ),
         (["train", "--moment-dtype", "float32", "--optimizer", "adam"], "--moment-dtype is for"),
+        (["train", "--schedule", "linear-step", "--optimizer", "lamb"], "--schedule linear-step is for"),
+        (["train", "--schedule", "linear-step", "--trust-scale", "1"], "needs --trust-scale below 1, not 1.0"),
+        (["train", "--betas", "0.9", "1"], "--betas must be two numbers of at least 0 and below 1, not 1.0"),
         (["train", "--json", "no/such/folder/result.json"], "no/such/folder"),
         (["train", "--no-log", "--log-dir", "logs"], "not allowed with"),
     ],
@@ -161,7 +165,8 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tensorboard")
-    arguments = "--epochs 2 --seed 3 --eager --schedule linear --threads 1 --json result.json --trust-scale 0.5"
+    arguments = "--epochs 2 --seed 3 --eager --schedule linear --threads 1 --json result.json"
+    arguments += " --trust-scale 0.5 --betas 0.8 0.99"
     process = lamb16("train", *arguments.split(), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "result.json").read_text())
@@ -170,6 +175,7 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> N
     assert expected.items() <= settings.items()
     assert settings["schedule"] == "linear"
     assert settings["trust_scale"] == 0.5
+    assert settings["betas"] == [0.8, 0.99]
     assert result["threads"] == 1
     assert result["torch"] == torch.__version__
     assert result["seconds"] > 0
@@ -335,6 +341,22 @@ def test_schedules_start_at_the_learning_rate_and_end_at_one_percent(schedule: s
         assert used[25] == pytest.approx(quarter)
 
 
+@pytest.mark.parametrize("trust_scale", [None, 0.7])
+def test_linear_step_lets_the_step_fall_linearly(trust_scale: float | None) -> None:
+    """Lamb16's step is lr · ratio; with weights and update as they are it goes from 1 to 1/100."""
+    config = TrainConfig(lr=0.5, schedule="linear-step", trust_scale=trust_scale, eager=True)
+    optimizer = build_optimizer(config, build_model(0))
+    scheduler = build_scheduler(optimizer, config.schedule, 101)
+    hyper = reference.Hyper(trust_clip=math.inf, **({} if trust_scale is None else {"trust_scale": trust_scale}))
+    steps = []
+    for _ in range(101):
+        lr = optimizer.param_groups[0]["lr"]
+        steps.append(lr * reference.trust_ratio(1.0, 1.0, replace(hyper, lr=lr)))
+        optimizer.step()
+        scheduler.step()
+    assert [step / steps[0] for step in steps[::50]] == pytest.approx([1, 0.505, 0.01])
+
+
 def test_the_last_batch_may_be_short_and_all_images_are_seen(digits: ImageData) -> None:
     steps = []
     entries: list[dict[str, Any]] = []
@@ -346,12 +368,16 @@ def test_the_last_batch_may_be_short_and_all_images_are_seen(digits: ImageData) 
 
 def test_settings_reach_the_optimizer() -> None:
     model = build_model(0)
-    config = TrainConfig(lr=0.02, weight_decay=0.25, trust_scale=0.5, moment_dtype="float32", eager=True)
+    config = TrainConfig(
+        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, moment_dtype="float32", eager=True
+    )
     group = build_optimizer(config, model).param_groups[0]
     assert group["param_names"] == LAYERS
     assert (group["lr"], group["weight_decay"], group["trust_scale"]) == (0.02, 0.25, 0.5)
+    assert group["betas"] == (0.5, 0.99)
     assert group["moment_dtype"] == "float32"
-    adam = build_optimizer(TrainConfig(optimizer="adam"), model)
+    adam = build_optimizer(TrainConfig(optimizer="adam", betas=(0.5, 0.99)), model)
+    assert adam.param_groups[0]["betas"] == (0.5, 0.99)
     assert type(adam) is torch.optim.Adam
     assert adam.param_groups[0]["lr"] == 0.001
 

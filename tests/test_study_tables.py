@@ -38,10 +38,16 @@ def test_medians_take_diverged_runs_as_infinite() -> None:
 
 
 def _rate_pairs() -> list[rates.Pair]:
-    values = {"lamb16": 0.9, "adamw": 1.0, "lamb": 1.2, "published": 2.0}
+    values = {
+        ("lamb16", 0.9): 0.9,
+        ("adamw", 0.9): 1.0,
+        ("lamb", 0.9): 1.2,
+        ("published", 0.9): 2.0,
+        ("lamb16", 0.5): 0.8,
+    }
     return [
-        (Run("cnn", name, lr, 1, 5, 5), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
-        for name, loss in values.items()
+        (Run("cnn", name, lr, 1, 5, 5, beta1=beta1), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
+        for (name, beta1), loss in values.items()
         for lr in (0.001, 0.01, 0.1)
     ]
 
@@ -50,6 +56,7 @@ def test_rates_compare_the_best_of_each_optimizer() -> None:
     tables = rates.tables(_rate_pairs(), {})
     assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.20 | 0.44 |" in tables["basin"]
     assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.20 | 0.20 |" in tables["basin"]
+    assert "| cnn | Lamb16, β1 0.5 | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
 
 

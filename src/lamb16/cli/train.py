@@ -85,9 +85,12 @@ def _add_optimizer_options(group: Any, default: TrainConfig) -> None:
         "--schedule",
         choices=SCHEDULES,
         default=default.schedule,
-        help="linear and cosine fall to 1%% of --lr",
+        help="linear and cosine fall to 1%% of --lr; linear-step, for lamb16 only, lets the step fall linearly to 1%%",
     )
     group.add_argument("--weight-decay", type=float, default=default.weight_decay, metavar="X", help="weight decay")
+    group.add_argument(
+        "--betas", type=float, nargs=2, default=unset, metavar=("B1", "B2"), help="(default: the optimizer's own)"
+    )
     group.add_argument("--eager", action="store_true", default=unset, help="do not compile the step of lamb16")
     group.add_argument(
         "--trust-scale", type=float, default=unset, metavar="X", help="lamb16 only (default: Lamb16's own)"
@@ -113,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `lamb16 train`."""
     given = vars(args)
     settings = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+    if "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
     config = TrainConfig(**settings).completed()
     json_file: Path | None = given.get("json")
     if json_file and not json_file.absolute().parent.is_dir():  # better said now than after the training

@@ -22,7 +22,7 @@ from lamb16.cli.workers import ALONE, Workers
 from lamb16.sharding import local
 
 OPTIMIZERS = tuple(CONTENDERS)
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "linear-step")
 MOMENT_DTYPES = ("float8", "float32")
 DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
@@ -48,6 +48,7 @@ class TrainConfig:
     threads: int | None = None
     data: str | None = None
     normalize: bool = False
+    betas: tuple[float, float] | None = None
     trust_scale: float | None = None
     moment_dtype: str | None = None
     distributed: bool = False
@@ -76,6 +77,9 @@ class TrainConfig:
             raise CommandError(f"--weight-decay must be 0 or a positive number, not {self.weight_decay}")
         if not 0 <= self.seed < 2**63:
             raise CommandError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
+        for beta in self.betas or ():
+            if not 0 <= beta < 1:
+                raise CommandError(f"--betas must be two numbers of at least 0 and below 1, not {beta}")
         self._check_lamb16_only()
         if self.distributed and self.optimizer not in SHARDED:
             raise CommandError(
@@ -87,9 +91,13 @@ class TrainConfig:
             raise CommandError(f"--trust-scale must be 0 or a positive number, not {self.trust_scale}")
         if self.moment_dtype is not None:
             _require_one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
-        for option, given in (("--trust-scale", self.trust_scale), ("--moment-dtype", self.moment_dtype)):
-            if given is not None and self.optimizer != "lamb16":
+        given = {"--trust-scale": self.trust_scale, "--moment-dtype": self.moment_dtype}
+        given |= {"--schedule linear-step": True if self.schedule == "linear-step" else None}
+        for option, value in given.items():
+            if value is not None and self.optimizer != "lamb16":
                 raise CommandError(f"{option} is for --optimizer lamb16 only, not for {self.optimizer}")
+        if self.schedule == "linear-step" and (self.trust_scale or 0) >= 1:
+            raise CommandError(f"--schedule linear-step needs --trust-scale below 1, not {self.trust_scale}")
 
 
 def train(
@@ -155,7 +163,7 @@ def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the named parameters of `model`."""
     config = config.completed()
-    given = {"trust_scale": config.trust_scale, "moment_dtype": config.moment_dtype}
+    given = {"betas": config.betas, "trust_scale": config.trust_scale, "moment_dtype": config.moment_dtype}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"compile": not config.eager, "seed": config.seed}
     return contenders.build(
@@ -166,14 +174,18 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 def build_scheduler(
     optimizer: torch.optim.Optimizer, schedule: str, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The full learning rate at the first of `steps` steps; a falling schedule ends at 1 % of it."""
+    """The full learning rate at the first of `steps` steps; a falling schedule ends at 1 % of it.
+
+    Lamb16's step lr · r goes with lr^(1 - trust_scale): "linear-step" is the schedule under which it falls linearly.
+    """
+    power = 1 / (1 - optimizer.param_groups[0]["trust_scale"]) if schedule == "linear-step" else 1.0
 
     def factor(step: int) -> float:
         progress = min(1.0, step / max(1, steps - 1))
         if schedule == "constant":
             return 1.0
-        fall = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        return 1 - (1 - FINAL_LR) * fall
+        fall = (1 - math.cos(math.pi * progress)) / 2 if schedule == "cosine" else progress
+        return float((1 - (1 - FINAL_LR) * fall) ** power)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -37,6 +37,8 @@ UPDATE: dict[str, dict[str, Any]] = {
     "trust_scale 0": {"trust_scale": 0.0},
     "trust_scale 0.25": {"trust_scale": 0.25},
     "trust_scale 0.5": {"trust_scale": 0.5},
+    "β1 0.5": {"beta1": 0.5},
+    "β1 0": {"beta1": 0.0},
     "no bias correction": {"bias_correction": False},
     "weights count as they are": {"parts": _AS_THEY_ARE},
     "the same, no bias correction": {"bias_correction": False, "parts": _AS_THEY_ARE},
@@ -69,7 +71,7 @@ def name_of(run: Run) -> str:
     default = Run("", "", 0, 0, 0, 0)
     options = {
         key: getattr(run, key)
-        for key in ("moment_dtype", "trust_scale", "bias_correction", "parts")
+        for key in ("beta1", "moment_dtype", "trust_scale", "bias_correction", "parts")
         if getattr(run, key) != getattr(default, key)
     }
     return next(name for name, wanted in ABLATIONS.items() if wanted == options)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamb16.cli.data import ImageData, load
+from lamb16.cli.study.report import spread
 from lamb16.cli.study.runs import Result
 from lamb16.cli.training import TrainConfig, train
 
 QUICK_TRAIN, QUICK_TEST = 600, 300  # images
+FIGURES = ("best epoch, %", "last epoch, %", "training loss, last epoch", "seeds")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,15 @@ class MnistRun:
     epochs: int
     schedule: str
     seed: int
+    beta1: float = 0.9
     weight_decay: float = 0.01
     quick: bool = False
 
 
 def describe(job: MnistRun) -> str:
     """The settings in a few words."""
-    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule} seed {job.seed}"
+    beta1 = "" if job.beta1 == MnistRun.beta1 else f" beta1 {job.beta1:g}"
+    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{beta1} seed {job.seed}"
 
 
 def execute(job: MnistRun, folder: str | None) -> Result:
@@ -42,6 +47,7 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         lr=job.lr,
         schedule=job.schedule,
         weight_decay=job.weight_decay,
+        betas=None if job.beta1 == MnistRun.beta1 else (job.beta1, 0.999),
         epochs=job.epochs,
         seed=job.seed,
         eager=job.quick,
@@ -59,6 +65,13 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         "skipped": result["skipped"],
         "seconds": result["seconds"],
     }
+
+
+def figures(results: Sequence[Result]) -> list[str]:
+    """What tables show of runs that differ by their seed, under the header FIGURES."""
+    best, last = ([100 * result[f"{name}_accuracy"] for result in results] for name in ("best", "last"))
+    losses = [result["train_loss"] for result in results]
+    return [spread(best, ".2f"), spread(last, ".2f"), spread(losses, ".2g"), str(len(results))]
 
 
 @functools.cache

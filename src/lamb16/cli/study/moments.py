@@ -35,7 +35,7 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def _pair(sizes: Sizes, task: str, seed: int, **settings: float) -> list[Run]:
-    steps, batch_size, lr, _ = sizes.tasks[task]
+    steps, batch_size, lr, *_ = sizes.tasks[task]
     return [
         Run(
             task, "lamb16", lr, seed, steps, batch_size, sizes.dataset,

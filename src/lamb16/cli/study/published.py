@@ -15,8 +15,9 @@ import torch
 from lamb16.cli import bench, contenders, timing
 from lamb16.cli.contenders import CONTENDERS
 from lamb16.cli.model import TwoLayerCNN
+from lamb16.cli.study import mnist
 from lamb16.cli.study.mnist import MnistRun, describe, execute
-from lamb16.cli.study.report import COLOURS, band, figure, grouped, median, spread, table
+from lamb16.cli.study.report import COLOURS, band, figure, grouped, median, table
 from lamb16.cli.study.runs import Result, Results, code_of, digest
 from lamb16.cli.study.sizes import Sizes
 
@@ -68,24 +69,9 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Accuracies and losses, and step times with state sizes, as Markdown."""
     rows = []
     for (batch, lr, schedule, name), group in sorted(grouped(pairs, _setting).items(), key=_order):
-        results = [result for _, result in group]
-        rows.append([
-            f"{batch}, {lr:g}, {schedule}",
-            CONTENDERS[name].label,
-            spread([100 * r["best_accuracy"] for r in results], ".2f"),
-            spread([100 * r["last_accuracy"] for r in results], ".2f"),
-            spread([r["train_loss"] for r in results], ".2g"),
-            str(len(results)),
-        ])  # fmt: skip
-    header = [
-        "batch, lr, schedule",
-        "optimizer",
-        "best epoch, %",
-        "last epoch, %",
-        "training loss, last epoch",
-        "seeds",
-    ]
-    found = {"accuracy": table(header, rows)}
+        figures = mnist.figures([result for _, result in group])
+        rows.append([f"{batch}, {lr:g}, {schedule}", CONTENDERS[name].label, *figures])
+    found = {"accuracy": table(["batch, lr, schedule", "optimizer", *mnist.FIGURES], rows)}
     if "step_times" in extra:
         own = sum(p.numel() for p in TwoLayerCNN().parameters())
         timed = [

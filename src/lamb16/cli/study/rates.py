@@ -1,5 +1,7 @@
 """Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
 
+Lamb16 and AdamW with less momentum too, since the published rule, which loses most of m, has hardly any.
+
 The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's.
 The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps, a
 linear fall.
@@ -20,20 +22,27 @@ from lamb16.cli.study.training import Run, describe, execute
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-OPTIMIZERS = ("lamb16", "lamb", "adamw", "published")
+DEFAULT_BETA1 = 0.9
+RIVALS = (  # optimizer, β1
+    *((name, DEFAULT_BETA1) for name in ("lamb16", "lamb", "adamw", "published")),
+    ("lamb16", 0.5),
+    ("adamw", 0.5),
+)
+ADAMW = ("adamw", DEFAULT_BETA1)  # what all are compared with
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
+Rival = tuple[str, float]  # one of RIVALS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
     """Every optimizer at every rate on every task."""
     return [
-        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset)
-        for seed in sizes.rate_seeds
+        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, beta1=beta1)
         for task, size in sizes.tasks.items()
+        for seed in size.rate_seeds
         for lr in size.rates
-        for name in OPTIMIZERS
+        for name, beta1 in RIVALS
     ]
 
 
@@ -41,18 +50,24 @@ def prepare(results: Results, sizes: Sizes) -> None:
     """Nothing beside the runs."""
 
 
-def losses(pairs: list[Pair]) -> dict[str, dict[str, dict[float, float]]]:
-    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
+def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
+    """The median loss by task, rival and rate; infinite where half of the seeds diverged."""
     return {
         task: {
-            name: {
+            rival: {
                 lr: median(result["validation_loss"] for _, result in same)
                 for lr, same in grouped(own, lambda pair: pair[0].lr).items()
             }
-            for name, own in grouped(group, lambda pair: pair[0].optimizer).items()
+            for rival, own in grouped(group, lambda pair: (pair[0].optimizer, pair[0].beta1)).items()
         }
         for task, group in grouped(pairs, lambda pair: pair[0].task).items()
     }
+
+
+def label(rival: Rival) -> str:
+    """Its name in tables and plots."""
+    name, beta1 = rival
+    return CONTENDERS[name].label + ("" if beta1 == DEFAULT_BETA1 else f", β1 {beta1:g}")
 
 
 def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
@@ -86,17 +101,17 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     found = losses(pairs)
     summary, by_rate = [], {}
     for task, curves in found.items():
-        best = {name: min(curve.values()) for name, curve in curves.items()}
+        best = {rival: min(curve.values()) for rival, curve in curves.items()}
         rates = sorted(next(iter(curves.values())))
         by_rate[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[CONTENDERS[name].label, *(number(curve[lr]) for lr in rates)] for name, curve in curves.items()],
+            [[label(rival), *(number(curve[lr]) for lr in rates)] for rival, curve in curves.items()],
         )
-        for name, curve in curves.items():
+        for rival, curve in curves.items():
             at = min(curve, key=curve.__getitem__)
-            to_adamw = f"{100 * (best[name] / best['adamw'] - 1):+.2f}"
-            widths = [_width(curve, BASIN * best[which]) for which in (name, "adamw")]
-            summary.append([task, CONTENDERS[name].label, number(best[name], ".5g"), f"{at:.2g}", to_adamw, *widths])
+            to_adamw = f"{100 * (best[rival] / best[ADAMW] - 1):+.2f}"
+            widths = [_width(curve, BASIN * best[which]) for which in (rival, ADAMW)]
+            summary.append([task, label(rival), number(best[rival], ".5g"), f"{at:.2g}", to_adamw, *widths])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
     header += ["decades within 10 % of its own best", "of AdamW's best"]
     return {"basin": table(header, summary)} | by_rate
@@ -108,11 +123,10 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     path = folder / "rates.svg"
     with figure(path, len(found)) as axes:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
-            for name, curve in curves.items():
+            for rival, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                panel.plot(
-                    *zip(*points, strict=True), "o-", markersize=3, label=CONTENDERS[name].label, color=COLOURS[name]
-                )
+                style = "o-" if rival[1] == DEFAULT_BETA1 else "o:"
+                panel.plot(*zip(*points, strict=True), style, markersize=3, label=label(rival), color=COLOURS[rival[0]])
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
         axes[0].set_ylabel("validation loss")

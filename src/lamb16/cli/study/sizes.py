@@ -7,12 +7,16 @@ from typing import NamedTuple
 
 
 class TaskSize(NamedTuple):
-    """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is."""
+    """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is.
+
+    ``rate_seeds`` are the seeds for those.
+    """
 
     steps: int
     batch_size: int
     lr: float
     rates: tuple[float, ...]
+    rate_seeds: tuple[int, ...] = (1,)
 
 
 def half_decades(first: float, last: float) -> tuple[float, ...]:
@@ -26,13 +30,13 @@ class Sizes:
 
     tasks: dict[str, TaskSize]
     seeds: tuple[int, ...]
-    rate_seeds: tuple[int, ...]
     ablation_seeds: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     batch_epochs: int
     dataset: str
     published: tuple[tuple[int, float, int], ...]  # batch size, learning rate, epochs
     published_seeds: tuple[int, ...]
+    reasons_seeds: tuple[int, ...]
     timed_rounds: int
     quick: bool
 
@@ -40,17 +44,17 @@ class Sizes:
 FULL = Sizes(
     tasks={
         "lm": TaskSize(500, 12, 0.01, half_decades(-4, -1)),
-        "cnn": TaskSize(400, 256, 0.1, half_decades(-2.5, 0.5)),
+        "cnn": TaskSize(400, 256, 0.1, half_decades(-2.5, 0.5), rate_seeds=(1, 2, 3, 4, 5)),  # the noisiest
         "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3.5, -0.5)),
     },
     seeds=(1, 2, 3),
-    rate_seeds=(1,),
     ablation_seeds=(1,),
     batch_sizes=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
     batch_epochs=2,
     dataset="mnist",
     published=((1024, 0.02, 10), (128, 0.01, 5)),
     published_seeds=(1, 2, 3, 4, 5),
+    reasons_seeds=(1, 2, 3),
     timed_rounds=30,
     quick=False,
 )
@@ -61,13 +65,13 @@ QUICK = Sizes(
         "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03)),
     },
     seeds=(1,),
-    rate_seeds=(1,),
     ablation_seeds=(1,),
     batch_sizes=(64, 256),
     batch_epochs=1,
     dataset="digits",
     published=((128, 0.01, 2),),
     published_seeds=(1, 2),
+    reasons_seeds=(1,),
     timed_rounds=3,
     quick=True,
 )

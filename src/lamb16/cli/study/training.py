@@ -40,6 +40,7 @@ class Run:
     steps: int
     batch_size: int
     dataset: str = "mnist"
+    beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
     moment_dtype: str = "float8"
@@ -55,7 +56,7 @@ def describe(run: Run) -> str:
     names = [run.task, run.optimizer, f"lr {run.lr:g}", f"seed {run.seed}"]
     names += [f"{key} {value}" for key, value in run.parts]
     default = Run("", "", 0, 0, 0, 0)
-    for name in ("beta2", "moment_dtype", "trust_scale", "bias_correction", "gradient_scale"):
+    for name in ("beta1", "beta2", "moment_dtype", "trust_scale", "bias_correction", "gradient_scale"):
         if getattr(run, name) != getattr(default, name):
             names.append(f"{name} {getattr(run, name)}")
     return ", ".join(names)
@@ -90,7 +91,7 @@ def execute(run: Run, folder: str | None) -> Result:
 
 def build(run: Run, model: nn.Module) -> Optimizer:
     """The optimizer of the run over the model's named parameters."""
-    options: dict[str, Any] = {"betas": (0.9, run.beta2), "seed": run.seed}
+    options: dict[str, Any] = {"betas": (run.beta1, run.beta2), "seed": run.seed}
     if run.trust_scale is not None:
         options["trust_scale"] = run.trust_scale
     if run.optimizer == "variant":
