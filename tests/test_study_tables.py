@@ -57,6 +57,7 @@ def test_rates_compare_the_best_of_each_optimizer() -> None:
     assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.20 | 0.44 |" in tables["basin"]
     assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.20 | 0.20 |" in tables["basin"]
     assert "| cnn | Lamb16, β1 0.5 | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
+    assert rates._arrow(0.1, [0.01, 0.1]) == " ↑"
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
 
 

@@ -99,6 +99,7 @@ def build(
 def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, link: Sequence[str]) -> None:
     """Compile files with ``lamb16.h`` on the include path; raises BuildError."""
     arguments = [*command, f"-I{include()}", *map(str, files), "-o", str(output), *link]
+    output.unlink(missing_ok=True)  # an earlier one would hide that none was written
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")

@@ -27,7 +27,7 @@ MOMENT_DTYPES = ("float8", "float32")
 DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
-FINAL_LR = 0.01  # of the first learning rate, at the last step of a falling schedule
+FINAL_LR = 0.01  # of the first learning rate (linear-step: of the first step), at the last step of a falling schedule
 TEST_BATCH = 1000
 
 
@@ -174,9 +174,10 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 def build_scheduler(
     optimizer: torch.optim.Optimizer, schedule: str, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The full learning rate at the first of `steps` steps; a falling schedule ends at 1 % of it.
+    """The full learning rate at the first of `steps` steps; linear and cosine end at 1 % of it.
 
-    Lamb16's step lr · r goes with lr^(1 - trust_scale): "linear-step" is the schedule under which it falls linearly.
+    Lamb16's step lr · r goes with lr^(1 - trust_scale) until r reaches trust_clip: under "linear-step" it falls
+    linearly, to 1 %.
     """
     power = 1 / (1 - optimizer.param_groups[0]["trust_scale"]) if schedule == "linear-step" else 1.0
 

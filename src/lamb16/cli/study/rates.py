@@ -1,6 +1,6 @@
 """Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
 
-Lamb16 and AdamW with less momentum too, since the published rule, which loses most of m, has hardly any.
+Lamb16 and AdamW with less momentum too: the published rule, which loses most of m, has hardly any.
 
 The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's.
 The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps, a
@@ -96,6 +96,11 @@ def _width(curve: dict[float, float], limit: float) -> str:
     return f"{'≥ ' if cut else ''}{width:.2f}"
 
 
+def _arrow(at: float, rates: list[float]) -> str:
+    """Whether the best is at an end of the rates that were tried, so that a better one may lie beyond."""
+    return {rates[0]: " ↓", rates[-1]: " ↑"}.get(at, "")
+
+
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
     found = losses(pairs)
@@ -111,7 +116,8 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             at = min(curve, key=curve.__getitem__)
             to_adamw = f"{100 * (best[rival] / best[ADAMW] - 1):+.2f}"
             widths = [_width(curve, BASIN * best[which]) for which in (rival, ADAMW)]
-            summary.append([task, label(rival), number(best[rival], ".5g"), f"{at:.2g}", to_adamw, *widths])
+            rate = f"{at:.2g}{_arrow(at, rates)}"
+            summary.append([task, label(rival), number(best[rival], ".5g"), rate, to_adamw, *widths])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
     header += ["decades within 10 % of its own best", "of AdamW's best"]
     return {"basin": table(header, summary)} | by_rate

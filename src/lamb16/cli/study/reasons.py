@@ -1,8 +1,8 @@
 """Why Lamb16's final training loss is not the lowest everywhere in `published`: the same runs with one thing changed.
 
 Under the linearly falling learning rate: one under which the step itself falls linearly, as LAMB's does, and one twice
-as large. Under the constant one: no momentum, as the published rule, which loses most of m, has hardly any, and a rate
-half as large.
+as large. Under the constant one: no momentum, since the published rule, which loses most of m, has hardly any, and a
+rate half as large.
 """
 
 from __future__ import annotations
