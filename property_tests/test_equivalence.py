@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 
-from compare import DEVICE, make, run, run_beside_reference, same_bits
+from compare import DEVICE, assert_same_state, make, run, run_beside_reference, same_bits
 from lamb16 import reference
+from lamb16.reference import Hyper, State
 from strategies import Case, cases
 
 CONTROL = Case(
@@ -121,6 +123,39 @@ def test_the_bound_is_exercised(compile: bool) -> None:
 
     with pytest.raises(AssertionError, match="weights differ"):
         run_beside_reference(case, compile, rule=unbounded)
+
+
+@pytest.mark.parametrize(
+    ("moment_dtype", "key", "damage"),
+    [
+        ("float32", "exp_avg", math.nan),
+        ("float32", "exp_avg_sq", math.nan),
+        ("float32", "exp_avg_sq", math.inf),
+        ("float8", "exp_avg_norm", 2.0**121),  # the largest code, 208 and more, then decodes to infinity
+    ],
+)
+def test_a_damaged_moment_is_skipped(compile: bool, moment_dtype: str, key: str, damage: float) -> None:
+    """No step leaves such a state; a checkpoint may hold it."""
+    case = Case([(5,)], {"lr": 0.1}, kinds=[["normal"]] * 2, moment_dtype=moment_dtype)
+    params, optimizer = make(case, compile)
+    params[0].grad = case.gradients(0, case.weights())[0].to(DEVICE)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0][key].fill_(damage)
+    optimizer.load_state_dict(saved)
+    mine = optimizer.state[params[0]]
+    codes = [mine[name].cpu() for name in ("exp_avg", "exp_avg_sq")]
+    codes = codes if moment_dtype == "float32" else [c.view(torch.uint8) for c in codes]
+    norms = [mine[f"{name}_norm"].item() for name in ("exp_avg", "exp_avg_sq")]
+    state = State(codes[0].clone(), norms[0], codes[1].clone(), norms[1], 1, 0)
+    before = params[0].detach().cpu().clone()
+    hyper = Hyper(**case.hyper, moment_dtype=moment_dtype)
+    assert reference.step(before, params[0].grad.cpu(), state, hyper)[2].skipped
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert same_bits(params[0], before)
+    if moment_dtype == "float32":  # codes that decode to infinity are not encoded back to themselves
+        assert_same_state("damaged", params[0], mine, before, state)
 
 
 def test_skipping_is_exercised(compile: bool) -> None:

@@ -65,6 +65,16 @@ def test_a_warning_fails_the_build(compiler: str, tmp_path: Path) -> None:
     capi.build(tmp_path, need(compiler), [flag for flag in capi.FLAGS if flag != "-Werror"], [file])
 
 
+def test_an_earlier_library_does_not_hide_that_none_was_written(tmp_path: Path) -> None:
+    capi.build(tmp_path, need("gcc"))
+    for compiler, flags in (("true", capi.FLAGS), ("gcc", (*capi.FLAGS, "-fsyntax-only"))):
+        with pytest.raises(capi.BuildError, match=r"wrote no liblamb16\.so(.|\n)*The command: "):
+            capi.build(tmp_path, compiler, flags)
+    (tmp_path / "liblamb16.so").mkdir()
+    with pytest.raises(capi.BuildError, match="failed with status 1"):
+        capi.build(tmp_path, "gcc")
+
+
 @pytest.mark.parametrize("flag", ["-ffast-math", "-ffinite-math-only"])
 def test_fast_math_is_refused(flag: str, tmp_path: Path) -> None:
     need("gcc")

@@ -57,8 +57,15 @@ def test_rates_compare_the_best_of_each_optimizer() -> None:
     assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.20 | 0.44 |" in tables["basin"]
     assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.20 | 0.20 |" in tables["basin"]
     assert "| cnn | Lamb16, β1 0.5 | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
-    assert rates._arrow(0.1, [0.01, 0.1]) == " ↑"
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
+
+
+def test_a_best_rate_at_an_end_is_marked() -> None:
+    assert [report.at_an_end(lr, [0.1, 0.001, 0.01]) for lr in (0.001, 0.01, 0.1)] == [" ↓", "", " ↑"]
+    pairs = [
+        (run, {"validation_loss": 1 / run.lr} if run.optimizer == "lamb" else result) for run, result in _rate_pairs()
+    ]
+    assert "| cnn | LAMB (FP32) | 10 | 0.1 ↑ | +900.00 |" in rates.tables(pairs, {})["basin"]
 
 
 def test_plots_are_the_same_for_the_same_results(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from lamb16 import Lamb16
 from lamb16.cli import contenders
-from lamb16.cli.study import tasks
+from lamb16.cli.study import mnist, tasks
 from lamb16.cli.study.probes import Shadow
 from lamb16.cli.study.training import Run, build, describe, execute
+from lamb16.cli.training import train
 
 SMALL: dict[str, Any] = {"steps": 12, "batch_size": 16, "dataset": "digits"}
 
@@ -31,6 +32,17 @@ def test_the_language_model_predicts_the_next_token_of_text_it_was_not_trained_o
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
     seen = {tuple(row) for row in task.train[0].tolist()}
     assert not seen & {tuple(row) for row in task.validation[0].tolist()}
+
+
+def test_settings_of_a_published_run_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(mnist, "train", lambda config, data: found.append(config) or train(config, data))
+    run = mnist.MnistRun("lamb16", "digits", 200, 0.02, 1, "linear-step", 3, beta1=0.0, weight_decay=0.1, quick=True)
+    assert mnist.execute(run, None)["train_loss"] > 0
+    (config,) = found
+    assert (config.optimizer, config.batch_size, config.lr, config.epochs) == ("lamb16", 200, 0.02, 1)
+    assert (config.schedule, config.seed, config.betas, config.weight_decay) == ("linear-step", 3, (0.0, 0.999), 0.1)
+    assert "linear-step beta1 0 seed 3" in mnist.describe(run)
 
 
 def test_the_language_model_does_not_look_ahead() -> None:
@@ -80,17 +92,17 @@ def test_a_diverged_training_ends_early_with_an_infinite_loss() -> None:
 def test_settings_reach_the_optimizer() -> None:
     model = nn.Linear(3, 2)
     run = Run(
-        "cnn", "lamb16", 0.02, 5, **SMALL, beta2=0.99, weight_decay=0.3, moment_dtype="float32", trust_scale=0.7,
-        bias_correction=False,
+        "cnn", "lamb16", 0.02, 5, **SMALL, beta1=0.8, beta2=0.99, weight_decay=0.3, moment_dtype="float32",
+        trust_scale=0.7, bias_correction=False,
     )  # fmt: skip
     for optimizer in (build(run, model), build(Run(**vars(run) | {"optimizer": "variant"}), model)):
         group = optimizer.param_groups[0]
         wanted = {
-            "lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.3, "moment_dtype": "float32", "trust_scale": 0.7,
+            "lr": 0.02, "betas": (0.8, 0.99), "weight_decay": 0.3, "moment_dtype": "float32", "trust_scale": 0.7,
             "bias_correction": False,
         }  # fmt: skip
         assert {key: group[key] for key in wanted} == wanted
-    assert "beta2 0.99" in describe(run)
+    assert "beta1 0.8, beta2 0.99" in describe(run)
 
 
 def _probed(moment_dtype: str) -> tuple[dict[str, Any], Lamb16]:

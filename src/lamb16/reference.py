@@ -52,7 +52,7 @@ class State:
 
 @dataclass(frozen=True)
 class Stats:
-    """The norms of one step, and whether the tensor was skipped because of a non-finite gradient."""
+    """The norms of one step, and whether the tensor was skipped: a non-finite gradient or moment."""
 
     weight_norm: float
     update_norm: float
@@ -85,7 +85,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State
     m = f32(beta1) * old_m + f32(1 - beta1) * g
     v = f32(beta2) * old_v + f32(1 - beta2) * (g * g)
     max_m, max_v = largest(m.abs()), largest(v)
-    if not torch.isfinite(g).all() or not math.isfinite(max_m) or max_v >= OVERFLOW_V:
+    if not (torch.isfinite(g).all() and math.isfinite(max_m) and max_v < OVERFLOW_V):  # a NaN compares as false
         return p.clone(), state, Stats(math.nan, math.nan, math.nan, skipped=True)
     t = state.step + 1
 

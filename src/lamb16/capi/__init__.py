@@ -33,7 +33,7 @@ class NoCompilerError(RuntimeError):
 
 
 class BuildError(RuntimeError):
-    """The compiler refused the sources; the message holds what it said."""
+    """The compiler refused the sources, or wrote nothing; the message holds the command or what it said."""
 
 
 class StatusError(ValueError):
@@ -86,7 +86,7 @@ def build(
 
     Raises:
         NoCompilerError: there is no such compiler.
-        BuildError: it failed.
+        BuildError: it failed, or wrote no library.
     """
     folder = Path(folder)
     library = folder / "liblamb16.so"
@@ -99,12 +99,16 @@ def build(
 def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, link: Sequence[str]) -> None:
     """Compile files with ``lamb16.h`` on the include path; raises BuildError."""
     arguments = [*command, f"-I{include()}", *map(str, files), "-o", str(output), *link]
-    output.unlink(missing_ok=True)  # an earlier one would hide that none was written
+    if output.is_file():  # it would hide that none was written
+        output.unlink()
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
-    if not output.exists():
-        raise BuildError(f"{command[0]} wrote no {output.name}: it is no C compiler; name one such as gcc")
+    if not output.is_file():
+        raise BuildError(
+            f"{command[0]} wrote no {output.name}: it is no C compiler, or was told not to link; name gcc or clang, "
+            f"without such options. The command: {' '.join(arguments)}"
+        )
 
 
 @functools.cache

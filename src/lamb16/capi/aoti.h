@@ -87,7 +87,7 @@ static inline int aoti_find(aoti_model *model, const char *name, void *function)
 {
     void *address = dlsym(model->library, name);
     if (address == NULL)
-        return aoti_fail(model, name, "no such function in the library; it is no AOTInductor model: give the .so of step.pt2");
+        return aoti_fail(model, name, "not in the library; it is no AOTInductor model: give the .so of step.pt2");
     memcpy(function, &address, sizeof address);
     return 0;
 }

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     fidelity.add_parser(studies)
     for name, text in TRAININGS.items():
         _add_options(studies.add_parser(name, help=text, description=_module(name).__doc__, formatter_class=_RAW))
-    _add_options(studies.add_parser("all", help="the six studies above that train, one after another"))
+    _add_options(studies.add_parser("all", help="all studies above that train, one after another"))
 
 
 _RAW = argparse.RawDescriptionHelpFormatter

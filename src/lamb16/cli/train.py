@@ -85,11 +85,17 @@ def _add_optimizer_options(group: Any, default: TrainConfig) -> None:
         "--schedule",
         choices=SCHEDULES,
         default=default.schedule,
-        help="linear and cosine fall to 1%% of --lr; linear-step, for lamb16 only, lets the step fall linearly to 1%%",
+        help="linear and cosine fall to 1%% of --lr; linear-step, for lamb16 only, makes up for the "
+        "trust ratio's growth as the rate falls",
     )
     group.add_argument("--weight-decay", type=float, default=default.weight_decay, metavar="X", help="weight decay")
     group.add_argument(
-        "--betas", type=float, nargs=2, default=unset, metavar=("B1", "B2"), help="(default: the optimizer's own)"
+        "--betas",
+        type=float,
+        nargs=2,
+        default=unset,
+        metavar=("BETA1", "BETA2"),
+        help="decay rates of the two moments (default: the optimizer's own)",
     )
     group.add_argument("--eager", action="store_true", default=unset, help="do not compile the step of lamb16")
     group.add_argument(

@@ -27,7 +27,7 @@ MOMENT_DTYPES = ("float8", "float32")
 DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
-FINAL_LR = 0.01  # of the first learning rate (linear-step: of the first step), at the last step of a falling schedule
+FINAL_LR = 0.01  # of the first learning rate, at the last step of a linear or cosine schedule
 TEST_BATCH = 1000
 
 
@@ -91,10 +91,13 @@ class TrainConfig:
             raise CommandError(f"--trust-scale must be 0 or a positive number, not {self.trust_scale}")
         if self.moment_dtype is not None:
             _require_one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
-        given = {"--trust-scale": self.trust_scale, "--moment-dtype": self.moment_dtype}
-        given |= {"--schedule linear-step": True if self.schedule == "linear-step" else None}
-        for option, value in given.items():
-            if value is not None and self.optimizer != "lamb16":
+        given = {
+            "--trust-scale": self.trust_scale is not None,
+            "--moment-dtype": self.moment_dtype is not None,
+            "--schedule linear-step": self.schedule == "linear-step",
+        }
+        for option, is_given in given.items():
+            if is_given and self.optimizer != "lamb16":
                 raise CommandError(f"{option} is for --optimizer lamb16 only, not for {self.optimizer}")
         if self.schedule == "linear-step" and (self.trust_scale or 0) >= 1:
             raise CommandError(f"--schedule linear-step needs --trust-scale below 1, not {self.trust_scale}")
@@ -176,8 +179,8 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The full learning rate at the first of `steps` steps; linear and cosine end at 1 % of it.
 
-    Lamb16's step lr · r goes with lr^(1 - trust_scale) until r reaches trust_clip: under "linear-step" it falls
-    linearly, to 1 %.
+    Lamb16's step lr · r goes with lr^(1 - trust_scale) for unchanged norms of weights and update and below trust_clip:
+    under "linear-step" it would then fall linearly, to 1 %.
     """
     power = 1 / (1 - optimizer.param_groups[0]["trust_scale"]) if schedule == "linear-step" else 1.0
 

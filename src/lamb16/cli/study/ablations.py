@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lamb16.cli.study.report import figure, grouped, number, table
+from lamb16.cli.study.report import at_an_end, figure, grouped, number, table
 from lamb16.cli.study.runs import Result, Results
 from lamb16.cli.study.sizes import Sizes
 from lamb16.cli.study.training import Run, describe, execute
@@ -112,9 +112,8 @@ class Task:
         return min(rates, key=lambda lr: self._loss(name, lr))
 
     def at_the_end(self, name: str) -> str:
-        """Where the best rate is the lowest or the highest of the three, so that a better one may lie beyond."""
-        rates = sorted(self._by_name[name])
-        return {rates[0]: " ↓", rates[-1]: " ↑"}.get(self._best_rate(name), "")
+        """An arrow where the best rate is the lowest or the highest of the three."""
+        return at_an_end(self._best_rate(name), list(self._by_name[name]))
 
     def cosine(self, name: str) -> float:
         """Of the update to that of FP32 moments, the median over layers."""

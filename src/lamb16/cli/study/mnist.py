@@ -47,7 +47,7 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         lr=job.lr,
         schedule=job.schedule,
         weight_decay=job.weight_decay,
-        betas=None if job.beta1 == MnistRun.beta1 else (job.beta1, 0.999),
+        betas=(job.beta1, 0.999),
         epochs=job.epochs,
         seed=job.seed,
         eager=job.quick,

@@ -35,10 +35,10 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def _pair(sizes: Sizes, task: str, seed: int, **settings: float) -> list[Run]:
-    steps, batch_size, lr, *_ = sizes.tasks[task]
+    size = sizes.tasks[task]
     return [
         Run(
-            task, "lamb16", lr, seed, steps, batch_size, sizes.dataset,
+            task, "lamb16", size.lr, seed, size.steps, size.batch_size, sizes.dataset,
             moment_dtype=moments, probed=moments == "float8", **settings,  # type: ignore[arg-type]
         )
         for moments in MOMENTS

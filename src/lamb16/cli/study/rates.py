@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from lamb16.cli.contenders import CONTENDERS
-from lamb16.cli.study.report import COLOURS, figure, grouped, median, number, table
+from lamb16.cli.study.report import COLOURS, at_an_end, figure, grouped, median, number, table
 from lamb16.cli.study.runs import Result, Results
 from lamb16.cli.study.sizes import Sizes
 from lamb16.cli.study.training import Run, describe, execute
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-DEFAULT_BETA1 = 0.9
 RIVALS = (  # optimizer, β1
-    *((name, DEFAULT_BETA1) for name in ("lamb16", "lamb", "adamw", "published")),
+    *((name, Run.beta1) for name in ("lamb16", "lamb", "adamw", "published")),
     ("lamb16", 0.5),
     ("adamw", 0.5),
 )
-ADAMW = ("adamw", DEFAULT_BETA1)  # what all are compared with
+ADAMW = ("adamw", Run.beta1)  # what all are compared with
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
@@ -67,7 +66,7 @@ def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
 def label(rival: Rival) -> str:
     """Its name in tables and plots."""
     name, beta1 = rival
-    return CONTENDERS[name].label + ("" if beta1 == DEFAULT_BETA1 else f", β1 {beta1:g}")
+    return CONTENDERS[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
 
 
 def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
@@ -96,11 +95,6 @@ def _width(curve: dict[float, float], limit: float) -> str:
     return f"{'≥ ' if cut else ''}{width:.2f}"
 
 
-def _arrow(at: float, rates: list[float]) -> str:
-    """Whether the best is at an end of the rates that were tried, so that a better one may lie beyond."""
-    return {rates[0]: " ↓", rates[-1]: " ↑"}.get(at, "")
-
-
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
     found = losses(pairs)
@@ -116,7 +110,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             at = min(curve, key=curve.__getitem__)
             to_adamw = f"{100 * (best[rival] / best[ADAMW] - 1):+.2f}"
             widths = [_width(curve, BASIN * best[which]) for which in (rival, ADAMW)]
-            rate = f"{at:.2g}{_arrow(at, rates)}"
+            rate = f"{at:.2g}{at_an_end(at, rates)}"
             summary.append([task, label(rival), number(best[rival], ".5g"), rate, to_adamw, *widths])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
     header += ["decades within 10 % of its own best", "of AdamW's best"]
@@ -131,7 +125,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
             for rival, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                style = "o-" if rival[1] == DEFAULT_BETA1 else "o:"
+                style = "o-" if rival[1] == Run.beta1 else "o:"
                 panel.plot(*zip(*points, strict=True), style, markersize=3, label=label(rival), color=COLOURS[rival[0]])
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))

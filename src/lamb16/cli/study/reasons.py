@@ -1,7 +1,7 @@
 """Why Lamb16's final training loss is not the lowest everywhere in `published`: the same runs with one thing changed.
 
-Under the linearly falling learning rate: one under which the step itself falls linearly, as LAMB's does, and one twice
-as large. Under the constant one: no momentum, since the published rule, which loses most of m, has hardly any, and a
+Under the linearly falling learning rate: one that makes up for the trust ratio's growth as it falls, and one twice as
+large. Under the constant one: no momentum, since the published rule, which loses most of m, has hardly any, and a
 rate half as large.
 """
 
@@ -19,10 +19,10 @@ from lamb16.cli.study.sizes import Sizes
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
 CHANGES = (  # schedule, β1, factor of the learning rate
-    ("linear-step", 0.9, 1.0),
-    ("linear", 0.9, 2.0),
+    ("linear-step", MnistRun.beta1, 1.0),
+    ("linear", MnistRun.beta1, 2.0),
     ("constant", 0.0, 1.0),
-    ("constant", 0.9, 0.5),
+    ("constant", MnistRun.beta1, 0.5),
 )
 
 Pair = tuple[MnistRun, Result]

@@ -40,6 +40,11 @@ def median(values: Iterable[float | None]) -> float:
     return statistics.median(math.inf if value is None else value for value in values)
 
 
+def at_an_end(value: float, values: Sequence[float]) -> str:
+    """An arrow where a best value is the lowest or the highest that was tried, so that a better one may lie beyond."""
+    return {min(values): " ↓", max(values): " ↑"}.get(value, "")
+
+
 def spread(values: Sequence[float | None], form: str = ".4g") -> str:
     """Median and range of a few seeds, the value alone of one."""
     known = [math.inf if value is None else value for value in values]
