@@ -52,6 +52,8 @@ def hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
         "trust_lr": draw(st.sampled_from([1e-3, 0.1])),
         "trust_clip": draw(st.sampled_from([2.0, 0.5, 10.0])),
         "bias_correction": draw(st.booleans()),
+        "nesterov": draw(st.booleans()),
+        "caution": draw(st.booleans()),
         "maximize": draw(st.booleans()),
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from compare import run_beside_reference, same_bits
 from helpers import edited_c_source
 from lamb16 import capi, reference
-from lamb16.reference import Hyper, State, Stats
+from lamb16.hyper import Hyper
+from lamb16.reference import State, Stats
 from strategies import Case, cases
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, capi.COMPILERS)), reason="no C compiler is installed")
@@ -32,38 +34,44 @@ CONTROL = Case(
     exponent=-2,
 )
 CONTROL_HYPER = Hyper(**CONTROL.hyper)
+# Of the gradient: from clipping and from a gradient scaler; too small and too large for float32.
+FACTORS = st.one_of(
+    st.just(1.0), st.floats(0, 1), st.sampled_from([0.0, 2.0**-16, 65536.0, 1e-40, 1e-60, 3e38, 1e39, 1e300])
+)
 
 
-def close(a: float, b: float) -> bool:
-    """Sums in float64 differ in their last bits with the order."""
-    return math.isclose(a, b, rel_tol=1e-12) or (math.isnan(a) and math.isnan(b))
+def same(a: object, b: object) -> bool:
+    """Tensors by their bits, numbers by their values; NaN is NaN."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return same_bits(a, b)
+    return a == b or (a != a and b != b)
 
 
 def assert_same(where: str, mine: tuple[torch.Tensor, State, Stats], theirs: tuple[torch.Tensor, State, Stats]) -> None:
-    """Weights, codes, scales, counts and skipping bit for bit; norms and ratio to the last bits."""
+    """Weights, all of the state, norms and ratio, exactly.
+
+    Sums are of integers, and the ratio's power comes from the same C library in both, which Python's calls.
+    """
     assert same_bits(mine[0], theirs[0]), f"{where}: weights differ"
-    for name in ("exp_avg", "exp_avg_sq"):
-        assert same_bits(getattr(mine[1], name), getattr(theirs[1], name)), f"{where}: {name} differs"
-    for name in ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt"):
-        assert getattr(mine[1], name) == getattr(theirs[1], name), f"{where}: {name} differs"
-    assert mine[2].skipped == theirs[2].skipped, f"{where}: skipped differs"
-    for name in ("weight_norm", "update_norm", "trust_ratio"):
-        assert close(getattr(mine[2], name), getattr(theirs[2], name)), f"{where}: {name} differs"
+    for k in (1, 2):
+        for f in fields(theirs[k]):
+            a, b = getattr(mine[k], f.name), getattr(theirs[k], f.name)
+            assert same(a, b), f"{where}: {f.name} differs: {a}, {b}"
 
 
-def run_c_beside_reference(case: Case, library: capi.Library) -> None:
-    """All tensors of a step in one call of C, against the reference one by one."""
+def run_c_beside_reference(case: Case, library: capi.Library, factors: Sequence[float] = (1.0,)) -> None:
+    """All tensors of a step in one call of C, against the reference one by one; step k has the k-th factor, in turn."""
     hyper = Hyper(**case.hyper)
     weights = case.weights()
     states = [reference.init(w, case.seed * 977 + i) for i, w in enumerate(weights)]
     for w, state in zip(weights, states, strict=True):
         assert_same("before", (w, library.init(w, state.salt), NO_STATS), (w, state, NO_STATS))
     for step in range(len(case.kinds)):
-        grads = case.gradients(step, weights)
+        grads, factor = case.gradients(step, weights), factors[step % len(factors)]
         present = [i for i, grad in enumerate(grads) if grad is not None]
-        mine = library.step_list([(weights[i], grads[i], states[i]) for i in present], hyper)
+        mine = library.step_list([(weights[i], grads[i], states[i]) for i in present], hyper, factor)
         for i, result in zip(present, mine, strict=True):
-            theirs = reference.step(weights[i], grads[i], states[i], hyper)
+            theirs = reference.step(weights[i], grads[i], states[i], hyper, factor)
             assert_same(f"step {step}, tensor {i} {tuple(weights[i].shape)}", result, theirs)
             weights[i], states[i] = theirs[:2]
 
@@ -71,9 +79,9 @@ def run_c_beside_reference(case: Case, library: capi.Library) -> None:
 NO_STATS = Stats(0.0, 0.0, 0.0, False)
 
 
-@given(case=C_CASES)
-def test_c_equals_reference(case: Case) -> None:
-    run_c_beside_reference(case, capi.load())
+@given(case=C_CASES, factors=st.lists(FACTORS, min_size=1, max_size=5))
+def test_c_equals_reference(case: Case, factors: list[float]) -> None:
+    run_c_beside_reference(case, capi.load(), factors)
 
 
 @given(case=C_CASES)
@@ -93,10 +101,108 @@ def test_a_first_moment_that_decodes_to_infinity_is_skipped() -> None:
     """No step leaves such a scale; a state of other origin may hold it."""
     weights, grad = torch.ones(3), torch.full((3,), 0.1)
     codes = torch.tensor([0, 1, 0x7E], dtype=torch.uint8)  # 448 times 2^120 is above float32
-    state = State(codes, 2.0**120, codes.clamp(max=0x7B), 1.0, 5, 0)
+    state = replace(
+        reference.init(weights, 0),
+        exp_avg=codes,
+        exp_avg_norm=2.0**120,
+        exp_avg_max=448.0,
+        exp_avg_sq=codes.clamp(max=0x7B),
+        exp_avg_sq_norm=1.0,
+        exp_avg_sq_max=57344.0,
+        step=5,
+    )
     theirs = reference.step(weights, grad, state, CONTROL_HYPER)
     assert theirs[2].skipped
     assert_same("infinite", capi.load().step(weights, grad, state, CONTROL_HYPER), theirs)
+
+
+@given(
+    larger=st.tuples(st.floats(1, 2.0**20, width=32), st.floats(1, 2.0**20, width=32)),
+    sums=st.tuples(st.integers(0, 2**40), st.integers(0, 2**40)),
+    mask_count=st.integers(0, 7),
+    caution=st.booleans(),
+)
+def test_states_that_no_step_leaves(larger, sums, mask_count, caution) -> None:
+    """Maxima above what the codes hold, which the bounds go by all the same; any sums and counts."""
+    hyper = replace(CONTROL_HYPER, caution=caution)
+    weights, grad = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    weights, state, _ = reference.step(weights, grad, reference.init(weights, 3), hyper)
+    state = replace(
+        state,
+        exp_avg_max=reference.f32(state.exp_avg_max * larger[0]),
+        exp_avg_sq_max=reference.f32(state.exp_avg_sq_max * larger[1]),
+        weight_sum=sums[0],
+        update_sum=sums[1],
+        mask_count=mask_count,
+    )
+    theirs = reference.step(weights, grad, state, hyper)
+    assert_same("altered", capi.load().step(weights, grad, state, hyper), theirs)
+
+
+# -- the gradients' norm -----------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.floats(width=32),  # all of them: infinite, NaN and subnormal ones too
+    st.floats(-1, 1, width=32),
+    st.sampled_from([0.0, -0.0, 2.0**-149, -(2.0**-126), 2.0**-63, 1.0, 2.0**127, -(2.0**127), 3.4e38]),
+)
+GRADIENT_LISTS = st.lists(
+    st.one_of(
+        st.lists(VALUES, max_size=20),
+        st.lists(st.floats(-(2.0**-126), 2.0**-126, width=32), max_size=20),
+        st.tuples(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 3000)).map(
+            lambda drawn: [drawn[0] * (-1) ** k for k in range(drawn[1])]
+        ),
+    ).map(torch.tensor),
+    max_size=6,
+)
+
+
+@given(grads=GRADIENT_LISTS)
+def test_the_gradients_norm_is_the_references_and_close_to_torchs(grads: list[torch.Tensor]) -> None:
+    norm = capi.load().grad_norm(grads)
+    assert norm == reference.grad_norm(grads)
+    finite = [grad.double() for grad in grads if grad.isfinite().all()]
+    count = sum(grad.numel() for grad in finite)
+    # Squares are of float32, and a multiple of 2^-40 of the largest or, where all are subnormal, of 2^-250.
+    theirs = float(torch.nn.utils.get_total_norm(finite))
+    assert math.isclose(norm, theirs, rel_tol=1e-6, abs_tol=math.sqrt(count * 2.0**-41) * 2.0**-125)
+
+
+def test_the_gradients_norm_beyond_64_bits() -> None:
+    """A sum of 2^25 squares just below 2^40."""
+    grad = torch.full((1 << 16,), 1 - 2.0**-24)
+    norm = capi.load().grad_norm([grad] * 512)
+    assert norm == reference.grad_norm([grad] * 512)
+    assert math.isclose(norm, 2.0**12.5, rel_tol=1e-6)
+
+
+@given(norm=st.floats(0, allow_nan=False), max_norm=st.floats(0, exclude_min=True))
+def test_the_clip_factor_is_the_references(norm: float, max_norm: float) -> None:
+    assert capi.load().clip_factor(norm, max_norm) == reference.clip_factor(norm, max_norm)
+
+
+def test_clipping_is_torchs() -> None:
+    """A norm over all tensors, its factor, a step with it: weights as with gradients that torch has clipped."""
+    library, generator = capi.load(), torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, generator=generator) for n in (70, 1023)]
+    grads = [torch.randn(w.shape, generator=generator) for w in weights]
+    factor = library.clip_factor(library.grad_norm(grads), 0.5)
+    clipped = [torch.nn.Parameter(w) for w in weights]
+    for p, grad in zip(clipped, grads, strict=True):
+        p.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_(clipped, 0.5)
+    for p, grad in zip(clipped, grads, strict=True):
+        state = library.init(p, 1)
+        mine, theirs = (
+            library.step(p, grad, state, CONTROL_HYPER, factor),
+            library.step(p, p.grad, state, CONTROL_HYPER),
+        )
+        torch.testing.assert_close(mine[0], theirs[0])
+        assert factor < 0.1
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -132,42 +238,100 @@ def test_words_are_the_references(salt, t, first) -> None:
 CHANGES = {
     "golden": ("0x9E3779B9u;", "0x9E3F79B9u;"),
     "hash": ("0xA2C9DAEDu", "0xA2C9DAEFu"),
-    "weight floor": ("WEIGHT_FLOOR = 0.01;", "WEIGHT_FLOOR = 0.011;"),
+    "weight floor": ("WEIGHT_FLOOR = 0.01f;", "WEIGHT_FLOOR = 0.011f;"),
+    "update floor": ("clamped_square(e.u, f->eps)", "clamped_square(e.u, WEIGHT_FLOOR)"),
+    "sums truncated": ("nearbyint((double)square * SUM_UNITS)", "floor((double)square * SUM_UNITS)"),
+    "ties away from zero": ("nearbyint((double)square * SUM_UNITS)", "round((double)square * SUM_UNITS)"),
+    "sum of NaN": ("else if (!(square <= 1.0f))", "else if (square > 1.0f)"),
+    "sums of the step before": ("x->update_sum = found.update_sum;", "x->update_sum += 0;"),
+    "weights before the step": (
+        "found.weight_sum += clamped_square(x->param[i], WEIGHT_FLOOR);",
+        "found.weight_sum += clamped_square(x->param[i] + f->step_size * e.u, WEIGHT_FLOOR);",
+    ),
     "overflow": ("OVERFLOW_V = 0x1p127f", "OVERFLOW_V = INFINITY"),
     "largest of e4m3": ("448.0f, 0x1p-117f", "256.0f, 0x1p-117f"),
     "smallest scale of v": ("57344.0f, 0x1p-110f", "57344.0f, 0x1p-111f"),
     "beta2": ("f.beta2 = (float)h->beta2;", "f.beta2 = (float)h->beta2 * 0.9999f;"),
     "1 - beta in float": ("f.new1 = (float)(1.0 - h->beta1);", "f.new1 = 1.0f - (float)h->beta1;"),
-    "bias correction": ("f.eps = (float)(h->eps * c1);", "f.eps = (float)h->eps;"),
-    "bound": ("if (least > denominator)", "if (least > 1e30f)"),
+    "bound of m": (
+        "f.beta1 * (x->exp_avg_max * x->exp_avg_norm) + f.new1 * largest",
+        "fmaxf(x->exp_avg_max * x->exp_avg_norm, largest)",
+    ),
+    "bound of v": ("f.new2 * (largest * largest)", "largest * largest"),
+    "maximum before rounding": ("float m = fabsf(decode(code_m, &E4M3)) * scale_m", "float m = fabsf(e.m)"),
+    "bias correction": ("f.root = (float)(1.0 / sqrt(c2));", "f.root = 1.0f;"),
+    "bias correction of the next step": ("pow(h->beta1, t + 1.0)", "pow(h->beta1, t)"),
+    "without nesterov": ("h->beta1 / c3 : 1.0 / c1", "h->beta1 / c3 : 1.0 / c3"),
+    "bound": ("if (!(least <= denominator))", "if (least > 1e30f)"),
+    "inverse bound": ("a * a * (q / (1.0 - q))", "a * a / (1.0 - q)"),
+    "caution": ("e.agrees ? d * f->gain : 0.0f", "d * f->gain"),
+    "gain of caution": ("e.agrees ? d * f->gain : 0.0f", "e.agrees ? d : 0.0f"),
+    "largest gain": ("        counted = n / 1000.0;", "        counted = n / 100.0;"),
+    "share of this step": (
+        "totals found = apply(",
+        "int64_t now = 0;\n"
+        "for (size_t i = 0; i < x->numel; i++) now += evaluate(x, i, &f).agrees;\n"
+        "f.gain = (float)gain(x->numel, now);\n"
+        "totals found = apply(",
+    ),
+    "counted without caution": ("if (h->caution)\n            x->mask_count", "x->mask_count"),
     "weight decay": ("f->weight_decay * x->param[i]", "f->weight_decay * 0.999f * x->param[i]"),
     "fused": ("f->beta2 * old_v + f->new2 * (g * g)", "fmaf(f->beta2, old_v, f->new2 * (g * g))"),
-    "never zero": ("code_v == 0 && e.v > 0.0f ? 1 : code_v", "code_v"),
-    "skipped": ("!isfinite(x->grad[i]) || !isfinite(e.m) || !(e.v < OVERFLOW_V)", "e.v >= OVERFLOW_V"),
-    "counted": ("if (found.max_m > 0.0f || found.max_v > 0.0f)", "if (1)"),
+    "never zero": ("code_v == 0 && e.v > 0.0f", "code_v == 0 && e.v > 1e30f"),
+    "skipped": ("!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)", "bound_v >= OVERFLOW_V"),
+    "counted": ("if (bound_m > 0.0f || bound_v > 0.0f)", "if (1)"),
     "trust scale": ("pow(base, h->trust_scale)", "pow(base, h->trust_scale * 1.001)"),
+    "gradient factor": ("h->maximize ? -grad_factor : grad_factor", "h->maximize ? -grad_factor : 1.0"),
 }
-WITNESSES = [
-    CONTROL,
-    replace(CONTROL, kinds=[["growing"] * 3] * 60, hyper=CONTROL.hyper | {"eps": 1e-16, "bias_correction": False}),
-    Case([(5000,)], CONTROL.hyper, kinds=[["lognormal"]] * 2),
+NORM_CHANGES = {
+    "norm truncated": ("nearbyint((double)(x * x) * NORM_UNITS)", "floor((double)(x * x) * NORM_UNITS)"),
+    "squares in double": ("(double)(x * x) * NORM_UNITS", "(double)x * (double)x * NORM_UNITS"),
+    "subnormals": ("exponent = -125;", "exponent = exponent + 0;"),
+    "carry": ("high += low < square;", "high += 0;"),
+    "infinite": ("!isfinite(largest_gradient(&tensors[k], 1.0f))", "0 * largest_gradient(&tensors[k], 1.0f) > 0"),
+}
+WITNESSES: list[tuple[Case, Sequence[float]]] = [
+    (CONTROL, (1.0,)),
+    *(
+        (replace(CONTROL, kinds=[["growing"] * 3] * 60, hyper=CONTROL.hyper | changed), (1.0,))
+        for changed in (
+            {"eps": 1e-16, "bias_correction": False},
+            {"eps": 1e-16, "nesterov": False},
+        )
+    ),
+    (Case([(5000,)], CONTROL.hyper, kinds=[["lognormal"]] * 3), (1.0, 0.3)),
     # In the fourth step v is between 2^127 and 2^128; a tensor with zero gradients only.
-    Case([(7,), (7,)], CONTROL.hyper | {"betas": (0.9, 0.0)}, kinds=[["growing", "zero"]] * 4, exponent=19),
+    (Case([(7,), (7,)], CONTROL.hyper | {"betas": (0.9, 0.0)}, kinds=[["growing", "zero"]] * 4, exponent=19), (1.0,)),
+    # No element of the second update has the gradient's sign.
+    (
+        Case([(2049,)], CONTROL.hyper | {"caution": True}, kinds=[["normal"], ["zero"], ["normal"], ["normal"]]),
+        (1.0, 65536.0),
+    ),
+    # Weights that become infinite, and then NaN.
+    (Case([(64,)], CONTROL.hyper | {"weight_decay": 1e300}, kinds=[["normal"]] * 3), (1.0,)),
+]
+NORM_WITNESSES = [
+    [torch.randn(1023, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, math.inf]), torch.ones(0)],
+    [torch.arange(1.0, 20.0) * 2.0**-149],
+    [torch.full((1 << 16,), 1 - 2.0**-24)] * 512,
 ]
 
 
 def run_witnesses(library: capi.Library) -> None:
-    for case in WITNESSES:
-        run_c_beside_reference(case, library)
+    for case, factors in WITNESSES:
+        run_c_beside_reference(case, library, factors)
+    for grads in NORM_WITNESSES:
+        assert library.grad_norm(grads) == reference.grad_norm(grads), "norms differ"
 
 
 def test_the_witnesses_pass() -> None:
     run_witnesses(capi.load())
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES | NORM_CHANGES)
 def test_a_changed_c_source_fails(change: str, tmp_path: Path) -> None:
-    library = capi.Library(capi.build(tmp_path, files=[edited_c_source(tmp_path, *CHANGES[change])]))
+    file = edited_c_source(tmp_path, *(CHANGES | NORM_CHANGES)[change])
+    library = capi.Library(capi.build(tmp_path, files=[file]))
     with pytest.raises(AssertionError, match=r"differs?\b"):
         run_witnesses(library)
 

@@ -8,17 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from compare import DEVICE, assert_same_state, make, run, run_beside_reference, same_bits
 from lamb16 import reference
 from lamb16.reference import Hyper, State
+from lamb16.store import MOMENTS, SCALARS
 from strategies import Case, cases
 
 CONTROL = Case(
     shapes=[(2049,), (70, 3)],
-    hyper={"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.999)},
-    kinds=[["normal", "normal"]] * 3,
+    hyper={"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.999), "caution": True},
+    kinds=[["normal", "normal"]] * 4,
     exponent=-2,
+    weight_exponent=-1,
 )
 
 
@@ -42,6 +45,17 @@ def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 def test_eager_equals_compiled(case: Case) -> None:
     """Also with gradients that no reference is asked about: the two forms leave the same bits."""
     assert_same_bits(final(case, compile=False), final(case, compile=True))
+
+
+@given(case=cases(kinds=["normal", "lognormal", "sparse"], max_steps=3), threads=st.integers(1, 3))
+def test_the_number_of_threads_does_not_show(compile: bool, case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    expected = final(case, compile)
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bits(final(case, compile), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @given(case=cases(kinds=["normal", "lognormal", "sparse"]))
@@ -102,9 +116,64 @@ def _other_weight_floor(p, grad, state, h):
         return reference.step(p, grad, state, h)
 
 
-@pytest.mark.parametrize(
-    "wrong", [_other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _other_weight_floor, _ulp]
-)
+def _with(name, replacement):
+    """The reference with one of its functions replaced."""
+
+    def wrong(p, grad, state, h):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, name, replacement(getattr(reference, name)))
+            return reference.step(p, grad, state, h)
+
+    wrong.__name__ = name
+    return wrong
+
+
+def _no_nesterov(p, grad, state, h):
+    return reference.step(p, grad, state, replace(h, nesterov=False))
+
+
+def _norms_of_this_step(p, grad, state, h):
+    weight_sum = reference.clamped_sum(p.float() * 1.01, reference.WEIGHT_FLOOR)
+    return reference.step(p, grad, replace(state, weight_sum=weight_sum), h)
+
+
+def _first_norm_stays(p, grad, state, h):
+    return reference.step(p, grad, replace(state, update_sum=p.numel() << 20), h)
+
+
+def _scale_from_the_maximum(p, grad, state, h):
+    """Of one moment that is known to be smaller than its bound: half the scale, and codes for it."""
+    p, new, stats = reference.step(p, grad, state, h)
+    return p, replace(new, exp_avg_norm=new.exp_avg_norm / 2), stats
+
+
+def _bound_from_the_scale(p, grad, state, h):
+    return reference.step(p, grad, replace(state, exp_avg_max=state.exp_avg_norm * 448), h)
+
+
+def _truncated(original):
+    def clamped_sum(x, floor):
+        return int(((x * x).clamp(reference.f32(floor), 1.0).double() * 2**20).floor().sum())
+
+    return clamped_sum
+
+
+def _share_of_this_step(p, grad, state, h):
+    return reference.step(p, grad, replace(state, mask_count=p.numel()), h)
+
+
+def _no_caution(p, grad, state, h):
+    return reference.step(p, grad, state, replace(h, caution=False))
+
+
+WRONG = [
+    _other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _other_weight_floor, _ulp, _no_nesterov,
+    _norms_of_this_step, _first_norm_stays, _scale_from_the_maximum, _bound_from_the_scale,
+    _with("clamped_sum", _truncated), _share_of_this_step, _no_caution,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_rule_fails(compile: bool, wrong) -> None:
     """Negative control: each of these must not pass the comparison above."""
     with pytest.raises(AssertionError, match="differ"):
@@ -118,7 +187,7 @@ def test_the_bound_is_exercised(compile: bool) -> None:
 
     def unbounded(p, grad, state, h):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "inverse_bound", lambda beta1, beta2: 0.0)
+            patch.setattr(reference, "inverse_bound", lambda *_: 0.0)
             return reference.step(p, grad, state, h)
 
     with pytest.raises(AssertionError, match="weights differ"):
@@ -144,10 +213,9 @@ def test_a_damaged_moment_is_skipped(compile: bool, moment_dtype: str, key: str,
     saved["state"][0][key].fill_(damage)
     optimizer.load_state_dict(saved)
     mine = optimizer.state[params[0]]
-    codes = [mine[name].cpu() for name in ("exp_avg", "exp_avg_sq")]
-    codes = codes if moment_dtype == "float32" else [c.view(torch.uint8) for c in codes]
-    norms = [mine[f"{name}_norm"].item() for name in ("exp_avg", "exp_avg_sq")]
-    state = State(codes[0].clone(), norms[0], codes[1].clone(), norms[1], 1, 0)
+    codes = {name: mine[name].cpu().clone() for name in MOMENTS}
+    codes = codes if moment_dtype == "float32" else {name: x.view(torch.uint8) for name, x in codes.items()}
+    state = State(**codes, **{name: mine[name].item() for name in SCALARS})
     before = params[0].detach().cpu().clone()
     hyper = Hyper(**case.hyper, moment_dtype=moment_dtype)
     assert reference.step(before, params[0].grad.cpu(), state, hyper)[2].skipped

@@ -27,7 +27,7 @@ def ranks() -> Iterator[Ranks]:
 EXPORT = [
     "--shapes", "70x31", "5", "5", "7x3", "0", "--lr", "0.02", "--betas", "0.8", "0.99", "--eps", "1e-5",
     "--weight-decay", "0.1", "--trust-scale", "0.5", "--trust-lr", "0.01", "--trust-clip", "1.5",
-    "--no-bias-correction", "--maximize", "--threads", "1",
+    "--no-bias-correction", "--no-nesterov", "--caution", "--maximize", "--threads", "1",
 ]  # fmt: skip
 
 

@@ -1,15 +1,14 @@
-"""The generated CUDA kernels in Triton's interpreter, as the functions of a Lamb16 on CPU tensors.
+"""The generated CUDA kernels in Triton's interpreter, as the executor of a Lamb16 on CPU tensors.
 
 Run by test_cuda.py in a process of its own, since TRITON_INTERPRET must be set before Triton is imported:
 
     TRITON_INTERPRET=1 python tests/interpreted.py GENERATED.pickle
 
-Prints one line of JSON a case: its name and "ok", or what differs from the slow reference.
+Prints one line of JSON per case: its name and "ok", or what differs from the slow reference.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 import sys
@@ -31,11 +30,11 @@ from helpers import (
     snapshot,
 )
 from helpers import follow as follow_reference
-from lamb16 import Lamb16, plan
-from lamb16.compiled import Kind, Step
+from lamb16 import Lamb16, reference
+from lamb16.compiled import Graph, Kind
 from lamb16.cuda import fake
-from lamb16.cuda.kernels import Graph
-from lamb16.packing import TablePacking
+from lamb16.cuda.kernels import Program
+from lamb16.optimizer import tensor_salt
 from lamb16.update import PIECE
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
@@ -44,40 +43,61 @@ CASES: dict[str, dict[str, Any]] = {
     "weight decay, other betas": {"weight_decay": 0.3, "betas": (0.5, 0.95), "eps": 1e-3},
     "no bias correction, maximize": {"bias_correction": False, "maximize": True, "lr": 0.3},
     "no clip, no bound": {"trust_clip": 100.0, "trust_scale": 1.0, "betas": (0.99, 0.9), "weight_decay": 0.01},
+    "no nesterov": {"nesterov": False, "weight_decay": 0.01},
 }
 
 
+class Interpreted:
+    """An executor that runs generated code for CUDA in Triton's interpreter."""
+
+    def __init__(self, generated: dict[tuple[Graph, Kind, int], fake.Generated]) -> None:
+        with fake.device(90):
+            self.programs = {key: Program(key[0].name, code) for key, code in generated.items()}
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """With the copying kernel, as on CUDA."""
+        return True
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """The code is there."""
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Run the kernels."""
+        key = graph, graph.kind(kind)._replace(device=torch.device("cuda"))
+        group = kind.group if (*key, kind.group) in self.programs else 16
+        self.programs[(*key, group)](*arguments, interpret=True)
+
+    def copy(self, *arguments: Any) -> None:
+        """Run the copying kernel."""
+        from lamb16.cuda.copying import copy_pieces
+
+        *tensors, unpack = arguments
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
+
+
 def main(file: str) -> None:
-    """Check all cases with the functions in a file that test_cuda.py wrote."""
+    """Check all cases with the code in a file that test_cuda.py wrote."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from lamb16.cuda.copying import copy_pieces
 
     assert isinstance(copy_pieces, InterpretedFunction), "set TRITON_INTERPRET=1"
     with open(file, "rb") as source:
-        generated: dict[str, fake.Generated] = pickle.load(source)
-    with fake.device(90):
-        graphs = {name: Graph(name, code) for name, code in generated.items()}
-    functions = Step(*(functools.partial(graphs[name], interpret=True) for name in Step._fields))
-
-    def copy(*arguments: Any) -> None:
-        *tensors, unpack = arguments
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
-
-    with (
-        mock.patch.object(Kind, "group", 16),
-        mock.patch.object(Kind, "by_rows", True),
-        mock.patch.object(plan, "step_functions", return_value=functions),
-        mock.patch.object(plan, "ForeachPacking", functools.partial(TablePacking, launch=copy)),
-        mock.patch("torch._inductor.runtime.triton_helpers.libdevice.pow", numpys(np.power)),
-        mock.patch("torch._inductor.runtime.triton_helpers.libdevice.sqrt", numpys(np.sqrt)),
-    ):
+        executor = Interpreted(pickle.load(source))
+    library = "torch._inductor.runtime.triton_helpers.libdevice"
+    functions = {"pow": np.power, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x)}
+    for name, function in functions.items():
+        mock.patch(f"{library}.{name}", numpys(function)).start()
+    with mock.patch.object(Kind, "group", 16):
         for name, options in CASES.items():
-            report(name, lambda options=options: follow(options))
-        report("a non-finite gradient", skips)
-        report("many rows, more tensors than a group", many)
-        report("gradient scaling", scaled)
-        report("a wrong reference is noticed", wrong)
+            report(name, lambda options=options: follow(executor, options))
+        report("a non-finite gradient", lambda: skips(executor))
+        report("many rows, more tensors than a group", lambda: many(executor))
+        report("gradient scaling", lambda: scaled(executor))
+        report("a wrong reference is noticed", lambda: wrong(executor))
+    with mock.patch.object(Kind, "group", 1):
+        report("caution", lambda: follow(executor, {"caution": True, "weight_decay": 0.01}))
+        report("caution, clipped gradients", lambda: clipped(executor))
 
 
 def numpys(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,18 +123,18 @@ def report(name: str, check: Callable[[], None]) -> None:
         print(json.dumps([name, "ok"]), flush=True)
 
 
-def make(options: dict[str, Any]) -> Lamb16:
-    return Lamb16(parameters(SHAPES), **{"lr": 0.01} | options, compile=False)
+def make(executor: Interpreted, options: dict[str, Any]) -> Lamb16:
+    return Lamb16(parameters(SHAPES), **{"lr": 0.01} | options, compile=executor)
 
 
-def follow(options: dict[str, Any]) -> None:
+def follow(executor: Interpreted, options: dict[str, Any]) -> None:
     """Three steps, bit for bit."""
-    assert_follows_reference(make(options))
+    assert_follows_reference(make(executor, options))
 
 
-def skips() -> None:
+def skips(executor: Interpreted) -> None:
     """A tensor of each kind with an inf or a NaN is left as it was; the others move; the next step goes on."""
-    optimizer = make({"weight_decay": 0.1})
+    optimizer = make(executor, {"weight_decay": 0.1})
     params = optimizer.param_groups[0]["params"]
     assert_follows_reference(optimizer)
     before = [p.detach().clone() for p in params]
@@ -128,15 +148,16 @@ def skips() -> None:
     assert optimizer.skipped == 2, optimizer.skipped
 
 
-def many() -> None:
+def many(executor: Interpreted) -> None:
     """Two groups of large tensors, one tensor of more rows than a chunk has."""
-    optimizer = Lamb16(parameters([(2, 1024)] * 17 + [(1030, 1024)]), lr=0.01, weight_decay=0.1, compile=False)
+    shapes = [(2, 1024)] * 17 + [(1030, 1024)]
+    optimizer = Lamb16(parameters(shapes), lr=0.01, weight_decay=0.1, compile=executor)
     assert_follows_reference(optimizer, steps=1)
 
 
-def scaled() -> None:
+def scaled(executor: Interpreted) -> None:
     """Gradients four times as large with grad_scale 4 are the same; with found_inf nothing changes."""
-    optimizer = make({"weight_decay": 0.1})
+    optimizer = make(executor, {"weight_decay": 0.1})
     params = all_params(optimizer)
     start = [p.detach().clone() for p in params]
     optimizer.grad_scale, optimizer.found_inf = torch.full((), 4.0), torch.zeros(())
@@ -154,9 +175,34 @@ def scaled() -> None:
     assert_same(before, snapshot(optimizer))
 
 
-def wrong() -> None:
+def clipped(executor: Interpreted) -> None:
+    """Gradients whose norm is above max_grad_norm, and in the second step below it; one tensor has a NaN."""
+    optimizer = make(executor, {"weight_decay": 0.1, "caution": True, "max_grad_norm": 3.0})
+    params = all_params(optimizer)
+    hyper = hyper_of(optimizer.param_groups[0])
+    salts = [tensor_salt(0, str(i)) for i in range(len(params))]
+    states = [reference.init(p.detach(), salt) for p, salt in zip(params, salts, strict=True)]
+    weights = [p.detach().clone() for p in params]
+    for t in range(3):
+        grads = [g if t != 1 else 0.01 * g for g in gradients(params, t)]
+        grads[2].view(-1)[5] = torch.nan if t == 2 else 0.0
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        norm = reference.grad_norm(grads)
+        assert optimizer.grad_norm is not None
+        assert float(optimizer.grad_norm) == norm, (float(optimizer.grad_norm), norm)
+        factor = reference.clip_factor(norm, 3.0)
+        assert (factor == 1) == (t == 1), factor
+        for i, g in enumerate(grads):
+            weights[i], states[i], _ = reference.step(weights[i], g, states[i], hyper, factor)
+    for p, w, state in zip(params, weights, states, strict=True):
+        assert_matches(optimizer, p, w, state)
+
+
+def wrong(executor: Interpreted) -> None:
     """The negative control: other hyperparameters must be noticed."""
-    optimizer = make({})
+    optimizer = make(executor, {})
     hyper = hyper_of(optimizer.param_groups[0] | {"betas": (0.9, 0.99)})
     try:
         assert_follows_reference(optimizer, [hyper] * len(SHAPES))

@@ -14,10 +14,12 @@ from helpers import CODES
 from lamb16 import Lamb16, sharding
 
 Found = dict[str, Tensor]
+MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
 
 # Uneven in every dimension, rows and tails, one that is smaller than a mesh, one that is empty.
 SHAPES = ((7, 3), (2101,), (130, 70), (6, 50, 40), (3,), (0, 4), (64, 48), (2, 3, 1030))
 HYPER: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}
+CAUTIOUS = 2  # the tensors before this one are updated with caution
 
 # Mesh, and for every mesh axis the dimension that it splits, None to replicate.
 PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
@@ -63,15 +65,25 @@ def gradient(i: int, step: int) -> Tensor:
     return grad
 
 
+def grouped(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+    return [{"params": params[:CAUTIOUS], "caution": True}, {"params": params[CAUTIOUS:], "nesterov": False}]
+
+
 def step_whole(compile: bool, steps: int) -> Found:
     """One process, plain tensors."""
     params = [nn.Parameter(w) for w in weights()]
-    optimizer = Lamb16(params, **HYPER, compile=compile)
+    optimizer = Lamb16(grouped(params), **HYPER, compile=compile)
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = gradient(i, step)
+        optimizer.max_grad_norm = clip_at(step)
         optimizer.step()
     return found(params, optimizer)
+
+
+def clip_at(step: int) -> float | None:
+    """Every second step clips."""
+    return None if step % 2 else 1.0
 
 
 def spreader(placement: str) -> Callable[[Tensor], DTensor]:
@@ -85,11 +97,12 @@ def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict
     """The same on a mesh; returns the gathered tensors, and what this rank had."""
     spread = spreader(placement)
     params = [nn.Parameter(spread(w)) for w in weights()]
-    optimizer = Lamb16(params, **HYPER, compile=compile)
+    optimizer = Lamb16(grouped(params), **HYPER, compile=compile)
     collectives, sent = [], []
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = spread(gradient(i, step))
+        optimizer.max_grad_norm = clip_at(step)
         with Collectives() as seen:
             optimizer.step()
         collectives.append(seen.count)
@@ -99,8 +112,8 @@ def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict
     had = {
         "elements": sum(x.numel() for x in local),
         "bytes": sum(optimizer.state[p][key].to_local().untyped_storage().nbytes() for p in params for key in CODES),
-        "collectives": max(collectives),
-        "sent": max(sent),
+        "collectives": collectives,
+        "sent": sent,
         "skipped": optimizer.skipped,
     }
     return found(params, optimizer), had
@@ -130,8 +143,15 @@ def found(params: Sequence[Tensor], optimizer: Lamb16) -> Found:
     for i, p in enumerate(params):
         entries[f"{i}.weight"] = whole(p.detach())
         for key, value in optimizer.state.get(p, {}).items():
-            entries[f"{i}.{key}"] = whole(value)
+            entries[f"{i}.{key}"] = whole(largest(value) if key in MAXIMA and isinstance(p, DTensor) else value)
     return entries
+
+
+def largest(value: Tensor) -> Tensor:
+    """Of what every rank has: its own part's largest moment."""
+    value = value.clone()
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The C reference: that it builds everywhere without a warning, what it refuses, and the sweep over the fp8 codes."""
 
+import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -10,9 +12,9 @@ import pytest
 import torch
 
 from helpers import edited_c_source
-from lamb16 import capi, reference
+from lamb16 import capi, hyper, reference
 from lamb16.capi import sweep
-from lamb16.reference import Hyper
+from lamb16.hyper import Hyper
 
 EXERCISE = Path(__file__).parent / "capi" / "exercise.c"
 HEADER = (capi.include() / "lamb16.h").read_text()
@@ -53,12 +55,15 @@ def test_it_builds_without_a_warning_and_gives_the_references_bits(
     assert not torch.equal(mine[0], p)
     assert torch.equal(mine[1].exp_avg, theirs[1].exp_avg)
     assert torch.equal(mine[1].exp_avg_sq, theirs[1].exp_avg_sq)
+    for name in capi.CTensor.SCALARS:
+        assert getattr(mine[1], name) == getattr(theirs[1], name), name
+    assert library.grad_norm([grad, p]) == reference.grad_norm([grad, p])
 
 
 @pytest.mark.parametrize("compiler", capi.COMPILERS)
 def test_a_warning_fails_the_build(compiler: str, tmp_path: Path) -> None:
     """Negative control: an unused variable, which without -Werror is none."""
-    line = "    double rho = c1 / sqrt(c2);"
+    line = "    double first = a + b / (1.0 - h->beta1);"
     file = edited_c_source(tmp_path, line, f"{line} int sign_is_unused;")
     with pytest.raises(capi.BuildError, match=r"failed with status 1:\n(.|\n)*sign_is_unused"):
         capi.build(tmp_path, need(compiler), files=[file])
@@ -116,10 +121,18 @@ def test_the_header_is_for_cpp_too(tmp_path: Path) -> None:
         "int main() {\n"
         "    std::vector<float> p(5, 1.0f), g(5, 0.1f);\n"
         "    std::vector<std::uint8_t> m(5), v(5);\n"
-        "    lamb16_tensor x = {5, p.data(), g.data(), m.data(), v.data(), 0.0f, 0.0f, 0, 1u};\n"
+        "    lamb16_tensor x = {};\n"
+        "    x.numel = 5;\n"
+        "    x.param = p.data();\n"
+        "    x.grad = g.data();\n"
+        "    x.exp_avg = m.data();\n"
+        "    x.exp_avg_sq = v.data();\n"
+        "    x.salt = 1u;\n"
+        "    double norm;\n"
         "    lamb16_hyper h;\n"
         "    lamb16_default_hyper(&h);\n"
-        "    if (lamb16_init(&x) != LAMB16_OK || lamb16_step(&x, &h, nullptr) != LAMB16_OK) return 1;\n"
+        "    if (lamb16_init(&x) != LAMB16_OK || lamb16_grad_norm(&x, 1, &norm) != LAMB16_OK) return 1;\n"
+        "    if (lamb16_step(&x, &h, lamb16_clip_factor(norm, 0.1), nullptr) != LAMB16_OK) return 1;\n"
         "    return p[0] < 1.0f && x.step == 1 && h.beta2 == 0.999 ? 0 : 2;\n"
         "}\n"
     )
@@ -192,6 +205,8 @@ def test_statuses_reach_python(library: capi.Library) -> None:
     damaged = replace(state, exp_avg=torch.full((5,), 0xFF, dtype=torch.uint8))
     with pytest.raises(capi.StatusError, match="exp_avg holds NaN codes"):
         library.step_list([(p, grad, state), (p, grad, damaged)], HYPER)
+    with pytest.raises(capi.StatusError, match="grad_factor is invalid; it must be finite and >= 0"):
+        library.step(p, grad, state, HYPER, grad_factor=-1.0)
     assert torch.equal(p, torch.ones(5))
     assert library.status_string(99) == "no lamb16_status"
 
@@ -211,6 +226,8 @@ def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
             library.step(*arguments, HYPER)
     with pytest.raises(ValueError, match="moment_dtype='float32' is not supported"):
         library.step(p, grad, state, replace(HYPER, moment_dtype="float32"))
+    with pytest.raises(ValueError, match=r"gradient 1 is torch\.float64"):
+        library.grad_norm([grad, grad.double()])
     with pytest.raises(ValueError, match=r"words is torch\.int64"):
         library.encode(p, torch.zeros(5, dtype=torch.int64), "e4m3")
     with pytest.raises(ValueError, match=r"codes is torch\.float32"):
@@ -234,6 +251,28 @@ def test_the_default_hyperparameters_are_the_references(library: capi.Library) -
     found = capi.CHyper()
     library.c["default_hyper"](found)
     assert bytes(found) == bytes(capi.c_hyper(Hyper()))
+
+
+def test_the_structures_are_those_of_the_header() -> None:
+    """The binding's fields follow from the declared hyperparameters; C's are written down once more."""
+    c_types = {"double": ctypes.c_double, "float": ctypes.c_float, "size_t": ctypes.c_size_t}
+    c_types |= {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "uint32_t": ctypes.c_uint32}
+    for name, structure in (("hyper", capi.CHyper), ("tensor", capi.CTensor), ("stats", capi.CStats)):
+        (body,) = re.findall(rf"typedef struct {{\n([^}}]*)}} lamb16_{name};", HEADER)
+        declared = re.findall(r"^ *(?:const )?(\w+) (\*?)(\w+);", body, re.MULTILINE)
+        fields = [(field, ctypes.c_void_p if pointer else c_types[kind]) for kind, pointer, field in declared]
+        assert fields == structure._fields_, name
+
+
+def test_every_hyperparameter_reaches_c(library: capi.Library) -> None:
+    """None of them is left out of the structure, or out of the checks: a NaN or a 2 in any is refused."""
+    p, grad = torch.ones(2, 5)
+    state = library.init(p, 1)
+    for name in hyper.NUMBERS:
+        field = "betas" if name.startswith("beta") else name
+        wrong = {"beta1": (math.nan, 0.9), "beta2": (0.9, math.nan)}.get(name, 2 if name in hyper.FLAGS else math.nan)
+        with pytest.raises(capi.StatusError, match=f": {name} is invalid"):
+            library.step(p, grad, state, replace(HYPER, **{field: wrong}))
 
 
 # -- the sweep -----------------------------------------------------------------------------------------------------

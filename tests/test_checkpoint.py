@@ -1,11 +1,13 @@
 """Saving, loading, copying: a resumed run repeats the uninterrupted one; a faulty checkpoint changes nothing."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +19,19 @@ from helpers import (
     CODES,
     SCALARS,
     all_params,
+    assert_matches,
     assert_same,
     differing,
     gradients,
+    hyper_of,
     model,
     parameters,
     raw,
     snapshot,
     take_steps,
 )
-from lamb16 import Lamb16
+from lamb16 import Lamb16, reference
+from lamb16.store import DERIVED, ENTRIES
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 FP8 = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
@@ -582,3 +587,96 @@ def test_scalars_of_shape_one_are_read() -> None:
             state[key] = state[key].view(1)
     optimizer.load_state_dict(state_dict)
     assert_same(before, snapshot(optimizer))
+
+
+# -- version 0.1 ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_version_0_1_loads_and_goes_on(compile_mode: bool) -> None:
+    """Written by lamb16 0.1.0: what it has not is derived, and the next steps are the reference's from there."""
+    saved = torch.load(Path(__file__).with_name("data") / "lamb16-0.1.0.pt", weights_only=True)
+    assert not set(DERIVED) & set(saved["optimizer"]["state"][0])
+    assert "nesterov" not in saved["optimizer"]["param_groups"][0]
+    params = [nn.Parameter(w.clone()) for w in saved["weights"]]
+    optimizer = Lamb16(zip("ab", params, strict=True), compile=compile_mode)
+    optimizer.load_state_dict(saved["optimizer"])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["nesterov"]) == (0.01, True)
+    hyper = hyper_of(optimizer.param_groups[0])
+    states = []
+    for p, (_, old) in zip(params, saved["optimizer"]["state"].items(), strict=True):
+        fresh = reference.init(p.detach(), int(old["salt"]) & 0xFFFFFFFF)
+        largest = {
+            f"{key}_max": reference.decode(old[key], FP8[key]).abs().max().item() for key in ("exp_avg", "exp_avg_sq")
+        }
+        scalars = {key: old[key].item() for key in ("exp_avg_norm", "exp_avg_sq_norm", "step")}
+        states.append(
+            dataclasses.replace(fresh, exp_avg=old["exp_avg"], exp_avg_sq=old["exp_avg_sq"], **scalars, **largest)
+        )
+        assert scalars["step"] == 3
+    for t in (3, 4):
+        before = [p.detach().clone() for p in params]
+        take_steps(optimizer, [t])
+        for i, p in enumerate(params):
+            weights, states[i], _ = reference.step(before[i], gradients(params, t)[i], states[i], hyper)
+            assert_matches(optimizer, p, weights, states[i])
+
+
+def test_a_sum_that_cannot_be_is_refused() -> None:
+    optimizer = trained()
+    for key, value in (("weight_sum", -1), ("update_sum", (2100 << 20) + 1), ("mask_count", 2101)):
+        saved = optimizer.state_dict()
+        saved["state"] = {k: dict(s) for k, s in saved["state"].items()}
+        saved["state"][1][key] = torch.tensor(value)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=rf"{key} of parameter 1 is {value}"):
+            optimizer.load_state_dict(saved)
+        assert_same(before, snapshot(optimizer))
+
+
+# -- other memory --------------------------------------------------------------------------------------------------
+
+NEW_MEMORY: dict[str, Callable[[torch.Tensor], Any]] = {
+    "data": lambda x: setattr(x, "data", x.data.clone()),
+    "set_": lambda x: x.set_(x.detach().clone()),
+    "storage": lambda x: _through_empty_storage(x),
+}
+
+
+def _through_empty_storage(x: torch.Tensor) -> None:
+    """As FSDP frees and restores memory; a scalar's storage is shared with others, so it gets one of its own first."""
+    x.data = x.data.clone()
+    saved, size = x.detach().clone(), x.untyped_storage().nbytes()
+    x.untyped_storage().resize_(0)
+    x.untyped_storage().resize_(size)
+    x.copy_(saved) if x.element_size() > 1 else x.view(torch.uint8).copy_(saved.view(torch.uint8))
+
+
+@pytest.mark.parametrize("key", ENTRIES)
+@pytest.mark.parametrize("how", NEW_MEMORY)
+def test_a_state_entry_with_new_memory_is_seen_at_the_next_step(compile_mode: bool, how: str, key: str) -> None:
+    moved, plain = (trained(2, compile=compile_mode, caution=True) for _ in range(2))
+    for p in all_params(moved):
+        NEW_MEMORY[how](moved.state[p][key])
+    for t in (2, 3):
+        for optimizer in (moved, plain):
+            take_steps(optimizer, [t])
+        assert_same(snapshot(moved), snapshot(plain))
+    old = raw(moved.state[all_params(moved)[1]][key])
+    take_steps(moved, [4])
+    if key not in ("salt", "mask_count"):
+        assert not torch.equal(old, raw(moved.state[all_params(moved)[1]][key])) or key.endswith(("norm", "max"))
+
+
+def test_larger_codes_written_in_place_are_seen(compile_mode: bool) -> None:
+    """Their scale's bound holds for them too; the copy by hand is what a loader does that knows nothing of maxima."""
+    by_hand, replaced = (trained(2, compile=compile_mode) for _ in range(2))
+    for optimizer in (by_hand, replaced):
+        state = optimizer.state[all_params(optimizer)[1]]
+        codes = torch.full_like(state["exp_avg"].view(torch.uint8), 0x7E).view(torch.float8_e4m3fn)
+        if optimizer is by_hand:
+            state["exp_avg"].view(torch.uint8).copy_(codes.view(torch.uint8))
+        else:
+            state["exp_avg"] = codes
+        take_steps(optimizer, [2])
+        assert torch.isfinite(state["exp_avg"].float()).all()
+    assert_same(snapshot(by_hand), snapshot(replaced))

@@ -1,6 +1,7 @@
 """What Lamb16 refuses, in which words, and that a refusal changes nothing."""
 
 import functools
+import inspect
 import math
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers import all_params, assert_same, parameters, snapshot, take_steps
-from lamb16 import Lamb16, compiled
+from lamb16 import Lamb16, compiled, hyper
 
 BAD = [
     ("lr", -0.1),
@@ -50,6 +51,8 @@ BAD = [
     ("trust_clip", math.nan),
     ("bias_correction", 1),
     ("bias_correction", "no"),
+    ("nesterov", 1),
+    ("caution", None),
     ("maximize", None),
     ("moment_dtype", "fp8"),
     ("moment_dtype", torch.float32),
@@ -99,6 +102,31 @@ def test_numpy_scalars_are_numbers(dtype: str) -> None:
     for optimizer in (theirs, mine):
         take_steps(optimizer, range(2))
     assert_same(snapshot(theirs), snapshot(mine))
+
+
+def test_every_hyperparameter_is_an_argument_with_the_declared_default() -> None:
+    found = {
+        name: x.default for name, x in inspect.signature(Lamb16.__init__).parameters.items() if name in hyper.NAMES
+    }
+    assert list(found.items()) == list(vars(hyper.Hyper()).items())
+    assert set(hyper.NAMES) == {name for name, _ in BAD}, "each is tried with wrong values"
+
+
+BAD_NORMS = [0.0, -1.0, math.nan, -math.inf, True, "1", torch.tensor(1.0)]
+
+
+@pytest.mark.parametrize("value", BAD_NORMS, ids=str)
+def test_a_bad_max_grad_norm_is_named(value: object) -> None:
+    """Given at the start, or set between steps: before anything has moved."""
+    with pytest.raises(ValueError, match=r"max_grad_norm=.* is invalid; it must be None or a number > 0"):
+        Lamb16(parameters(), max_grad_norm=value)
+    optimizer = Lamb16(parameters(), weight_decay=0.1, max_grad_norm=1.0, compile=False)
+    take_steps(optimizer, [0])
+    before = snapshot(optimizer)
+    optimizer.max_grad_norm = value
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        take_steps(optimizer, [1])
+    assert_same(before, snapshot(optimizer))
 
 
 @pytest.mark.parametrize(("name", "value"), [("compile", 1), ("compile", None), ("seed", 0.5), ("seed", True)])
@@ -228,7 +256,7 @@ def test_a_broken_compiler_changes_nothing_and_names_the_way_out(monkeypatch: py
     optimizer = Lamb16(parameters(), lr=0.01, weight_decay=0.1)
     before = snapshot(optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_compiled", functools.cache(compiled._compiled.__wrapped__))  # nothing compiled yet
+        patch.setattr(compiled, "_graph", functools.cache(compiled._graph.__wrapped__))  # nothing compiled yet
         patch.setattr(torch, "compile", broken)
         with pytest.raises(RuntimeError, match=r"no such compiler.*compile=False") as error:
             take_steps(optimizer, [0])

@@ -41,16 +41,29 @@ def test_a_run_reports_every_contender(
     rows = {row["name"]: row for row in written["results"]["mlp"]}
     assert set(rows) == {bench.COPY, *bench.OWN}
     assert rows.pop("broken")["error"] == "ValueError: no step for you"
-    assert rows["Lamb16 compiled"]["state_bytes"] == 2 * 4909 + 2 * 16
+    assert rows["Lamb16 compiled"]["state_bytes"] == 2 * 4909 + 2 * 48
     assert rows["AdamW fused"]["to_adamw"] == rows[bench.COPY]["to_copy"] == 1
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows.values())
     assert written["settings"]["rounds"] == 2
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in rows)
     assert "could not run: ValueError" in table
-    assert {"measure", "apply", "scale"} <= set(written["passes"]["mlp"])
+    assert {"inspect", "scale", "update", "update packed", "fold", "rest"} <= set(written["passes"]["mlp"])
     assert all(ns > 0 for ns in written["passes"]["mlp"].values())
     assert "<svg" in picture.read_text()
+
+
+def test_the_compiled_step_is_the_one_that_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands first: fused AdamW's step cannot be captured."""
+    factories = {bench.YARDSTICK: bench.OWN[bench.YARDSTICK]} | bench.OWN
+    params = timing.make_params([(5, 5)], torch.float32, torch.device("cpu"))
+    name, step = timing.as_graph(factories, bench.COMPILED, params, capture=lambda call: call)
+    assert name == "Lamb16 compiled, CUDA graph"
+    assert isinstance(step.__self__, Lamb16)
+    given: list[object] = []
+    monkeypatch.setattr(timing, "measure", lambda *arguments: given.extend(arguments) or [])
+    bench.measure([(5, 5)], torch.float32, torch.device("cuda"), 1, {"Adam": bench._peer("adam")})
+    assert given[-1] == bench.COMPILED
 
 
 def _broken(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -79,15 +92,12 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
 
 def test_a_step_takes_no_memory_beyond_its_state() -> None:
     """At most 1 % of the parameters' bytes, the compilation included; later steps take next to nothing."""
-    params = timing.make_params([(1024, 1024), (1024,), (300, 70)] * 2, torch.float32, torch.device("cpu"))
+    params = timing.make_params([(2048, 2048), (1024,), (300, 70)] * 2, torch.float32, torch.device("cpu"))
+    size = 4 * sum(p.numel() for p in params)
     optimizer = Lamb16(params)
     first = timing.peak_bytes(optimizer.step, torch.device("cpu"))
-    assert (
-        timing.state_bytes(optimizer)
-        < first
-        < timing.state_bytes(optimizer) + 0.01 * 4 * sum(p.numel() for p in params)
-    )
-    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) < 10_000
+    assert timing.state_bytes(optimizer) < first < timing.state_bytes(optimizer) + 0.01 * size
+    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) < 0.002 * size  # what is found in every row
 
 
 def test_compile_times_are_taken_in_processes_of_their_own() -> None:

@@ -60,6 +60,8 @@ def test_so_are_the_reference_the_eager_and_the_compiled_step(exported: Path, ru
         ("trust_lr", 0.02),
         ("trust_clip", 0.1),
         ("bias_correction", True),
+        ("nesterov", True),
+        ("caution", False),
         ("maximize", False),
     ],
 )
@@ -70,23 +72,16 @@ def test_a_manifest_with_another_hyperparameter_fails(name: str, value: object, 
     assert status == 1
     assert sum(cells[2:6]) > 0
     if name == "beta2":
-        assert min(cells[2:4]) > 0, "codes and scales"
+        assert min(cells[2:4]) > 0, "codes and scalars"
     assert "the reference has" in err
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        "p.tensors[0].reference.exp_avg_norm *= 2;",
-        "p.tensors[0].reference.exp_avg_sq_norm *= 2;",
-        "p.tensors[0].reference.step++;",
-        "p.tensors[0].reference.salt ^= 1;",
-    ],
-)
-def test_every_scalar_is_compared(edit: str, exported: Path, tmp_path: Path) -> None:
-    """A harness whose reference has another scale, count or salt after its only step."""
+@pytest.mark.parametrize("name", check.SCALARS)
+def test_every_scalar_is_compared(name: str, exported: Path, tmp_path: Path) -> None:
+    """A harness whose reference has another scale, maximum, sum, count or salt after its only step."""
+    edit = f"p.tensors[0].reference.{name} += 1;"
     found = run_edited(exported, tmp_path, "        for (size_t i = 0; i < p.count; i++)\n            compare", edit)
-    assert (found.codes, found.scales, found.weights) == (0, 1, 0)
+    assert (found.codes, found.scalars, found.weights) == (0, 1, 0)
 
 
 def test_a_changed_gradient_is_found(exported: Path, tmp_path: Path) -> None:
@@ -145,20 +140,20 @@ def test_a_wrong_step_in_python_fails(
 
 def test_every_difference_is_counted() -> None:
     codes = torch.zeros(3, dtype=torch.uint8)
-    state = State(codes, 1.0, codes, 1.0, 4, 7)
+    state = State(codes, 1.0, 2.0, codes, 1.0, 2.0, 100, 200, 3, 4, 7)
     row = check.Row("", 1, 1)
     check.compare(row, (torch.tensor([1.0, 0.0, 2.0]), state), (torch.tensor([1.0, 0.0, 2.0]), state))
     assert not row.differs
-    other = State(codes + 1, 2.0, torch.tensor([0, 9, 0], dtype=torch.uint8), 2.0, 5, 8)
+    other = State(codes + 1, 2.0, 3.0, torch.tensor([0, 9, 0], dtype=torch.uint8), 2.0, 3.0, 101, 201, 4, 5, 8)
     check.compare(row, (torch.tensor([1 + 2.0**-22, -0.0, 2.0]), other), (torch.tensor([1.0, 0.0, 2.0]), state))
-    assert (row.codes, row.scales, row.weights, row.ulp) == (4, 4, 2, 2)
+    assert (row.codes, row.scalars, row.weights, row.ulp) == (4, 9, 2, 2)
 
 
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
         ([(31, 70), (5,), (5,), (7, 3), (0,)], "the step failed"),
-        ([(70, 31)], "wrong number of inputs: the model takes 23"),
+        ([(70, 31)], "wrong number of inputs: the model takes 25"),
     ],
 )
 def test_a_manifest_of_other_shapes_fails(

@@ -1,6 +1,8 @@
 """`lamb16 export`: what it writes and what it refuses. That the step is right is for test_cli_check.py to say."""
 
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from lamb16.capi import export, manifest
 from lamb16.cli import main
 from lamb16.cli.export import parse_shapes
 from lamb16.cli.shapes import SETS
-from lamb16.reference import Hyper
+from lamb16.hyper import Hyper
 
 SHAPES = [(70, 31), (5,), (5,), (7, 3), (0,)]  # of the fixture `exported`
 
@@ -20,7 +22,7 @@ SHAPES = [(70, 31), (5,), (5,), (7, 3), (0,)]  # of the fixture `exported`
 def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
     assert sorted(path.name for path in exported.iterdir()) == ["manifest.json", "step.pt2"]
     content = json.loads((exported / "manifest.json").read_text())
-    assert (content["format"], content["device"]) == (1, "cpu")
+    assert (content["format"], content["device"]) == (2, "cpu")
     assert (content["lamb16"], content["torch"]) == (__version__, torch.__version__)
     assert [(x["name"], tuple(x["shape"])) for x in content["tensors"]] == [(str(i), x) for i, x in enumerate(SHAPES)]
     assert [x["numel"] for x in content["tensors"]] == [2170, 5, 5, 21, 0]
@@ -30,14 +32,16 @@ def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
         ("exp_avg.0", "uint8", [70, 31]),
         ("exp_avg_sq.0", "uint8", [70, 31]),
     ]
-    assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][-3:] == [
-        ("norms", "float32", [5, 2]),
+    assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][-5:] == [
+        ("norms", "float32", [5, 4]),
         ("counters", "int32", [5, 2]),
+        ("sums", "int64", [5, 3]),
         ("lr", "float64", [1]),
+        ("grad_factor", "float64", [1]),
     ]
     assert content["hyperparameters"] == {
         "lr": 0.02, "beta1": 0.8, "beta2": 0.99, "eps": 1e-5, "weight_decay": 0.1, "trust_scale": 0.5, "trust_lr": 0.01,
-        "trust_clip": 1.5, "bias_correction": False, "maximize": True,
+        "trust_clip": 1.5, "bias_correction": False, "nesterov": False, "caution": True, "maximize": True,
     }  # fmt: skip
     assert content["inductor"]["cpp.threads"] == 1
 
@@ -45,18 +49,25 @@ def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
 def test_the_manifest_is_read_back(exported: Path) -> None:
     found = manifest.read(exported)
     assert (found.names, found.shapes, found.device) == (["0", "1", "2", "3", "4"], SHAPES, "cpu")
-    assert found.hyper == Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, True)
+    assert found.hyper == Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, False, True, True)
 
 
 def test_the_package_runs_from_python_too(exported: Path) -> None:
     """As a step from zero gradients: nothing moves."""
     step = torch._inductor.aoti_load_package(str(exported / "step.pt2"))
-    tensors, norms, counters, lr = export.first_inputs(SHAPES, torch.device("cpu"))
-    before = norms.clone()
-    step(tensors, norms, counters, lr)
+    tensors, *others = export.first_inputs(SHAPES, torch.device("cpu"))
+    before = [x.clone() for x in others]
+    step(tensors, *others)
     assert not any(x.any() for x in tensors)
-    assert torch.equal(norms, before)
-    assert not counters.any()
+    assert all(torch.equal(x, y) for x, y in zip(others, before, strict=True))
+
+
+def test_a_large_tensor_is_read_twice(exported: Path) -> None:
+    """One loop for its gradient's maximum, one for everything else."""
+    with zipfile.ZipFile(exported / "step.pt2") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".kernel.cpp")]
+        code = archive.read(name).decode()
+    assert len(re.findall(r"for *\(.*<static_cast<int64_t>\(2170L\);", code)) == 2
 
 
 def test_small_tensors_of_a_size_share_a_block() -> None:
@@ -138,7 +149,7 @@ def test_a_compiler_that_fails_leaves_the_old_export(
 @pytest.mark.parametrize(
     ("keys", "value", "said"),
     [
-        (["format"], 2, "is of format 2"),
+        (["format"], 1, "is of format 1"),
         (["lamb16"], "0.0.1", "is of lamb16 0.0.1"),
         (["torch"], "1.0", "is of torch 1.0"),
         (["cpu"], "AVX1024", "compiled for AVX1024"),

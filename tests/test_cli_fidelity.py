@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lamb16.cli import main
 from lamb16.cli.study import fidelity
+from lamb16.cli.study.variants import direction
+from lamb16.hyper import Hyper
 
 # Quick form, seeds 0 to 4: lamb16 0.9915 to 0.9970 over all gradients, the published rule 0.63 to 0.70 on iid ones.
 LEAST_COSINE = 0.985
@@ -47,6 +50,19 @@ def test_the_yardstick_agrees_with_itself(report: dict[str, Any], kind: str) -> 
     exact = row(report, kind, "float32")
     assert exact["cosine"] == pytest.approx(1)
     assert [exact[name] for name in ("m_error", "v_log_error", "m_saturated", "v_zero")] == [0, 0, 0, 0]
+
+
+def test_the_update_is_read_through_the_weights() -> None:
+    """p = -r · u, whatever the trust ratio is, which comes from the weights before they were set to 0."""
+    generator = torch.Generator().manual_seed(0)
+    layer = fidelity.Layer("float32", 500, (0.9, 0.99), 0, compile=False)
+    hyper = Hyper(betas=(0.9, 0.99), eps=fidelity.EPS)
+    m = v = torch.zeros(500)
+    for t in range(1, 5):
+        g = torch.randn(500, generator=generator)
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        assert torch.allclose(layer.update(g.clone()), direction(m, v, g, hyper, t)[1], rtol=1e-5, atol=1e-7)
+    assert layer.optimizer.layer_stats()["layer"]["weight_norm"] > 1  # type: ignore[attr-defined]
 
 
 def test_the_published_rule_is_clearly_worse(report: dict[str, Any]) -> None:

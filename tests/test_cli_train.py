@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from lamb16 import reference
+from lamb16 import Lamb16, reference
 from lamb16.cli import CommandError, main, require, training
 from lamb16.cli.contenders import why_unusable
 from lamb16.cli.data import ImageData, load
@@ -26,6 +26,7 @@ from lamb16.cli.logs import TensorBoardLog
 from lamb16.cli.model import build_model
 from lamb16.cli.train import write_json
 from lamb16.cli.training import (
+    LAMB16_ONLY,
     OPTIMIZERS,
     TrainConfig,
     accuracy,
@@ -116,7 +117,14 @@ def test_version() -> None:
         (["train", "--moment-dtype", "float32", "--optimizer", "adam"], "--moment-dtype is for"),
         (["train", "--schedule", "linear-step", "--optimizer", "lamb"], "--schedule linear-step is for"),
         (["train", "--schedule", "linear-step", "--trust-scale", "1"], "needs --trust-scale below 1, not 1.0"),
-        (["train", "--betas", "0.9", "1"], "--betas must be two numbers of at least 0 and below 1, not 1.0"),
+        (["train", "--no-nesterov", "--optimizer", "adam"], "--no-nesterov is for --optimizer lamb16 only"),
+        (["train", "--caution", "--optimizer", "adam"], "--caution is for --optimizer lamb16 only"),
+        (["train", "--max-grad-norm", "1", "--optimizer", "adam"], "--max-grad-norm is for --optimizer lamb16 only"),
+        (["train", "--max-grad-norm", "0"], "--max-grad-norm must be a positive number, not 0.0"),
+        (["train", "--max-grad-norm", "-1"], "--max-grad-norm must be a positive number, not -1.0"),
+        (["train", "--max-grad-norm", "nan"], "--max-grad-norm must be a positive number, not nan"),
+        (["train", "--max-grad-norm", "inf"], "--max-grad-norm must be a positive number, not inf"),
+        (["train", "--betas", "0.9", "1"], "--betas must be two numbers in [0, 1), not (0.9, 1.0)"),
         (["train", "--json", "no/such/folder/result.json"], "no/such/folder"),
         (["train", "--no-log", "--log-dir", "logs"], "not allowed with"),
     ],
@@ -166,7 +174,7 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> N
     pytest.importorskip("sklearn")
     pytest.importorskip("tensorboard")
     arguments = "--epochs 2 --seed 3 --eager --schedule linear --threads 1 --json result.json"
-    arguments += " --trust-scale 0.5 --betas 0.8 0.99"
+    arguments += " --trust-scale 0.5 --betas 0.8 0.99 --no-nesterov --caution --max-grad-norm 0.5"
     process = lamb16("train", *arguments.split(), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "result.json").read_text())
@@ -176,6 +184,7 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> N
     assert settings["schedule"] == "linear"
     assert settings["trust_scale"] == 0.5
     assert settings["betas"] == [0.8, 0.99]
+    assert (settings["nesterov"], settings["caution"], settings["max_grad_norm"]) == (False, True, 0.5)
     assert result["threads"] == 1
     assert result["torch"] == torch.__version__
     assert result["seconds"] > 0
@@ -252,6 +261,21 @@ def test_normalizing_is_an_option_of_the_command(tmp_path: Path) -> None:
         result = json.loads(file.read_text())
         losses[result["settings"]["normalize"]] = result["epochs"][0]["train_loss"]
     assert losses[True] < losses[False]
+
+
+def test_every_option_of_lamb16_changes_the_result(digits: ImageData) -> None:
+    """Away from its default each gives another result; None, and the default itself, give the same one."""
+    small = digits.head(256, 100)
+
+    def train_with(**options: Any) -> list[tuple[float, float]]:
+        return outcome(train(TrainConfig(epochs=2, batch_size=64, eager=True, **options), small))
+
+    plain = train_with()
+    changed = {"trust_scale": 0.5, "moment_dtype": "float32", "nesterov": False, "caution": True, "max_grad_norm": 0.1}
+    assert changed.keys() == LAMB16_ONLY.keys()
+    assert [name for name, value in changed.items() if train_with(**{name: value}) == plain] == []
+    own = {name: getattr(reference.Hyper, name) for name in changed if name != "max_grad_norm"}
+    assert train_with(**own, max_grad_norm=1e9) == plain
 
 
 def test_the_compiled_step_learns_the_digits(digits: ImageData) -> None:
@@ -351,7 +375,7 @@ def test_linear_step_lets_the_step_fall_linearly(trust_scale: float | None) -> N
     steps = []
     for _ in range(101):
         lr = optimizer.param_groups[0]["lr"]
-        steps.append(lr * reference.trust_ratio(1.0, 1.0, replace(hyper, lr=lr)))
+        steps.append(lr * reference.trust_ratio(1, 1, replace(hyper, lr=lr)))
         optimizer.step()
         scheduler.step()
     assert [step / steps[0] for step in steps[::50]] == pytest.approx([1, 0.505, 0.01])
@@ -369,13 +393,17 @@ def test_the_last_batch_may_be_short_and_all_images_are_seen(digits: ImageData) 
 def test_settings_reach_the_optimizer() -> None:
     model = build_model(0)
     config = TrainConfig(
-        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, moment_dtype="float32", eager=True
-    )
-    group = build_optimizer(config, model).param_groups[0]
+        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, moment_dtype="float32", eager=True,
+        nesterov=False, caution=True, max_grad_norm=0.5,
+    )  # fmt: skip
+    optimizer = build_optimizer(config, model)
+    assert isinstance(optimizer, Lamb16)
+    assert optimizer.max_grad_norm == 0.5
+    (group,) = optimizer.param_groups
     assert group["param_names"] == LAYERS
     assert (group["lr"], group["weight_decay"], group["trust_scale"]) == (0.02, 0.25, 0.5)
     assert group["betas"] == (0.5, 0.99)
-    assert group["moment_dtype"] == "float32"
+    assert (group["moment_dtype"], group["nesterov"], group["caution"]) == ("float32", False, True)
     adam = build_optimizer(TrainConfig(optimizer="adam", betas=(0.5, 0.99)), model)
     assert adam.param_groups[0]["betas"] == (0.5, 0.99)
     assert type(adam) is torch.optim.Adam
@@ -444,8 +472,6 @@ def test_values_that_are_not_finite_do_not_stop_the_logs(tmp_path: Path) -> None
 
 
 def test_a_failing_compiler_points_to_the_option(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lamb16 import Lamb16
-
     def fail(self: Lamb16, closure: None = None) -> None:
         raise RuntimeError("could not compile; pass compile=False") from OSError("g++ is not there")
 

@@ -27,6 +27,15 @@ def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyP
         assert table in DOC, f"{study}: {title} in docs/algorithm.md is not what the results give:\n{table}"
 
 
+@pytest.mark.parametrize("study", [*compare.TRAININGS, "fidelity"])
+def test_results_of_an_earlier_rule_are_marked(study: str) -> None:
+    """The document names the digest of every reference.py but the present one that its tables were made with."""
+    content = json.loads((ROOT / "docs" / "results" / f"{study}.json").read_text())
+    codes = [run["code"] for run in content["runs"]] if "runs" in content else [content["settings"].get("code", "")]
+    rules = {rule for code in codes for rule in re.findall(r"\breference ([0-9a-f]+)", code)}
+    assert [rule for rule in rules - {runs.digest("lamb16.reference")} if rule not in DOC] == []
+
+
 def test_the_fidelity_table_is_that_of_the_results() -> None:
     content = json.loads((ROOT / "docs" / "results" / "fidelity.json").read_text())
     assert fidelity.table(content["results"]) in DOC

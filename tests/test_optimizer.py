@@ -32,9 +32,11 @@ from helpers import (
 )
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
+from lamb16.store import ENTRIES, SCALARS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASE = {"lr": 0.01, "weight_decay": 0.1}
+MAXIMA = ("exp_avg_max", "exp_avg_sq_max")  # of the codes
 OVERRIDES = [
     {"lr": 0.05},
     {"betas": (0.5, 0.9)},
@@ -47,7 +49,9 @@ OVERRIDES = [
     {"trust_scale": 1.0},
     {"trust_lr": 0.1},
     {"trust_clip": 0.25},
-    {"bias_correction": True},
+    {"bias_correction": False},
+    {"nesterov": False},
+    {"caution": True},
     {"maximize": True},
     {"moment_dtype": "float32"},
 ]
@@ -123,23 +127,29 @@ def test_a_weight_counts_with_a_magnitude_between_a_tenth_and_one(
     compile_mode: bool, start: float, counted: float
 ) -> None:
     params = [nn.Parameter(torch.full(shape, start, device=DEVICE)) for shape in SHAPES]
-    optimizer = Lamb16(params, lr=0.01, compile=compile_mode)
-    take_steps(optimizer, range(1))
-    for i, p in enumerate(params):
-        norm = optimizer.layer_stats()[str(i)]["weight_norm"].item()
-        assert norm == pytest.approx(counted * p.numel() ** 0.5, rel=1e-6)
+    optimizer = Lamb16(params, lr=0.0, compile=compile_mode)
+    for step in range(2):  # from the weights themselves, then from what the step has summed
+        take_steps(optimizer, [step])
+        for i, p in enumerate(params):
+            norm = optimizer.layer_stats()[str(i)]["weight_norm"].item()
+            assert norm == pytest.approx(counted * p.numel() ** 0.5, rel=5e-5)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: bool) -> None:
+@pytest.mark.parametrize("form", ["nesterov", "plain", "uncorrected", "caution"])
+def test_the_rule_is_the_textbook_formula(compile_mode: bool, maximize: bool, form: str) -> None:
+    """Written out here in float64, with the norms of the step before."""
     lr, beta1, beta2, eps, decay, steps = 0.02, 0.8, 0.95, 1e-4, 0.3, 6
+    corrected, nesterov, caution = form != "uncorrected", form != "plain", form == "caution"
     optimizer = Lamb16(
         parameters(),
         lr=lr,
         betas=(beta1, beta2),
         eps=eps,
         weight_decay=decay,
-        bias_correction=True,
+        bias_correction=corrected,
+        nesterov=nesterov,
+        caution=caution,
         maximize=maximize,
         moment_dtype="float32",
         compile=compile_mode,
@@ -149,15 +159,23 @@ def test_bias_correction_is_the_textbook_formula(compile_mode: bool, maximize: b
     take_steps(optimizer, range(steps))
     for i, param in enumerate(params):
         p, m, v = start[i], torch.zeros(param.shape).double(), torch.zeros(param.shape).double()
+        update_norm, agreed = param.numel() ** 0.5, param.numel()
         for t in range(1, steps + 1):
             g = gradients(params, t - 1)[i].cpu().double() * (-1 if maximize else 1)
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g**2
-            u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps) + decay * p
-            weight_norm, update_norm = ((x**2).clamp(low, 1).sum().sqrt() for x, low in ((p, 0.01), (u, eps)))
+            c1, c2, c3 = (1 - beta1**t, 1 - beta2**t, 1 - beta1 ** (t + 1)) if corrected else (1, 1, 1)
+            n = beta1 * m / c3 + (1 - beta1) * g / c1 if nesterov else m / c1
+            d = n / ((v / c2).sqrt() + eps)
+            if caution:
+                d = torch.where(n * g > 0, d * param.numel() / agreed, 0.0)
+                agreed = int((n * g > 0).sum())
+            u = d + decay * p
+            weight_norm = (p**2).clamp(0.01, 1).sum().sqrt()
             ratio = min(float(weight_norm / update_norm * 1e-3 / lr) ** 0.382, 2.0)
+            update_norm = (u**2).clamp(eps, 1).sum().sqrt()
             p = p - lr * ratio * u
-        assert torch.allclose(param.double() - start[i], p - start[i], rtol=1e-5, atol=1e-6)
+        assert torch.allclose(param.double() - start[i], p - start[i], rtol=1e-5, atol=2e-6)
         assert float((p - start[i]).abs().mean()) > 1e-2
 
 
@@ -246,7 +264,7 @@ def test_the_seed_changes_the_rounding_and_nothing_else() -> None:
         take_steps(optimizer, [0])
     first, again, other = (snapshot(optimizer) for optimizer in runs)
     assert_same(first, again)
-    assert differing(first, other) == sorted(f"{i}.{key}" for i in range(3) for key in (*CODES, "salt"))
+    assert differing(first, other) == sorted(f"{i}.{key}" for i in range(3) for key in (*CODES, *MAXIMA, "salt"))
 
 
 # -- learning rates ----------------------------------------------------------------------------------------------
@@ -663,6 +681,44 @@ def test_gradients_may_be_unscaled_and_clipped_before_the_step() -> None:
     assert_same(snapshot(clipped), snapshot(plain))
 
 
+def test_clipping_with_a_gradient_scaler_is_clipping_without(compile_mode: bool) -> None:
+    """The norm is that of the unscaled gradients; a factor of a power of two and the clip factor are one factor."""
+    plain, scaled = (Lamb16(parameters(), **BASE, max_grad_norm=0.7, compile=compile_mode) for _ in range(2))
+    take_steps(plain, range(3))
+    norm = plain.grad_norm.item()
+    scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10), range(3))
+    assert_same(snapshot(plain), snapshot(scaled))
+    assert scaled.grad_norm.item() == pytest.approx(norm, rel=1e-12)
+
+
+def test_grad_norm_is_over_all_groups_kinds_and_finite_tensors(compile_mode: bool) -> None:
+    params = [*parameters([(7,), (2100,)]), *parameters([(9,)], dtype=torch.bfloat16), *parameters([(4,)], seed=1)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "caution": True}]
+    optimizer = Lamb16(groups, **BASE, compile=compile_mode)
+    assert optimizer.grad_norm is None
+    take_steps(optimizer, [0])
+    assert optimizer.grad_norm is None
+    optimizer.max_grad_norm = math.inf
+    for p, g in zip(params, gradients(params, 1), strict=True):
+        p.grad = g
+    params[3].grad[0] = math.nan
+    optimizer.step()
+    exact = torch.cat([p.grad.double().view(-1) for p in params[:3]]).norm().item()
+    assert optimizer.grad_norm.item() == pytest.approx(exact, rel=1e-6)
+    assert (optimizer.grad_norm.shape, optimizer.grad_norm.dtype) == ((), torch.float64)
+    assert optimizer.skipped == 1
+    before = optimizer.grad_norm.item()
+    plain = Lamb16(parameters(), **BASE, max_grad_norm=math.inf, compile=compile_mode)
+    unclipped = Lamb16(parameters(), **BASE, compile=compile_mode)
+    for each in (plain, unclipped):
+        take_steps(each, range(2))
+    assert_same(snapshot(plain), snapshot(unclipped))
+    optimizer.max_grad_norm = None
+    take_steps(optimizer, [2])
+    assert optimizer.grad_norm is None
+    assert before > 0
+
+
 class NoSync(TorchDispatchMode):
     """Fails on every operation that brings a value to the host."""
 
@@ -672,7 +728,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_back(compile_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    optimizer = Lamb16(parameters(), **BASE, max_grad_norm=0.5, compile=compile_mode)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     scaler = torch.amp.GradScaler("cpu")
     found_inf, scale = torch.zeros(()), scaler.scale(torch.full((), 4.0))
@@ -710,13 +766,13 @@ def test_the_state_is_plain_tensors() -> None:
         exact = group["moment_dtype"] == "float32"
         for p in group["params"]:
             state = optimizer.state[p]
-            assert set(state) == {"step", "exp_avg", "exp_avg_norm", "exp_avg_sq", "exp_avg_sq_norm", "salt"}
+            assert set(state) == set(ENTRIES)
             assert all(type(value) is torch.Tensor and not value.requires_grad for value in state.values())
             assert [state[key].shape for key in CODES] == [p.shape, p.shape]
             assert state["exp_avg"].dtype == (torch.float32 if exact else torch.float8_e4m3fn)
             assert state["exp_avg_sq"].dtype == (torch.float32 if exact else torch.float8_e5m2)
             assert state["exp_avg_norm"].dtype == state["exp_avg_sq_norm"].dtype == torch.float32
-            assert all(state[key].shape == () for key in ("step", "exp_avg_norm", "exp_avg_sq_norm", "salt"))
+            assert all(state[key].shape == () for key in SCALARS)
 
 
 def test_codes_times_norm_are_close_to_the_moments() -> None:

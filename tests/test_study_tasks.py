@@ -137,7 +137,11 @@ def test_probes_see_the_rounding_of_8_bits() -> None:
 
 def test_probes_see_what_the_bound_is_for() -> None:
     """Without it an element whose v became 0 makes the update; with it its share is limited. By hand."""
-    for bounded, element in ((False, 0.09 / 1e-6), (True, 7.270292)):
+    a, b, c2 = 0.9 / (1 - 0.9**3), 0.1 / (1 - 0.9**2), 1 - 0.999**2
+    # The weights with which n sees past gradients, and v / c2 their squares; the largest n for v / c2 = 1.
+    seen = [0.1 * a * 0.9**k + b * (k == 0) for k in range(500)]
+    bound = math.sqrt(sum(w * w / (0.001 * 0.999**k / c2) for k, w in enumerate(seen)))
+    for bounded in (False, True):
         p = nn.Parameter(torch.ones(2))
         optimizer = Lamb16([("p", p)], lr=0.01, compile=False)
         p.grad = torch.tensor([1.0, 1.0])
@@ -146,13 +150,17 @@ def test_probes_see_what_the_bound_is_for() -> None:
         optimizer.step()
         optimizer.state[p]["exp_avg_sq"].view(torch.uint8)[0] = 0
         p.grad = torch.tensor([0.0, 1.0])
-        exact_m, exact_v = torch.tensor([0.09, 0.19]), torch.tensor([0.999e-3, 1.999e-3])
-        stored = optimizer.state[p]["exp_avg"].float() * optimizer.state[p]["exp_avg_norm"]
-        stored_v = optimizer.state[p]["exp_avg_sq"].float() * optimizer.state[p]["exp_avg_sq_norm"]
-        second = (0.9 * stored[1] + 0.1) / ((0.999 * stored_v[1] + 1e-3).sqrt() + 1e-6)
-        first = element * stored[0] / 0.1 if not bounded else element
+        m, v = (
+            optimizer.state[p][key].float() * optimizer.state[p][f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq")
+        )
+        m, v = 0.9 * m + torch.tensor([0.0, 0.1]), 0.999 * v + torch.tensor([0.0, 1e-3])
+        u, exact = (
+            (a * m + b * p.grad) / ((v / c2).sqrt() + 1e-6)
+            for m, v in ((m, v), (torch.tensor([0.09, 0.19]), torch.tensor([0.999e-3, 1.999e-3])))
+        )
+        if bounded:
+            u[0] = bound
         shadow.before_step(probe=True)
-        u, exact = torch.tensor([first, second]), exact_m / (exact_v.sqrt() + 1e-6)
         wanted = torch.cosine_similarity(u, exact, dim=0).item()
         assert shadow.summary()["layers"]["p"]["cosine"] == pytest.approx(wanted, rel=1e-4)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import CODES, raw
+from helpers import raw
 from lamb16 import Lamb16
-from lamb16.cli.study.ablations import ABLATIONS
 from lamb16.cli.study.variants import Parts, Variant
+from lamb16.store import ENTRIES
 
 SHAPES = {"matrix": (33, 17), "kernel": (5, 3, 3, 3), "vector": (40,), "scalar": ()}
 
@@ -37,6 +37,10 @@ def _run(optimizer_class: type[Any], steps: int = 12, **options: Any) -> tuple[l
         {"bias_correction": False},
         {"betas": (0.8, 0.99), "eps": 0.05, "maximize": True},
         {"trust_scale": 0.5, "trust_lr": 0.01, "trust_clip": 0.2, "seed": 7},
+        {"nesterov": False},
+        {"nesterov": False, "bias_correction": False},
+        {"caution": True, "maximize": True},
+        {"betas": (0.99, 0.9)},
         {"moment_dtype": "float32"},
     ],
 )
@@ -45,13 +49,34 @@ def test_the_default_parts_are_lamb16(options: dict[str, Any]) -> None:
     theirs, their_states = _run(Lamb16, compile=False, **options)
     for a, b, mine, other in zip(weights, theirs, states, their_states, strict=True):
         assert torch.equal(raw(a), raw(b))
-        for key in (*CODES, "exp_avg_norm", "exp_avg_sq_norm", "step", "salt"):
+        assert mine.keys() == other.keys() == set(ENTRIES)
+        for key in ENTRIES:
             assert torch.equal(raw(mine[key]), raw(other[key])), key
 
 
-@pytest.mark.parametrize("name", [name for name, options in ABLATIONS.items() if options.get("parts")])
+EXCHANGED: dict[str, Any] = {
+    "rounding": "nearest",
+    "words": "independent",
+    "norm": "exact",
+    "scope": "row",
+    "scale_from": "maximum",
+    "never_zero": False,
+    "bound": False,
+    "ratio_norms": "this",
+    "vectors": "outside",
+    "vector_floor": 1e-3,
+    "matrix_floor": 1e-3,
+}
+
+
+def test_every_part_is_exchanged_here() -> None:
+    assert list(EXCHANGED) == list(vars(Parts()))
+    assert all(EXCHANGED[name] != default for name, default in vars(Parts()).items())
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
 def test_every_exchanged_part_makes_a_difference(name: str) -> None:
-    weights, _ = _run(Variant, steps=40, parts=Parts(**dict(ABLATIONS[name]["parts"])))
+    weights, _ = _run(Variant, steps=40, parts=Parts(**{name: EXCHANGED[name]}))
     rule, _ = _run(Variant, steps=40)
     assert any(not torch.equal(a, b) for a, b in zip(weights, rule, strict=True))
 
@@ -59,6 +84,30 @@ def test_every_exchanged_part_makes_a_difference(name: str) -> None:
 def test_a_scale_a_row_has_the_shape_of_rows() -> None:
     _, states = _run(Variant, parts=Parts(scope="row"))
     assert [tuple(state["exp_avg_norm"].shape) for state in states] == [(33, 1), (5, 1, 1, 1), (), ()]
+
+
+@pytest.mark.parametrize(("scale_from", "scale"), [("bound", 2.0**-9), ("maximum", 2.0**-10)])
+def test_a_scale_comes_from_the_bound_or_from_the_maximum(scale_from: str, scale: float) -> None:
+    """By hand: gradients 1 and -4 leave m = 0.09 - 0.4 = -0.31, and a bound of 0.09 + 0.4 = 0.49; codes go to 448."""
+    p = nn.Parameter(torch.ones(1))
+    optimizer = Variant([("p", p)], Parts(scale_from=scale_from))
+    for grad in (1.0, -4.0):
+        p.grad = torch.tensor([grad])
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg_norm"] == scale
+
+
+@pytest.mark.parametrize(("ratio_norms", "ratio"), [("last", 0.5), ("this", 0.25)])
+def test_a_trust_ratio_comes_from_the_norms_of_the_last_step_or_of_this_one(ratio_norms: str, ratio: float) -> None:
+    """By hand: updates of 1, weights of 0.5 that someone halves between the steps."""
+    p = nn.Parameter(torch.full((4,), 0.5))
+    options: dict[str, Any] = {"trust_lr": 1e-3, "trust_scale": 1.0, "nesterov": False, "moment_dtype": "float32"}
+    optimizer = Variant([("p", p)], Parts(ratio_norms=ratio_norms), lr=1e-3, **options)
+    for weight in (0.5, 0.25):
+        p.data.fill_(weight)
+        p.grad = torch.ones(4)
+        optimizer.step()
+    assert weight - p.detach() == pytest.approx(1e-3 * ratio, rel=2e-3)
 
 
 def test_v_may_become_zero_only_where_asked() -> None:

@@ -3,5 +3,5 @@
 from .baselines import Lamb, PublishedLamb16
 from .optimizer import Lamb16
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__"]

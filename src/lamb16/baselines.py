@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .checks import check_gradient, check_hyperparameters, check_parameter
+from .checks import check_gradient, check_parameter
+from .hyper import check_hyperparameters
 
 E4M3_CLIP = 15.0
 E5M2_MAX = 57344.0

@@ -1,80 +1,19 @@
-"""What Lamb16 refuses: hyperparameters by value, parameters and gradients by name, state dicts by their first fault."""
+"""What Lamb16 refuses: parameters and gradients by name, state dicts by their first fault."""
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
+from .store import DERIVED, ENTRIES, MOMENTS, SCALARS
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOMENT_DTYPES = {
-    "float8": (torch.float8_e4m3fn, torch.float8_e5m2),
-    "float32": (torch.float32, torch.float32),
-}
-SMALLEST_EPS = 2.0**-100  # so that eps · (1 − β1) is a normal float32 too
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: object) -> bool:
-    return _number(value) and value > 0  # type: ignore[operator]
-
-
-def _non_negative(value: object) -> bool:
-    return _number(value) and value >= 0  # type: ignore[operator]
-
-
-def _lr(value: object) -> bool:
-    if not isinstance(value, Tensor):
-        return _non_negative(value)
-    # Values on other devices are not read: that would wait for the device.
-    return (
-        value.numel() == 1 and value.is_floating_point() and (value.device.type != "cpu" or _non_negative(value.item()))
-    )
-
-
-def _betas(value: object) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
-
-
-def _eps(value: object) -> bool:
-    return _number(value) and SMALLEST_EPS <= value <= 1  # type: ignore[operator]
-
-
-def _flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-RULES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "lr": (_lr, "a finite number >= 0 or a one-element floating-point tensor"),
-    "betas": (_betas, "two numbers in [0, 1)"),
-    "eps": (_eps, "a number in [2^-100, 1] (it is also the lower clamp of squared updates in their norm)"),
-    "weight_decay": (_non_negative, "a finite number >= 0"),
-    "trust_scale": (_non_negative, "a finite number >= 0"),
-    "trust_lr": (_positive, "a finite number > 0"),
-    "trust_clip": (_positive, "a finite number > 0"),
-    "bias_correction": (_flag, "True or False"),
-    "maximize": (_flag, "True or False"),
-    "moment_dtype": (lambda value: isinstance(value, str) and value in MOMENT_DTYPES, "'float8' or 'float32'"),
-}
-
-
-def check_hyperparameters(group: dict[str, Any], where: str = "", *, running: bool = False) -> None:
-    """Raise ValueError naming the first hyperparameter of ``group`` that is out of range.
-
-    ``running``: leave out lr, which schedulers own by then; some end a hair below 0.
-    """
-    for name, (valid, wanted) in RULES.items():
-        if name in group and not (running and name == "lr") and not valid(group[name]):
-            raise ValueError(f"Lamb16{where}: {name}={group[name]!r} is invalid; it must be {wanted}")
 
 
 def check_parameter(param: Tensor, name: str) -> None:
@@ -107,14 +46,16 @@ def check_gradient(grad: Tensor, name: str) -> None:
 
 
 def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: str) -> None:
-    """Raise ValueError unless ``state`` is a Lamb16 state for ``param`` with codes as uint8 or fp8."""
-    wanted = {"step", "exp_avg", "exp_avg_norm", "exp_avg_sq", "exp_avg_sq_norm", "salt"}
-    if set(state) != wanted:
+    """Raise ValueError unless ``state`` is a Lamb16 state for ``param`` with codes as uint8 or fp8.
+
+    What version 0.1 did not have may be missing.
+    """
+    if not set(ENTRIES) - set(DERIVED) <= set(state) <= set(ENTRIES):
         raise ValueError(
             f"Lamb16.load_state_dict: the state of parameter {name} has the entries {sorted(map(str, state))}, not "
-            f"{sorted(wanted)}: this is the state of another optimizer"
+            f"{sorted(ENTRIES)}: this is the state of another optimizer"
         )
-    for key, dtype in zip(("exp_avg", "exp_avg_sq"), MOMENT_DTYPES[moment_dtype], strict=True):
+    for key, dtype in zip(MOMENTS, MOMENT_DTYPES[moment_dtype], strict=True):
         value = state[key]
         allowed = (dtype,) if moment_dtype == "float32" else (dtype, torch.uint8)
         if not isinstance(value, Tensor) or value.dtype not in allowed:
@@ -135,7 +76,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, but the parameter "
                 f"has shape {tuple(param.shape)}: the checkpoint belongs to another model"
             )
-    for key in ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt"):
+    for key in (key for key in SCALARS if key in state and key not in ("exp_avg_max", "exp_avg_sq_max")):
         value = state[key]
         if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} is {value!r}, expected one number")
@@ -147,6 +88,16 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
         raise ValueError(
             f"Lamb16.load_state_dict: step of parameter {name} is {int(state['step'])}, expected 0..2^31-1"
         )
+    for key, most in (
+        ("weight_sum", param.numel() << 20),
+        ("update_sum", param.numel() << 20),
+        ("mask_count", param.numel()),
+    ):
+        if key in state and not 0 <= int(state[key]) <= most:
+            raise ValueError(
+                f"Lamb16.load_state_dict: {key} of parameter {name} is {int(state[key])}, expected 0..{most}: the "
+                "checkpoint belongs to another model or is damaged"
+            )
 
 
 def _check_norm(value: float, key: str, name: str) -> None:

@@ -1,32 +1,39 @@
-"""The step functions of ``update.py``, eager or compiled, one set for each kind of tensor.
+"""The step functions of ``update.py``, run eagerly or as compiled graphs.
 
-A *kind* is what a graph is specialised on: device type, dtypes, how the moments are stored. Everything else
-(sizes, number of tensors, hyperparameters, step counts) is dynamic, so each graph is compiled once a process. It
-is compiled on small stand-in tensors before it ever touches real ones: a compiler that fails leaves no half-made step.
+A *graph* is a step function for large or for packed blocks, of unsplit or of split tensors. A *kind* is what a graph is
+specialised on: device type, dtypes, how the moments are stored, caution. Everything else (sizes, number of tensors,
+hyperparameters, step counts) is dynamic, so each graph is compiled once per process. It is compiled on small example
+inputs before it ever touches real tensors: a compiler that fails leaves no half-made step.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import update
-from .update import FACTORS, HYPER, PIECE, ROW, Part, Results
+from .hyper import NUMBERS
+from .inductor import options, vector_casts
+from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
+
+log = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
     """What compiled code is specialised on."""
 
     device: torch.device
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    float8: bool
+    param_dtype: torch.dtype = torch.float32
+    grad_dtype: torch.dtype = torch.float32
+    float8: bool = True
+    caution: bool = False
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -36,66 +43,136 @@ class Kind(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Large tensors a call. CUDA launches one kernel for all of them; on the CPU a loop a tensor gains nothing."""
+        """Large tensors of a call. CUDA launches one kernel for all; on the CPU a loop per tensor gains nothing."""
         return 1 if self.device.type == "cpu" else 16
 
     @property
-    def by_rows(self) -> bool:
-        """Whether the first pass leaves its last reduction to a second kernel: many rows in parallel need one."""
-        return self.device.type != "cpu"
+    def reading_group(self) -> int:
+        """Large tensors of a call of ``inspect``, which does less with each; a multiple of :attr:`group`."""
+        return 1 if self.group == 1 else 2 * self.group
 
 
-class Step(NamedTuple):
-    """The functions of a step, for one kind."""
+class Graph(NamedTuple):
+    """A step function in one of its forms."""
 
-    measure: Callable[..., None]
-    collect: Callable[..., None]
-    measure_packed: Callable[..., None]
-    scale: Callable[..., None]
-    apply: Callable[..., None]
-    apply_packed: Callable[..., None]
-    apply_spread: Callable[..., None]
-    apply_packed_spread: Callable[..., None]
+    function: str
+    packed: bool = False
+    spread: bool = False  # update: of tensors that are split along inner dimensions
+    squares: bool = False  # inspect: the sums of squares
+
+    @property
+    def name(self) -> str:
+        """The function and, in words, its form."""
+        return " ".join([self.function, *(form for form in self._fields[1:] if getattr(self, form))])
+
+    def kind(self, kind: Kind) -> Kind:
+        """Without what makes no difference to this function."""
+        if self.function == "inspect":
+            return Kind(kind.device, grad_dtype=kind.grad_dtype)
+        if self.function == "scale":
+            return Kind(kind.device, float8=kind.float8)
+        return kind if self.function == "update" else Kind(kind.device, float8=kind.float8, caution=kind.caution)
 
 
-def step_functions(kind: Kind, compile: bool) -> Step:
-    """The functions for ``kind``; compiled ones are shared by all optimizers of the process."""
-    if not compile:
-        return Step(*(getattr(update, name) for name in Step._fields))
-    return _compiled(kind)
+GRAPHS = (
+    Graph("inspect"), Graph("inspect", packed=True),
+    Graph("inspect", squares=True), Graph("inspect", packed=True, squares=True),
+    Graph("scale"), Graph("fold"),
+    Graph("update"), Graph("update", packed=True),
+    Graph("update", spread=True), Graph("update", packed=True, spread=True),
+)  # fmt: skip
+
+
+class Executor(Protocol):
+    """What runs the step functions of an optimizer; a tool may hand in one of its own as ``Lamb16(compile=...)``."""
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """Whether :meth:`copy` copies packed tensors by tables of addresses, in place of ``torch._foreach_copy_``."""
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """Called before anything is changed, for every graph that a step will run; RuntimeError where it cannot."""
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Call the step function."""
+
+    def copy(self, *arguments: Any) -> None:
+        """The kernel of ``cuda/copying.py``, see :class:`lamb16.packing.TablePacking`."""
+
+
+class Eager:
+    """Runs the functions as they are."""
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """No."""
+        return False
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """Nothing to do."""
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Call the function."""
+        getattr(update, graph.function)(*arguments)
+
+    def copy(self, *arguments: Any) -> None:
+        """Not called: there are no tables."""
+        raise NotImplementedError
+
+
+class Compiled:
+    """Runs compiled graphs, which all optimizers of the process share."""
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """Where there is Triton for the copying kernel."""
+        return device.type == "cuda"
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
+        _graph(graph, graph.kind(kind)).prepare()
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Call the compiled code."""
+        _graph(graph, graph.kind(kind))(arguments)
+
+    def copy(self, *arguments: Any) -> None:
+        """Launch the kernel that copies packed tensors."""
+        from .cuda.copying import copy_pieces  # Triton is there where CUDA is
+
+        *tensors, unpack = arguments
+        with torch.cuda.device(tensors[0].device):
+            copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
 
 
 @functools.cache
-def _compiled(kind: Kind) -> Step:
-    return Step(*(_Lazy(name, kind) for name in Step._fields))
+def _graph(graph: Graph, kind: Kind) -> _Lazy:
+    return _Lazy(graph, kind)
 
 
 class _Lazy:
-    """One compiled function, compiled on stand-ins when it is first :meth:`prepared <prepare>` or called."""
+    """One graph, compiled when it is first :meth:`prepared <prepare>` or called."""
 
-    def __init__(self, name: str, kind: Kind) -> None:
-        self.name, self.kind = name, kind
+    def __init__(self, graph: Graph, kind: Kind) -> None:
+        self.graph, self.kind = graph, kind
         self.lock = threading.Lock()
         self.code: Code | None = None
 
     def prepare(self) -> None:
-        """Compile it, unless that has been done; raises RuntimeError where no compiler works."""
         with self.lock:
             if self.code is None:
                 self._compile()
 
     def _compile(self) -> None:
         try:
-            self.code = compile_once(self.name, self.kind)
+            self.code = compile_once(self.graph, self.kind)
         except Exception as error:
             raise RuntimeError(
-                f"lamb16 could not compile its {self.name} step for {self.kind.device.type} with torch.compile "
-                f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}). "
+                f"lamb16 could not compile its {self.graph.function} step for {self.kind.device.type} with "
+                f"torch.compile ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}). "
                 "Install a working compiler (a C++ compiler for the CPU, Triton for CUDA), or pass compile=False to "
                 "run the same step eagerly. Nothing was changed."
             ) from error
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, arguments: tuple[Any, ...]) -> None:
         if self.code is None:
             self.prepare()
         assert self.code is not None
@@ -112,34 +189,75 @@ class Code(NamedTuple):
         if self.origins is None:
             self.function(*arguments)
             return
-        self.function(*take(self.origins, arguments))
+        flat = flatten(arguments)
+        self.function(*[origin.take(flat) for origin in self.origins])
 
 
-def compile_once(name: str, kind: Kind) -> Code:
-    """Compile a step function on stand-ins.
+def compile_once(graph: Graph, kind: Kind) -> Code:
+    """Compile a graph on example inputs.
 
     The code is called without torch.compile's guards: kinds are told apart where plans are made, and nothing that may
     change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
     anew for real tensors it would be specialised on their sizes.
     """
-    arguments = stand_ins(name, kind)
+    code = _compiled(graph, kind, one_loop=True)
+    if graph.function == "update" and not _is_right(code, graph, kind):
+        log.warning(
+            "lamb16: this version of torch does not make one loop of the step for %s; it is slower in two", kind.device
+        )
+        code = _compiled(graph, kind, one_loop=False)
+    return code
+
+
+def _compiled(graph: Graph, kind: Kind, one_loop: bool) -> Code:
+    return compile_on(example_inputs(graph, kind), graph, kind, one_loop)
+
+
+def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: bool = True) -> Code:
+    """Compile a graph on these :func:`example_inputs`, which it is called with."""
     flat = flatten(arguments)
     found: list[Code] = []
 
-    def backend(graph: Any, examples: list[Any]) -> Callable[..., Any]:
-        code = torch._inductor.compile(graph, examples, options=options(kind.device))
+    def backend(module: Any, examples: list[Any]) -> Callable[..., Any]:
+        with vector_casts():
+            code = torch._inductor.compile(module, examples, options=options(kind.device, one_loop))
 
         def first_call(*received: Any) -> Any:
             found.append(Code(code, [Origin.of(x, flat) for x in received]))
-            flat.clear()  # Dynamo keeps this function, which is not to keep the stand-ins
+            flat.clear()  # Dynamo keeps this function, which is not to keep the example inputs
             return code(*received)
 
         return first_call
 
-    function = _own_code(getattr(update, name))
-    with torch.no_grad():
+    function = _own_code(getattr(update, graph.function))
+    # A function is compiled in several forms: what differs between them is not to become dynamic.
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch.compile(function, fullgraph=True, backend=backend)(*arguments)
     return found[0] if found else Code(function, None)  # torch.compiler.set_stance, TORCHDYNAMO_DISABLE
+
+
+def _is_right(code: Code, graph: Graph, kind: Kind) -> bool:
+    """Whether the code of an update does to random inputs, in place, what the function itself does."""
+    first, second = (_random_inputs(graph, kind) for _ in range(2))
+    code(first)
+    getattr(update, graph.function)(*second)
+    pairs = zip(flatten(first), flatten(second), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+
+
+def _random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
+    """Arguments of an update whose blocks are written to where they are read; the same every time."""
+    blocks, floats, integers, *others = example_inputs(graph, kind)
+    generator = torch.Generator().manual_seed(0)
+    for x in (*flatten([block[:4] for block in blocks]), *floats):
+        values = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        x.copy_(values * 120 if x.dtype == torch.uint8 else values)
+    for x in integers:
+        x.fill_(-1)
+    for block in blocks:
+        if block.length is not None:
+            block.length.fill_(PIECE - 56)
+    return [block._replace(new_p=block.p, new_m=block.m, new_v=block.v) for block in blocks], floats, integers, *others
 
 
 class Origin(NamedTuple):
@@ -151,7 +269,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, received: Any, flat: list[Any]) -> Origin:
-        """Found by identity, and for numbers by value: stand-ins have equal ones only where all arguments do."""
+        """Found by identity, and numbers by value: example inputs have equal ones only where all arguments do."""
         tensors = [(i, x) for i, x in enumerate(flat) if isinstance(x, Tensor)]
         if isinstance(received, Tensor):
             return cls(next(i for i, x in tensors if x is received), "tensor", 0)
@@ -168,12 +286,6 @@ class Origin(NamedTuple):
         if self.what == "tensor":
             return x
         return x.size(self.dim) if self.what == "size" else x.stride(self.dim)
-
-
-def take(origins: list[Origin], arguments: Any) -> list[Any]:
-    """The arguments of generated code for those of its step function."""
-    flat = flatten(arguments)
-    return [origin.take(flat) for origin in origins]
 
 
 def flatten(arguments: Any) -> list[Any]:
@@ -195,28 +307,11 @@ def _own_code(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-def options(device: torch.device) -> dict[str, Any]:
-    """What Inductor is told on this kind of device."""
-    if device.type == "cpu":
-        # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
-        names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
-        return dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True}  # code for any number of threads
-    return {
-        # IEEE division and no contraction of a multiply and an add, so that GPUs give the CPU's bits.
-        "emulate_precision_casts": True,
-        "eager_numerics.division_rounding": True,
-        # One launch for a whole group; the memory that the last check fears for is not there: nothing is stored.
-        "combo_kernels": True,
-        "combo_kernel_max_num_nodes": 64,
-        "combo_kernel_max_num_args": 1000,
-        "combo_kernel_peak_memory_pct_threshold": None,
-    }
-
-
-def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
+def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     """Arguments of the right kinds, every varying size different from every other and marked dynamic."""
-    device = kind.device
-    tensors, slots, homes, pieces = 5, 11, 7, 3
+    device, count = kind.device, kind.reading_group if graph.function == "inspect" else kind.group
+    count = 1 if graph.packed else count
+    tensors, slots, chunks, rows = 5, 7, 11, 3
 
     def dynamic(*shape: int, dtype: torch.dtype, dims: tuple[int, ...] = (0,)) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=device)
@@ -224,70 +319,66 @@ def stand_ins(name: str, kind: Kind) -> tuple[Any, ...]:
             torch._dynamo.mark_dynamic(tensor, dim)
         return tensor
 
-    def unaligned(size: int, stride: int, dtype: torch.dtype) -> Tensor:
-        # Where code is generated for aligned memory, it copies what is not aligned at every call.
-        memory = torch.zeros(size * stride + 1, dtype=dtype, device=device)
-        tensor = memory.as_strided((size,), (stride,), 1)
+    def row(size: int, dtype: torch.dtype, stride: int = 1) -> Tensor:
+        # Not aligned: where code is generated for aligned memory, it copies what is not aligned at every call.
+        return torch.zeros(size * stride + 1, dtype=dtype, device=device).as_strided((size,), (stride,), 1)
+
+    def unaligned(size: int, dtype: torch.dtype, stride: int = 1) -> Tensor:
+        tensor = row(size, dtype, stride)
         torch._dynamo.mark_dynamic(tensor, 0)
         return tensor
 
-    def columns(size: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def row_or_table(width: int, dtype: torch.dtype) -> Tensor:
+        return dynamic(tensors, width, dtype=dtype) if graph.packed else row(width, dtype)
+
+    def columns(size: int, number: int, dtype: torch.dtype) -> list[Tensor]:
         # Like the columns of a table, but each with memory of its own: views of one would be traced as its slices.
-        return [unaligned(size, count, dtype) for _ in range(count)]
+        return [unaligned(size, dtype, number) for _ in range(number)]
 
-    def part(rows: int, columns: int = ROW) -> Part:
-        p, g, m, v = (dynamic(rows, columns, dtype=dtype) for dtype in kind.dtypes)
-        return p, g, m, v
+    def number(dtype: torch.dtype) -> Tensor:
+        return torch.zeros((), dtype=dtype, device=device)
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def block(size: int) -> Block:
+        width = PIECE if graph.packed else ROW
+        found = [dynamic(size, width, dtype=dtype) for dtype in kind.dtypes]
+        found += [dynamic(size, width, dtype=x.dtype) for k, x in enumerate(found) if k != 1]
+        places = [dynamic(size, dtype=torch.int64), *(dynamic(size, 1, dtype=torch.int32) for _ in range(2))]
+        return Block._make(found + (places if graph.packed else [None] * 3))
 
-    def results(size: int) -> Results:
-        dtypes = (torch.int32, torch.int32, torch.float64, torch.float64)
-        a, b, c, d = (zeros(1, dtype=x) if size == 1 else unaligned(size, 1, x) for x in dtypes)
-        return a, b, c, d
+    def sums(size: int) -> Sums:
+        found = [unaligned(size, torch.int32) for _ in range(4 + kind.caution)]
+        return Sums._make(found if kind.caution else [*found, None])
 
-    lanes = update.make_lanes(device)
-    group = range(kind.group)
-    sizes = [3 + 2 * k for k in group]
-    if name == "measure":
-        outputs = [results(size if kind.by_rows else 1) for size in sizes]
-        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], lanes, outputs, kind.by_rows
-    chunks = 17
-    if name == "collect":
-        start, length = (dynamic(chunks, 1, dtype=torch.int64) for _ in range(2))
-        return results(19), start, length, lanes, columns(chunks, 2, torch.int32), columns(chunks, 2, torch.float64)
-    if name in ("apply", "apply_spread"):
-        roundings = [zeros(4, dtype=torch.int32) for _ in group]
-        places = [[zeros(2, dtype=dtype) for _ in group] for dtype in (torch.float64, torch.int32)]
-        spread = places if name == "apply_spread" else []
-        return [part(size) for size in sizes], [zeros(FACTORS) for _ in group], roundings, *spread, lanes
-    if name == "scale":
+    sizes = [rows + 2 * k for k in range(count)]
+    if graph.function == "inspect":
+        unit = torch.zeros(2, device=device) if graph.squares else None
         return (
-            columns(slots, 2, torch.int32),
-            columns(slots, 2, torch.float64),
-            dynamic(tensors, chunks, dtype=torch.int64, dims=(0, 1)),
-            columns(homes, 2),
-            columns(homes, 2, torch.int32),
-            dynamic(tensors, dtype=torch.int64),
-            dynamic(tensors, len(HYPER), dtype=torch.float64),
-            dynamic(tensors, dtype=torch.float64),
-            zeros(),
-            zeros(dtype=torch.int64),
-            columns(tensors, FACTORS),
-            columns(tensors, FACTORS),
-            columns(tensors, 4, torch.int32),
-            columns(tensors, 3, torch.float64),
-            kind.float8,
+            [block(n) for n in sizes],
+            [[unaligned(n, torch.int32) for _ in range(1 + graph.squares)] for n in sizes],
+            unit,
         )
-    table = dynamic(tensors, FACTORS, dtype=torch.float32)
-    owner = dynamic(pieces, dtype=torch.int64)
-    if name == "measure_packed":
-        length = dynamic(pieces, 1, dtype=torch.int32)
-        peaks, sums = columns(pieces, 2, torch.int32), columns(pieces, 2, torch.float64)
-        return part(pieces, PIECE), table, owner, length, lanes, peaks, sums
-    start = dynamic(pieces, 1, dtype=torch.int32)
-    tables = [table, dynamic(tensors, 4, dtype=torch.int32)]
-    if name == "apply_packed_spread":
-        tables += [dynamic(tensors, 2, dtype=dtype) for dtype in (torch.float64, torch.int32)]
-    return part(pieces, PIECE), *tables, owner, start, lanes
+    if graph.function == "update":
+        tables = [[row_or_table(k, x) for _ in sizes] for k, x in ((FLOATS, torch.float32), (INTEGERS, torch.int32))]
+        places = None
+        if graph.spread:
+            places = [Spread(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
+        return [block(n) for n in sizes], *tables, update.make_columns(device), [sums(n) for n in sizes], places
+    float32, int32, int64 = torch.float32, torch.int32, torch.int64
+    tree = Tree(
+        dynamic(chunks, 1, dtype=int64), dynamic(chunks, 1, dtype=int64), dynamic(13, dtype=int64),
+        dynamic(tensors, 1, dtype=int64), dynamic(tensors, 1, dtype=int64), dynamic(17, dtype=int64),
+    )  # fmt: skip
+    home = dynamic(tensors, dtype=int64)
+    state = State._make([*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 3, int64), home])
+    if graph.function == "scale":
+        inputs = Inputs(
+            unaligned(19, int32), tree, dynamic(tensors, len(NUMBERS), dtype=torch.float64),
+            dynamic(tensors, dtype=torch.float64), dynamic(tensors, dtype=int32),
+            number(torch.float64), number(float32),
+        )  # fmt: skip
+        outputs = Outputs(
+            columns(tensors, FLOATS, float32), columns(tensors, INTEGERS, int32), columns(tensors, 3, torch.float64),
+            dynamic(tensors, dtype=torch.bool), number(int64),
+        )  # fmt: skip
+        return inputs, state, outputs, kind.float8
+    return sums(19), tree, dynamic(tensors, dtype=torch.bool), dynamic(tensors, dtype=int64), state, kind.float8

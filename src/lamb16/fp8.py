@@ -1,7 +1,7 @@
 """fp8 codes as integers: decode, stochastic encode and power-of-two scales, for tensors of any 32-bit device.
 
 Codes are uint8, arithmetic is on the bit patterns of float32 held in int32. Native fp8 casts are missing on GPUs before
-sm_89 and slow on CPUs, but for one. No float32 subnormal appears, so flush-to-zero changes nothing here.
+sm_89 and slow on CPUs. No float32 subnormal appears, so flush-to-zero changes nothing here.
 
 ``E4M3`` (first moment): 4 exponent bits, bias 7, 3 mantissa bits, largest 448, smallest normal 2^-6.
 ``E5M2`` (second moment): 5 exponent bits, bias 15, 2 mantissa bits, largest 57344, smallest normal 2^-14.
@@ -40,14 +40,7 @@ SIGN_BIT = -(1 << 31)
 
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:
-    """float32 values of uint8 codes, unscaled. Second moments are not negative: the sign bit of E5M2 must be 0."""
-    if fmt is E5M2 and codes.device.type == "cpu":  # two instructions; GPUs before sm_89 do not have this cast
-        return codes.view(torch.float8_e5m2).float()
-    return decode_bits(codes, fmt)
-
-
-def decode_bits(codes: Tensor, fmt: Format) -> Tensor:
-    """:func:`decode` in integer arithmetic."""
+    """float32 values of codes (uint8 or int32), unscaled. Second moments are not negative: E5M2's sign must be 0."""
     c = codes.to(torch.int32)
     bits = ((c & 0x7F) << fmt.dropped) + (fmt.rebias << 23)
     # Right for normal codes. Twice that, less the smallest normal value, is right for subnormal ones; where the other
@@ -57,6 +50,11 @@ def decode_bits(codes: Tensor, fmt: Format) -> Tensor:
     if fmt is E4M3:
         value = value | ((c << 24) & SIGN_BIT)
     return value.view(torch.float32)
+
+
+def to_bytes(codes: Tensor) -> Tensor:
+    """uint8 of int32 codes. On the CPU through float32: ATen's AVX2 headers have no other vector form."""
+    return (codes.float() if codes.device.type == "cpu" else codes).to(torch.uint8)
 
 
 def encode(magnitude: Tensor, word: Tensor, fmt: Format) -> Tensor:

@@ -14,21 +14,33 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
-    RULES,
     check_gradient,
     check_groups,
-    check_hyperparameters,
     check_owners,
     check_parameter,
     check_state,
     check_state_dict,
 )
-from .compiled import Kind
-from .plan import Plan, Store, compile_graphs, init_state
-from .sharding import Reduction, agree, check_layout, is_sharded, like, like_param, local, local_gradient, sharded_types
-from .update import TRUST_RATIO, UPDATE_NORM, WEIGHT_NORM
+from .clipping import clip
+from .compiled import Compiled, Eager, Executor, Kind
+from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
+from .plan import Plan, graphs_of
+from .sharding import (
+    Reduction,
+    agree,
+    check_layout,
+    is_sharded,
+    like,
+    like_param,
+    local,
+    local_gradient,
+    sharded_types,
+    whole_sums,
+)
+from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state
 
-CODES = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
+CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
+VERSION_2 = {"nesterov", "caution"}  # hyperparameters that a state of version 0.1 has not
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
 
@@ -46,40 +58,53 @@ class Lamb16(Optimizer):
 
         m = β1·m + (1 − β1)·g
         v = β2·v + (1 − β2)·g²
-        u = m / max(sqrt(v) + eps, |m| / C) + weight_decay · p
+        n = β1·m / (1 − β1^(t+1)) + (1 − β1)·g / (1 − β1^t)
+        u = n / max(sqrt(v / (1 − β2^t)) + eps, |n| / C) + weight_decay · p
         r = min((‖p‖ / ‖u‖ · trust_lr / lr) ^ trust_scale, trust_clip)
         p = p − lr · r · u
 
-    where m and v are divided by 1 − β^t first (``bias_correction``), ‖p‖ = sqrt(Σ clamp(p², 0.01, 1)),
-    ‖u‖ = sqrt(Σ clamp(u², eps, 1)), and C = (1−β1) / sqrt((1−β2)(1−β1²/β2)) is a bound that |m|/sqrt(v) never
-    exceeds in exact arithmetic. m and v are then stored in 8 bits each, scaled by a power of two per tensor and
-    rounded stochastically with words from a golden-ratio sequence; no random generator is used. The rule, its
-    derivation and measurements are in docs/algorithm.md; LAMB is You et al., 2020 (arXiv:1904.00962).
+    where ‖p‖ = sqrt(Σ clamp(p², 0.01, 1)) and ‖u‖ = sqrt(Σ clamp(u², eps, 1)) are those at the end of the step before
+    (at first, the weights' own and √numel), and C is a bound that |n| never exceeds in units of the root, in exact
+    arithmetic. m and v are then stored in 8 bits each, scaled by a power of two per tensor and rounded stochastically
+    with words from a golden-ratio sequence; no random generator is used. The rule, its derivation and measurements are
+    in docs/algorithm.md; LAMB is You et al., 2020 (arXiv:1904.00962), the momentum NAdam's (Dozat, 2016).
 
     Args:
         params: parameters, named parameters (``model.named_parameters()``) or group dicts; float32, bfloat16 or
             float16, any shape. Names make the rounding independent of the parameters' order.
         lr: learning rate, a float >= 0 or a one-element tensor; changing it never recompiles.
         betas: decay rates of the two moments, each in [0, 1).
-        eps: added to sqrt(v), and the lower clamp of squared updates in their norm; in [2^-100, 1].
+        eps: added to the root, and the lower clamp of squared updates in their norm; in [2^-100, 1].
         weight_decay: decoupled weight decay, inside the trust ratio as in LAMB.
         trust_scale: exponent of the trust ratio; 0 switches the ratio off, 1 is proportional.
         trust_lr: learning rate at which the trust ratio is not changed.
         trust_clip: upper bound of the trust ratio.
-        bias_correction: divide m by 1 − β1^t and v by 1 − β2^t in the update. LAMB's paper leaves it out, since its
-            trust ratio normalises the update; the damped ratio here does not, and without the correction the first
-            updates are several times larger. What that is worth depends on the task (docs/algorithm.md).
+        bias_correction: divide by 1 − β^t as above. LAMB's paper leaves it out, since its trust ratio normalises the
+            update; the damped ratio here does not, and without the correction the first updates are several times
+            larger. What that is worth depends on the task (docs/algorithm.md).
+        nesterov: n as above (without ``bias_correction`` β1·m + (1 − β1)·g); ``False``: n = m / (1 − β1^t).
+        caution: update only where n and g have the same sign (before weight decay), and more of that: times numel / k,
+            where k elements were updated in the step before, at least a thousandth (Liang et al., 2024,
+            arXiv:2411.16085).
         maximize: ascend instead of descend.
         moment_dtype: ``"float8"``, or ``"float32"`` to keep a group's moments in FP32 under the same rule.
-        compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly.
+        max_grad_norm: scale all gradients so that their norm, over all groups and ranks, is at most this, as
+            ``torch.nn.utils.clip_grad_norm_`` before the step does; the gradients themselves are not changed. A tensor
+            with a non-finite gradient is skipped and does not enter the norm. ``math.inf`` only measures
+            :attr:`grad_norm`. An attribute, which may be changed between steps.
+        compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly. A tool
+            may hand in an :class:`lamb16.compiled.Executor`.
         seed: enters the rounding words, with each parameter's name or position.
 
     State of a parameter, plain tensors: ``exp_avg`` (float8_e4m3fn) and ``exp_avg_sq`` (float8_e5m2) of the
-    parameter's shape, contiguous; ``exp_avg_norm``, ``exp_avg_sq_norm`` (float32), ``step``, ``salt`` (int32), 0-d. The
-    moments are the codes times their norms. ``state_dict()`` hands the codes out as uint8 views.
+    parameter's shape, contiguous, and 0-d: ``exp_avg_norm``, ``exp_avg_sq_norm``, ``exp_avg_max``,
+    ``exp_avg_sq_max`` (float32), ``step``, ``salt`` (int32), ``weight_sum``, ``update_sum``, ``mask_count`` (int64).
+    The moments are the codes times their norms; no code is above the maximum (of a shard, its own; without the norm);
+    the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``state_dict()`` hands the codes
+    out as uint8 views. An entry may be replaced, or given other memory, between steps.
 
-    A tensor whose gradient holds an inf or a NaN, or is so large (about 1e19) that v overflows, is left untouched for
-    that step and counted in :attr:`skipped`.
+    A tensor whose gradient holds an inf or a NaN, or is so large (about 1e19) that v could overflow, is left untouched
+    for that step and counted in :attr:`skipped`.
 
     Raises:
         ValueError: a hyperparameter is out of range (also in a group, or changed to a wrong value between steps); from
@@ -99,47 +124,42 @@ class Lamb16(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        lr: float | Tensor = Hyper.lr,
+        betas: tuple[float, float] = Hyper.betas,
+        eps: float = Hyper.eps,
+        weight_decay: float = Hyper.weight_decay,
         *,
-        trust_scale: float = 0.382,
-        trust_lr: float = 1e-3,
-        trust_clip: float = 2.0,
-        bias_correction: bool = True,
-        maximize: bool = False,
-        moment_dtype: str = "float8",
-        compile: bool = True,
+        trust_scale: float = Hyper.trust_scale,
+        trust_lr: float = Hyper.trust_lr,
+        trust_clip: float = Hyper.trust_clip,
+        bias_correction: bool = Hyper.bias_correction,
+        nesterov: bool = Hyper.nesterov,
+        caution: bool = Hyper.caution,
+        maximize: bool = Hyper.maximize,
+        moment_dtype: str = Hyper.moment_dtype,
+        max_grad_norm: float | None = None,
+        compile: bool | Executor = True,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "trust_scale": trust_scale,
-            "trust_lr": trust_lr,
-            "trust_clip": trust_clip,
-            "bias_correction": bias_correction,
-            "maximize": maximize,
-            "moment_dtype": moment_dtype,
-        }
+        given = locals()
+        defaults = {name: given[name] for name in NAMES}
         check_hyperparameters(defaults)
-        if not isinstance(compile, bool):
+        check_max_grad_norm(max_grad_norm)
+        if not isinstance(compile, bool) and not callable(getattr(compile, "run", None)):
             raise ValueError(f"Lamb16: compile={compile!r} is invalid; it must be True or False")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
-        self._compile, self._seed = compile, seed
+        self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
         self._forget()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
         """Drop everything that is derived from parameters and state."""
-        self._stores: dict[Kind, Store] = {}
+        self._stores: dict[torch.device, Store] = {}
         self._plans: OrderedDict[Any, Cached] = OrderedDict()
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
+        self._grad_norm: Tensor | None = None
 
     # -- parameter groups ----------------------------------------------------------------------------------------
 
@@ -189,18 +209,27 @@ class Lamb16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_max_grad_norm(self.max_grad_norm)
         plans, reductions, grads = self._current_plans()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         try:
             for plan in plans:
+                plan.inspect([grads[p] for p in plan.params])
+            for reduction in reductions:
+                reduction.before()
+            factor = None if grad_scale is None else grad_scale.double().reciprocal()
+            self._grad_norm = None
+            if self.max_grad_norm is not None and plans:
+                self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
+            for plan in plans:
                 device = plan.kind.device
                 if device not in self._skipped:
                     self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-                plan.measure([grads[p] for p in plan.params], grad_scale)
-            for reduction in reductions:
-                reduction.run()
+                plan.scale(self._skipped[device], found_inf, factor)
             for plan in plans:
-                plan.apply(self._skipped[plan.kind.device], found_inf)
+                plan.update()
+            for reduction in reductions:
+                reduction.after()
         finally:
             for plan in plans:
                 plan.let_go()
@@ -213,7 +242,7 @@ class Lamb16(Optimizer):
         key: list[Any] = []
         sharded = sharded_types()
         for group in self.param_groups:
-            key += (id(group), group["moment_dtype"])
+            key += (id(group), group["moment_dtype"], group["caution"])
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     grad = p.grad
@@ -236,13 +265,13 @@ class Lamb16(Optimizer):
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
-            plan.check_changed_groups()
+            plan.hyper.check()
         return cached.plans, cached.reductions, grads
 
     def _make_plans(self, grads: dict[Tensor, Tensor]) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
-        missing: list[tuple[Tensor, dict[str, Any], int]] = []
+        missing: list[tuple[Tensor, dict[str, Any], str]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
@@ -252,37 +281,48 @@ class Lamb16(Optimizer):
                     if self.state.get(p):
                         self._check_live_state(p, group, i)
                     else:
-                        missing.append((p, group, i))
-                    kind = Kind(p.device, p.dtype, grads[p].dtype, group["moment_dtype"] == "float8")
+                        missing.append((p, group, self._name(group, i)))
+                    float8 = group["moment_dtype"] == "float8"
+                    kind = Kind(p.device, p.dtype, grads[p].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
-        if self._compile:
-            for kind, pairs in members.items():
-                compile_graphs(kind, [p for p, _ in pairs])
-        for p, group, i in missing:
-            self.state[p].update(
-                init_state(p, tensor_salt(self._seed, self._name(group, i)), group["moment_dtype"] == "float8")
-            )
-        return [self._make_plan(kind, pairs) for kind, pairs in members.items()]
+        executor = self._executor()
+        for kind, pairs in members.items():
+            params = [p for p, _ in pairs]
+            for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
+                executor.prepare(graph, kind)
+        made = {
+            p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
+            for p, group, name in missing
+        }
+        _add_up(made)
+        for p, state in made.items():
+            self.state[p].update(state)
+        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+
+    def _executor(self) -> Executor:
+        if isinstance(self._compile, bool):
+            return Compiled() if self._compile else Eager()
+        return self._compile
 
     def _holds_dropped_states(self) -> bool:
         """Whether a store still holds a state that was taken from ``self.state``, or emptied."""
         live = {id(state) for state in self.state.values() if state}
-        return any(id(entry) not in live for store in self._stores.values() for entry in store.entries)
+        return any(id(entry) not in live for store in self._stores.values() for entry in store.states)
 
-    def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]]) -> Plan:
+    def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
         for i, (_, group) in enumerate(pairs):
             if not slices or slices[-1][0] is not group:
                 slices.append((group, i, i))
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
-        store = self._stores.setdefault(kind, Store(kind.device))
-        return Plan(kind, params, [self.state[p] for p in params], store, slices, self._compile)
+        store = self._stores.setdefault(kind.device, Store(kind.device))
+        return Plan(kind, params, [self.state[p] for p in params], store, slices, executor)
 
     def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
         """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
         name, float8, state = self._name(group, i), group["moment_dtype"] == "float8", self.state[p]
-        missing = {*CODES, *Store.NAMES} - set(state)
+        missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
                 f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
@@ -310,6 +350,11 @@ class Lamb16(Optimizer):
             if not local(codes).is_contiguous() or codes.device != p.device:
                 codes = like(p, _to(local(codes), p.device))
             state[key] = codes
+        store = self._stores.get(p.device)
+        if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
+            find_largest(state)
+            if complete(p, state):
+                _add_up({p: state})
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -321,13 +366,22 @@ class Lamb16(Optimizer):
         """
         return sum(int(count) for count in self._skipped.values())
 
-    def layer_stats(self) -> dict[str, dict[str, Tensor]]:
-        """Weight norm, update norm and trust ratio of the last step, per parameter name (or position).
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, without a gradient scaler's scale; float64, 0-d.
 
-        Returns for every non-empty parameter that had a gradient a dict of ``weight_norm``, ``update_norm`` (clamped
-        as in the rule) and ``trust_ratio``: 0-d float64 tensors on the parameter's
-        device. Nothing is copied to the host. For a skipped tensor the update norm and ratio are those that were not
-        used.
+        Of all finite gradients, of all groups and ranks, on the first parameter's device. None where ``max_grad_norm``
+        is None. Nothing is copied to the host.
+        """
+        return self._grad_norm
+
+    def layer_stats(self) -> dict[str, dict[str, Tensor]]:
+        """What the trust ratios of the last step came from, per parameter name (or position).
+
+        Returns for every non-empty parameter that had a gradient a dict of ``weight_norm`` (of the weights before that
+        step, as the step before left them), ``update_norm`` (of the step before that; √numel before the first), both
+        clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
+        the host. For a skipped tensor the ratio is the one that was not used.
         """
         names: dict[Tensor, str] = {}
         for k, group in enumerate(self.param_groups):
@@ -339,11 +393,7 @@ class Lamb16(Optimizer):
             report = plan.report.clone()
             for row, p in zip(report, plan.params, strict=False):
                 if p.numel() and p in names:
-                    stats[names[p]] = {
-                        "weight_norm": row[WEIGHT_NORM],
-                        "update_norm": row[UPDATE_NORM],
-                        "trust_ratio": row[TRUST_RATIO],
-                    }
+                    stats[names[p]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -389,11 +439,12 @@ class Lamb16(Optimizer):
         check_owners(state_dict)
         groups = []
         for k, (new, old) in enumerate(zip(saved, self.param_groups, strict=True)):
-            missing = set(RULES) - set(new)
-            if missing:
+            missing = set(NAMES) - set(new)
+            if missing - VERSION_2:
                 raise ValueError(
                     f"Lamb16.load_state_dict: group {k} has no {sorted(missing)}: this is another optimizer's state"
                 )
+            new = {name: old[name] for name in missing} | new
             check_hyperparameters(new, f".load_state_dict (group {k})", running=True)
             group = {key: deepcopy(value) for key, value in new.items() if key not in ("params", "param_names")}
             group["params"] = old["params"]
@@ -419,7 +470,7 @@ class Lamb16(Optimizer):
         self, state_dict: dict[str, Any], known: dict[Any, tuple[Tensor, dict[str, Any]]]
     ) -> dict[Any, Any]:
         """The saved states keyed by this optimizer's parameters, copied to their devices and spread as they are."""
-        state = {}
+        state, derived = {}, {}
         for key, value in state_dict["state"].items():
             if key not in known:
                 state[key] = value
@@ -429,9 +480,13 @@ class Lamb16(Optimizer):
             for name in CODES:
                 part, target = like_param(p, _as_bytes(name, value[name])), local(loaded[name])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
-            for name in ("step", "exp_avg_norm", "exp_avg_sq_norm"):
-                loaded[name].fill_(int(value[name]) if name == "step" else float(value[name]))
+            for name in set(SCALARS) & set(value) - {"salt"}:
+                loaded[name].fill_(float(value[name]) if loaded[name].is_floating_point() else int(value[name]))
+            find_largest(loaded)
             state[p] = loaded
+            if "weight_sum" not in value:
+                derived[p] = loaded
+        _add_up(derived)
         return state
 
     def _name_in(self, groups: list[dict[str, Any]], group: dict[str, Any], i: int) -> str:
@@ -443,7 +498,8 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        return pickled | {"_compile": self._compile, "_seed": self._seed, "_skipped": skipped}
+        own = {"max_grad_norm": self.max_grad_norm, "_compile": self._compile, "_seed": self._seed}
+        return pickled | own | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.get("_skipped", self.__dict__.get("_skipped", {}))
@@ -451,10 +507,19 @@ class Lamb16(Optimizer):
         new = {k: (_map_codes(v, _as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
         super().__setstate__(state | {"state": defaultdict(dict, new)})
         for group in self.param_groups:
-            for name in RULES:
+            for name in NAMES:
                 group.setdefault(name, self.defaults[name])
         self._forget()
         self._skipped = skipped
+
+
+def _add_up(states: dict[Tensor, dict[str, Any]]) -> None:
+    """Make the sums of split parameters' weights those of whole ones; all ranks must be here with the same ones."""
+    split = {p: state for p, state in states.items() if is_sharded(p)}
+    for device in {p.device for p in split}:
+        own = {p: state for p, state in split.items() if p.device == device}
+        sums = [state["weight_sum"] for state in own.values()]
+        whole_sums(list(own), sums, [int(state["salt"]) & 0xFFFFFFFF for state in own.values()])
 
 
 def tensor_salt(seed: int, name: str) -> int:

@@ -7,12 +7,12 @@ On the CPU a ``torch._foreach_copy_`` for each of weights, gradients and codes. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .update import PIECE, Part
+from .update import PIECE, Block
 
 
 class Tail(NamedTuple):
@@ -40,10 +40,10 @@ class Tail(NamedTuple):
 class ForeachPacking:
     """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
 
-    def __init__(self, tails: Sequence[Tail], block: Part, codes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """``block`` are the packed p, g and codes, [rows, PIECE]; ``codes`` the flat codes of all tensors."""
+    def __init__(self, tails: Sequence[Tail], block: Block, codes: Sequence[Sequence[Tensor]]) -> None:
+        """``block`` has the packed p, g and codes, [rows, PIECE]; ``codes`` are the flat codes of all tensors."""
         self.tails = tails
-        flat = [x.view(-1) for x in block]
+        flat = [x.view(-1) for x in block[:4]]
         self.rows = [[x[t.row * PIECE : t.row * PIECE + t.length] for t in tails] for x in flat]
         self.codes = [[t.of(codes[t.tensor][k]) for t in tails] for k in (0, 1)]
         self.weights: list[Tensor] = []
@@ -69,16 +69,15 @@ class TablePacking:
     def __init__(
         self,
         tails: Sequence[Tail],
-        block: Part,
-        codes: Sequence[tuple[Tensor, Tensor]],
-        launch: Callable[..., None] | None = None,
+        block: Block,
+        codes: Sequence[Sequence[Tensor]],
+        launch: Callable[..., None],
     ) -> None:
-        """As for :class:`ForeachPacking`; ``launch`` takes the kernel's place in tests and counts."""
-        self.tails, self.block, self.device = tails, block, block[0].device
+        """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
+        self.tails, self.block, self.device, self.launch = tails, block[:4], block.p.device, launch
         pieces = [piece for tail in tails for piece in tail.pieces()]
         self.owner, self.start = [i for i, _, _ in pieces], [start for _, start, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
-        self.launch = _launch if launch is None else launch
         self.addresses: list[list[int]] = [[], [], [], []]
         self.tables: list[Tensor] = [self.length] * 4
         self.kept: list[Tensor] = []
@@ -111,11 +110,3 @@ class TablePacking:
     def unpack(self) -> None:
         """As in :class:`ForeachPacking`."""
         self.launch(*self.tables, *self.block, self.length, True)
-
-
-def _launch(*arguments: Any) -> None:
-    from .cuda.copying import copy_pieces  # Triton is there where CUDA is
-
-    *tensors, unpack = arguments
-    with torch.cuda.device(tensors[0].device):
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)

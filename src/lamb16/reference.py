@@ -10,49 +10,48 @@ All arithmetic is IEEE float32, one rounding an operation, except where a line s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .hyper import Hyper
+
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: the step of the rounding words from one optimizer step to the next
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 MIN_SCALE_M, MIN_SCALE_V = 2.0**-117, 2.0**-110  # smallest scales: every decoded moment is a normal float32
 WEIGHT_FLOOR = 0.01  # a weight counts in its tensor's norm with a square of at least this: biases start at 0
+SUM_UNITS = 2**20  # of the norms' sums: squares of at most 1 are rounded to multiples of 2^-20
 OVERFLOW_V = 2.0**127  # a second moment from here on cannot be rounded up safely: the step is skipped
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """The hyperparameters of one tensor, as in :class:`lamb16.Lamb16`."""
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    trust_scale: float = 0.382
-    trust_lr: float = 1e-3
-    trust_clip: float = 2.0
-    bias_correction: bool = True
-    maximize: bool = False
-    moment_dtype: str = "float8"
-
-
-@dataclass(frozen=True)
 class State:
-    """What is carried from step to step: codes (uint8; float32 moments for ``moment_dtype="float32"``) and scalars."""
+    """What is carried from step to step: codes (uint8; float32 moments for ``moment_dtype="float32"``) and scalars.
+
+    The two sums are integers in units of 2^-20, see :func:`clamped_sum`.
+    """
 
     exp_avg: Tensor
     exp_avg_norm: float
+    exp_avg_max: float  # the largest magnitude in exp_avg: what its codes decode to, without the norm, or more
     exp_avg_sq: Tensor
     exp_avg_sq_norm: float
+    exp_avg_sq_max: float
+    weight_sum: int  # of the weights as the last step that counted left them
+    update_sum: int  # of the last step's update
+    mask_count: int  # elements of that update whose sign was the gradient's; counted with ``caution`` only
     step: int
     salt: int
 
 
 @dataclass(frozen=True)
 class Stats:
-    """The norms of one step, and whether the tensor was skipped: a non-finite gradient or moment."""
+    """The norms that a step's trust ratio came from, and whether the tensor was skipped.
+
+    ``weight_norm`` is of the weights before the step, ``update_norm`` of the step before (√numel before the first).
+    """
 
     weight_norm: float
     update_norm: float
@@ -61,59 +60,114 @@ class Stats:
 
 
 def init(param: Tensor, salt: int, moment_dtype: str = "float8") -> State:
-    """The state before the first step."""
-    if moment_dtype == "float32":
-        zeros = torch.zeros(param.shape)
-        return State(zeros, 1.0, zeros.clone(), 1.0, 0, salt)
-    codes = torch.zeros(param.shape, dtype=torch.uint8)
-    return State(codes, MIN_SCALE_M, codes.clone(), MIN_SCALE_V, 0, salt)
+    """The state before the first step. An update is taken to be ±1 everywhere, as Adam's first one is."""
+    fp8, n = moment_dtype == "float8", param.numel()
+    moments = [torch.zeros(param.shape, dtype=torch.uint8 if fp8 else torch.float32) for _ in range(2)]
+    norms = (MIN_SCALE_M, MIN_SCALE_V) if fp8 else (1.0, 1.0)
+    weight_sum = clamped_sum(param.float(), WEIGHT_FLOOR)
+    return State(moments[0], norms[0], 0.0, moments[1], norms[1], 0.0, weight_sum, n << 20, n, 0, salt)
 
 
-def step(p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State, Stats]:
+def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0) -> tuple[Tensor, State, Stats]:
     """One step for one tensor; returns the new weights, the new state and the norms. Nothing is changed in place.
 
-    ``p`` and ``grad`` have the same shape and are float32, bfloat16 or float16.
+    ``p`` and ``grad`` have the same shape and are float32, bfloat16 or float16. The gradient is multiplied by
+    ``grad_factor``: :func:`clip_factor`, and the inverse of a gradient scaler's scale.
     """
     beta1, beta2 = h.betas
     weights = p.float()
-    g = -grad.float() if h.maximize else grad.float()
+    g = f32(-grad_factor if h.maximize else grad_factor) * grad.float()
     fp8 = h.moment_dtype == "float8"
+
+    # The largest magnitudes that m and v can have, before they are formed; float32 rounding is monotone.
+    largest_g = largest(g.abs())
+    max_m, max_v = state.exp_avg_max, state.exp_avg_sq_max
+    if fp8:
+        max_m, max_v = f32(max_m * state.exp_avg_norm), f32(max_v * state.exp_avg_sq_norm)
+    bound_m = f32(f32(f32(beta1) * max_m) + f32(f32(1 - beta1) * largest_g))
+    bound_v = f32(f32(f32(beta2) * max_v) + f32(f32(1 - beta2) * f32(largest_g * largest_g)))
+    if not (math.isfinite(largest_g) and math.isfinite(bound_m) and bound_v < OVERFLOW_V):  # a NaN compares as false
+        return p.clone(), state, Stats(math.nan, math.nan, math.nan, skipped=True)
+    t = state.step + 1
 
     # The moments, in float32. Scales are powers of two, so multiplying by one is exact.
     old_m = decode(state.exp_avg, torch.float8_e4m3fn) * state.exp_avg_norm if fp8 else state.exp_avg
     old_v = decode(state.exp_avg_sq, torch.float8_e5m2) * state.exp_avg_sq_norm if fp8 else state.exp_avg_sq
     m = f32(beta1) * old_m + f32(1 - beta1) * g
     v = f32(beta2) * old_v + f32(1 - beta2) * (g * g)
-    max_m, max_v = largest(m.abs()), largest(v)
-    if not (torch.isfinite(g).all() and math.isfinite(max_m) and max_v < OVERFLOW_V):  # a NaN compares as false
-        return p.clone(), state, Stats(math.nan, math.nan, math.nan, skipped=True)
-    t = state.step + 1
 
-    # The update. Bias correction divides m by c1 and v by c2; c1 is then taken out of the fraction.
-    c1, c2 = (1 - beta1**t, 1 - beta2**t) if h.bias_correction else (1.0, 1.0)
-    rho = c1 / math.sqrt(c2)
-    denominator = f32(rho) * ieee_sqrt(v) + f32(h.eps * c1)
-    denominator = torch.maximum(denominator, f32(rho * inverse_bound(beta1, beta2)) * m.abs())
-    u = m / denominator + f32(h.weight_decay) * weights
+    # The update: n = a·m + b·g, the momentum as it will be at the next step, had that one the same gradient.
+    c1, c2, c3 = (1 - beta1**t, 1 - beta2**t, 1 - beta1 ** (t + 1)) if h.bias_correction else (1.0, 1.0, 1.0)
+    a, b = (beta1 / c3, (1 - beta1) / c1) if h.nesterov else (1 / c1, 0.0)
+    n = f32(a) * m + f32(b) * g
+    denominator = f32(1 / math.sqrt(c2)) * ieee_sqrt(v) + f32(h.eps)
+    denominator = torch.maximum(denominator, f32(inverse_bound(beta1, beta2, a, b, c2)) * n.abs())
+    d = n / denominator
+    mask_count = state.mask_count
+    if h.caution:  # only where the update and the gradient agree, and more of that
+        agrees = torch.sign(n) * torch.sign(g) > 0
+        d = torch.where(agrees, d * f32(p.numel() / max(mask_count, p.numel() / 1000, 1e-3)), 0.0)
+        mask_count = int(agrees.sum())
+    u = d + f32(h.weight_decay) * weights
 
-    # The trust ratio, in float64.
-    weight_norm = math.sqrt(clamped_sum(weights, WEIGHT_FLOOR))
-    update_norm = math.sqrt(clamped_sum(u, h.eps))
-    ratio = trust_ratio(weight_norm, update_norm, h)
+    # The trust ratio comes from norms that are known before the step.
+    ratio = trust_ratio(state.weight_sum, state.update_sum, h)
     new_p = (weights - f32(h.lr * ratio) * u).to(p.dtype)
+    weight_norm, update_norm = (math.sqrt(x / SUM_UNITS) for x in (state.weight_sum, state.update_sum))
     stats = Stats(weight_norm, update_norm, ratio, skipped=False)
 
-    # What is carried to the next step. A step that leaves all moments zero does not count.
-    counted = t if max_m > 0 or max_v > 0 else state.step
-    if not fp8:
-        return new_p, replace(state, exp_avg=m, exp_avg_sq=v, step=counted), stats
-    scale_m = power_of_two_scale(max_m, E4M3_MAX, MIN_SCALE_M)
-    scale_v = power_of_two_scale(max_v, E5M2_MAX, MIN_SCALE_V)
-    words = rounding_words(m.numel(), state.salt, t).view(m.shape)
-    codes_m = round_stochastically(m / scale_m, words >> 12, 20, torch.float8_e4m3fn)
-    codes_v = round_stochastically(v / scale_v, words >> 11, 21, torch.float8_e5m2)
-    codes_v = torch.where(v > 0, codes_v.clamp(min=1), codes_v)  # never 0 where v > 0: 1/sqrt(0) ruins the layer
-    return new_p, State(codes_m, scale_m, codes_v, scale_v, counted, state.salt), stats
+    # What is carried to the next step.
+    if fp8:
+        scale_m = power_of_two_scale(bound_m, E4M3_MAX, MIN_SCALE_M)
+        scale_v = power_of_two_scale(bound_v, E5M2_MAX, MIN_SCALE_V)
+        words = rounding_words(m.numel(), state.salt, t).view(m.shape)
+        codes_m = round_stochastically(m / scale_m, words >> 12, 20, torch.float8_e4m3fn)
+        codes_v = round_stochastically(v / scale_v, words >> 11, 21, torch.float8_e5m2)
+        codes_v = torch.where(v > 0, codes_v.clamp(min=1), codes_v)  # never 0 where v > 0: 1/sqrt(0) ruins the layer
+        state = replace(state, exp_avg=codes_m, exp_avg_norm=scale_m, exp_avg_sq=codes_v, exp_avg_sq_norm=scale_v)
+        m, v = decode(codes_m, torch.float8_e4m3fn), decode(codes_v, torch.float8_e5m2)
+    else:
+        state = replace(state, exp_avg=m, exp_avg_sq=v)
+    if bound_m == 0 and bound_v == 0:  # all moments are 0 and stay so: no step to count
+        return new_p, state, stats
+    return (
+        new_p,
+        replace(
+            state,
+            exp_avg_max=largest(m.abs()),
+            exp_avg_sq_max=largest(v),
+            weight_sum=clamped_sum(new_p.float(), WEIGHT_FLOOR),
+            update_sum=clamped_sum(u, h.eps),
+            mask_count=mask_count,
+            step=t,
+        ),
+        stats,
+    )
+
+
+def grad_norm(grads: Sequence[Tensor]) -> float:
+    """The norm over the gradients of all tensors that hold neither inf nor NaN.
+
+    Each gradient is divided by the power of two above the largest, and its square rounded to a multiple of 2^-40 (half
+    to even), so that the sum is one of integers, in which no order shows. What is a millionth of the largest counts
+    for nothing.
+    """
+    finite = [g.float() for g in grads if torch.isfinite(g).all()]
+    top = max((largest(g.abs()) for g in finite), default=0.0)
+    if top == 0:
+        return 0.0
+    exponent = max(math.frexp(top)[1], -125)  # top < 2^exponent; float32 subnormals count as 2^-126
+    total = 0
+    for part in (part for g in finite for part in torch.split(g.reshape(-1), 1 << 20)):  # int64 holds the sum of one
+        x = (part.double() * 2.0**-exponent).float()
+        total += int(torch.round((x * x).double() * 2**40).long().sum())
+    # In two parts, of which both are exact in float64.
+    return math.sqrt(((total >> 20) + (total & 0xFFFFF) * 2.0**-20) * 2.0**-20) * 2.0**exponent
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def f32(x: float) -> float:
@@ -130,23 +184,34 @@ def largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
 
 
-def inverse_bound(beta1: float, beta2: float) -> float:
-    """1/C, where |m| <= C·sqrt(v) holds for any gradients (Cauchy–Schwarz); 0, no bound, where beta1² >= beta2."""
+def inverse_bound(beta1: float, beta2: float, a: float, b: float, c2: float) -> float:
+    """1/C, where |n| <= C·sqrt(v / c2) holds for any gradients; 0, no bound, where beta1² >= beta2.
+
+    n = a·m + b·g sees the gradient of k steps ago with the weight a·(1−β1)·β1^k, and the last one with b more;
+    Cauchy–Schwarz over these, against the weights (1−β2)·β2^k / c2 of their squares in v / c2.
+    """
     if beta1 * beta1 >= beta2:
         return 0.0
-    return math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2)) / (1 - beta1)
+    q = beta1 * beta1 / beta2
+    first = a + b / (1 - beta1)
+    return math.sqrt((1 - beta2) / c2) / ((1 - beta1) * math.sqrt(first * first + a * a * (q / (1 - q))))
 
 
-def clamped_sum(x: Tensor, floor: float) -> float:
-    """Σ clamp(x², floor, 1): squares in float32, the sum in float64 so that its order does not matter."""
-    return float((x * x).clamp(f32(floor), 1.0).double().sum())
+def clamped_sum(x: Tensor, floor: float) -> int:
+    """Σ clamp(x², floor, 1) in units of 2^-20: each square is rounded to an integer, half to even; a NaN counts as 1.
+
+    A sum of integers does not depend on the order of its terms.
+    """
+    squares = torch.nan_to_num(x * x, nan=1.0).clamp(f32(floor), 1.0)
+    return int(torch.round(squares.double() * SUM_UNITS).long().sum())
 
 
-def trust_ratio(weight_norm: float, update_norm: float, h: Hyper) -> float:
-    """clamp((w/u · trust_lr/lr)^trust_scale, 0, trust_clip), in float64."""
-    if update_norm == 0:  # an empty tensor
-        return h.trust_clip
-    base = weight_norm / update_norm * h.trust_lr / abs(h.lr) if h.lr else math.inf
+def trust_ratio(weight_sum: int, update_sum: int, h: Hyper) -> float:
+    """min((sqrt(w/u) · trust_lr/lr)^trust_scale, trust_clip), in float64; u = 0 or lr = 0 gives what infinity gives.
+
+    An update is all but 0, and its sum 0, where eps is below 2^-21 and every element below 2^-11.
+    """
+    base = math.sqrt(weight_sum / update_sum) * h.trust_lr / abs(h.lr) if h.lr and update_sum else math.inf
     try:
         return min(float(base**h.trust_scale), h.trust_clip)
     except OverflowError:  # Python's, where IEEE arithmetic gives infinity

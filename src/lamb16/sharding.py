@@ -1,8 +1,8 @@
 """Parameters spread over a mesh (DTensor): which elements a rank holds, and what the ranks tell each other.
 
 A rank's shard is stepped like any tensor, with two differences: its rounding words are those of its elements' places
-in the whole tensor (:class:`Layout`), and between the two passes the ranks that share a tensor reduce its two maxima
-and two sums (:class:`Reduction`), so that norms and scales are the whole tensor's.
+in the whole tensor (:class:`Layout`), and before the update the ranks that share a tensor reduce its three maxima, and
+after it its sums (:class:`Reduction`), so that norms and scales are the whole tensor's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .plan import Plan
 
-REDUCED_BYTES = 40  # a tensor and split mesh axis: two maxima of 4 and two sums of two words of 8
+REDUCED_BYTES = 36  # per tensor and split mesh axis: three maxima of 4 and three sums of 8
+CLIP_BYTES = 16  # more where clipping is on: two sums
 MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
 
 
@@ -101,6 +102,7 @@ class Layout(NamedTuple):
     base: int = 0
     jumps: tuple[tuple[int, int], ...] = ()
     groups: tuple[Any, ...] = ()  # the process groups over which the tensor is split
+    first: bool = True  # whether this rank is the first in all of these
 
 
 def layout(param: Tensor) -> Layout:
@@ -116,8 +118,9 @@ def layout(param: Tensor) -> Layout:
         if shape[d] != param.shape[d] and run:
             jumps.append((run, (param.shape[d] - shape[d]) * strides[d]))
     mesh = param.device_mesh  # type: ignore[attr-defined]
-    groups = tuple(mesh.get_group(axis) for axis, _ in _splits(param) if mesh.size(axis) > 1)
-    return Layout(param.numel(), base, tuple(jumps), groups)
+    axes = [axis for axis, _ in _splits(param) if mesh.size(axis) > 1]
+    first = all(mesh.get_local_rank(axis) == 0 for axis in axes)
+    return Layout(param.numel(), base, tuple(jumps), tuple(map(mesh.get_group, axes)), first)
 
 
 def check_layout(param: Tensor, name: str) -> None:
@@ -185,36 +188,56 @@ def _slices(param: Tensor) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for size, begin in zip(*_local_shape(param), strict=True))
 
 
-class Reduction:
-    """What the ranks tell each other in a step: for every group of ranks one MAX and one SUM, of all its tensors.
+class Table:
+    """Rows of numbers, one per tensor, that the ranks which share the tensors reduce: for every group one call."""
 
-    The maxima are the bits of non-negative floats, int32, which order like the floats and put inf and NaN on top. The
-    sums are fixed-point numbers of two int64, scaled by a power of two for each tensor so that they cannot overflow:
-    their result does not depend on the order in which a backend adds, so replicas that reduce in other groups stay
-    equal. Below the tensors' maxima goes a signature of which tensors these are.
-    """
-
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        device = plans[0].kind.device
-        count = sum(len(plan.params) for plan in plans)
-        self.maxima = torch.zeros(count + 1, 2, dtype=torch.int32, device=device)
-        self.totals = torch.zeros(count + 1, 2, 2, dtype=torch.int64, device=device)
-        self.signature = torch.tensor(_signature(plans), dtype=torch.int32, device=device)
-        self.agreed = False
+    def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
+        self.count = len(layouts)
         rows: dict[tuple[int, ...], list[int]] = {}
         groups: dict[tuple[int, ...], Any] = {}
-        for row, place in enumerate(place for plan in plans for place in plan.layouts):
+        for row, place in enumerate(layouts):
             for group in place.groups:
                 ranks = tuple(torch.distributed.get_process_group_ranks(group))
                 groups.setdefault(ranks, group)
                 rows.setdefault(ranks, []).append(row)
         self.groups = [
-            (group, None if len(rows[ranks]) == count else torch.tensor([*rows[ranks], count], device=device))
+            (group, None if len(rows[ranks]) == self.count else torch.tensor(rows[ranks], device=device))
             for ranks, group in groups.items()
         ]
-        sizes = [len(plan.params) for plan in plans]
-        shares = [torch.split(x[:-1], sizes) for x in (self.maxima, self.totals)]
-        self.shares = list(zip(plans, *shares, strict=True))
+
+    def largest(self, table: Tensor) -> None:
+        """The maximum of every number, in place; a row more than there are tensors goes to all groups."""
+        self._reduce(table, torch.distributed.ReduceOp.MAX)
+
+    def sum(self, table: Tensor) -> None:
+        """The sum of every number, in place."""
+        self._reduce(table, torch.distributed.ReduceOp.SUM)
+
+    def _reduce(self, table: Tensor, op: Any) -> None:
+        for group, rows in self.groups:
+            if rows is None:
+                torch.distributed.all_reduce(table, op, group)
+                continue
+            extra = torch.arange(self.count, len(table), device=table.device)
+            chosen = torch.cat([rows, extra])
+            part = table[chosen]
+            torch.distributed.all_reduce(part, op, group)
+            table[chosen] = part
+
+
+class Reduction:
+    """What the ranks tell each other in a step, about all tensors of a device.
+
+    Before the update the bits of the largest gradient and moments, int32, which order like the magnitudes and put inf
+    and NaN on top, and where gradients are clipped the sums of their squares; after it the sums that the next step
+    needs. All are integers, so that no order shows. Below the maxima goes a signature of which tensors these are.
+    """
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans, self.device = plans, plans[0].kind.device
+        self.table = Table([place for plan in plans for place in plan.layouts], self.device)
+        self.signature = torch.tensor([*_signature(plans), 0], dtype=torch.int32, device=self.device)
+        self.agreed = False
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> list[Reduction]:
@@ -225,44 +248,87 @@ class Reduction:
                 split.setdefault(plan.kind.device, []).append(plan)
         return [cls(members) for members in split.values()]
 
-    def run(self) -> None:
-        """Reduce what the plans have measured, and hand it back to them.
+    def before(self) -> None:
+        """Make the largest gradients and moments those of whole tensors.
 
         Raises:
             RuntimeError: the first time, if the ranks do not step the same tensors.
         """
-        for plan, maxima, totals in self.shares:
-            plan.give(maxima, totals)
-        self.maxima[-1] = self.signature
-        for group, rows in self.groups:
-            _all_reduce(self.maxima, rows, torch.distributed.ReduceOp.MAX, group)
-            _all_reduce(self.totals, rows, torch.distributed.ReduceOp.SUM, group)
+        found = [plan.whole_largest for plan in self.plans]
+        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+        rows = [
+            torch.stack([g[: len(s.home)], *(x[s.home].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
+            for g, s in zip(found, states, strict=True)
+        ]
+        maxima = torch.cat([*rows, self.signature[None]])
+        self.table.largest(maxima)
         if not self.agreed:  # once: reading it waits for the device
-            if not torch.equal(self.maxima[-1], self.signature):
-                raise RuntimeError(
-                    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of "
-                    "them, or groups and names differ. Give every rank a gradient (of zeros). Nothing was changed."
-                )
+            if not torch.equal(maxima[-1], self.signature):
+                raise RuntimeError(OTHERS)
             self.agreed = True
-        for plan, maxima, totals in self.shares:
-            plan.take(maxima, totals)
+        for g, s, whole in zip(found, states, torch.split(maxima, [*map(len, rows), 1]), strict=False):
+            g[: len(whole)] = whole[:, 0]
+            s.max_m[s.home], s.max_v[s.home] = (whole[:, k].contiguous().view(torch.float32) for k in (1, 2))
+
+    def squares(self, sums: Sequence[Tensor]) -> None:
+        """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
+        own = [x[: len(plan.params)] for x, plan in zip(sums, self.plans, strict=True)]
+        table = torch.cat(own)
+        self.table.sum(table)
+        for x, whole in zip(own, torch.split(table, [len(x) for x in own]), strict=True):
+            x.copy_(whole)
+
+    def after(self) -> None:
+        """Make the sums in the state those of whole tensors."""
+        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+        rows = []
+        for plan, s in zip(self.plans, states, strict=True):
+            # Without caution the last one stays: the first of the ranks gives it.
+            share = 1 if plan.kind.caution else plan.shards.first_rank[: len(s.home)]
+            rows.append(torch.stack([s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] * share], 1))
+        table = torch.cat(rows)
+        self.table.sum(table)
+        for s, whole in zip(states, torch.split(table, [len(x) for x in rows]), strict=True):
+            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = whole.unbind(1)
+
+
+OTHERS = (
+    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of "
+    "them, or groups and names differ. Give every rank a gradient (of zeros). Nothing was changed."
+)
+
+
+def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence[int]) -> None:
+    """Make sums over shards, 0-d int64 one per parameter, those over whole parameters, in place; a collective.
+
+    Raises:
+        RuntimeError: the ranks do not ask for the same parameters.
+    """
+    layouts = [layout(p) for p in params]
+    if not any(place.groups for place in layouts):
+        return
+    device = params[0].device
+    table = Table(layouts, device)
+    number = _digest([(salt, tuple(p.shape)) for salt, p in zip(salts, params, strict=True)])
+    for group, _ in table.groups:
+        both = torch.tensor([number, -number], device=device)
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
+        if both.tolist() != [number, -number]:
+            raise RuntimeError(OTHERS)
+    values = torch.stack(list(sums))[:, None]
+    table.sum(values)
+    for x, value in zip(sums, values[:, 0], strict=True):
+        x.copy_(value)
 
 
 def _signature(plans: Sequence[Plan]) -> tuple[int, int]:
     """31 bits of which tensors are stepped, by salts and shapes, and the complement: the MAX of both shows another."""
     what = [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
-    number = int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
-    return number, 0x7FFFFFFF - number
+    return _digest(what), 0x7FFFFFFF - _digest(what)
 
 
-def _all_reduce(table: Tensor, rows: Tensor | None, op: Any, group: Any) -> None:
-    """Reduce some rows of a table, or all."""
-    if rows is None:
-        torch.distributed.all_reduce(table, op, group)
-        return
-    part = table[rows]
-    torch.distributed.all_reduce(part, op, group)
-    table[rows] = part
+def _digest(what: Any) -> int:
+    return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
 def agree(error: Exception | None, params: Sequence[Tensor]) -> None:

@@ -1,19 +1,19 @@
-"""The multi-tensor step as three pure functions: what ``torch.compile`` sees.
+"""The step as pure functions over blocks: what ``torch.compile`` sees.
 
-1. :func:`measure` reads weights, gradients and codes once and reduces, for every tensor, max|m|, max v, Σ clamp(p²)
-   and Σ clamp(u²);
-2. :func:`scale` turns these few numbers, for all tensors at once, into new scales, trust ratios and step counts;
-3. :func:`apply` reads the same memory again, forms the same m, v and u, and writes weights and codes.
+1. :func:`inspect` reads the gradients and reduces max|g| of every row of a block (and, once more where the gradients'
+   norm is wanted, their squares);
+2. :func:`scale` turns these few numbers and the state, for all tensors at once, into scales, trust ratios and all other
+   factors of the step;
+3. :func:`update` reads weights, gradients and codes once and writes weights and codes, and for every row the sums and
+   largest codes that the next step needs;
+4. :func:`fold` reduces these to one number per tensor, in the state.
 
-Nothing of the size of a tensor is stored in between. Both passes work on 2-D *blocks*; a block is a large tensor cut
-into rows of :data:`ROW` elements (its scalars are one row of the tables), or many pieces of at most :data:`PIECE`
-elements packed one a row (each row then has scalars of its own). ``plan.py`` cuts, ``reference.py`` says in plain words
-what is computed.
+A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PIECE` elements
+packed one per row. ``plan.py`` cuts, ``reference.py`` says in plain words what is computed.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,54 +21,136 @@ from torch import Tensor
 
 from . import fp8
 from .fp8 import E4M3, E5M2
+from .hyper import NUMBERS
 
 ROW = 1024  # columns of a large tensor's block
 PIECE = 256  # elements of a packed piece
 GOLDEN = 0x9E3779B9 - (1 << 32)
+MAGNITUDE = 0x7FFFFFFF  # of a float's bits
 INF_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
 WEIGHT_FLOOR_BITS = 0x3C23D70A  # 0.01, the least square of a weight in the norm
 OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be rounded up to infinity
+UNIT = 2.0**-20  # of the sums
+EIGHT_BITS, TWELVE_BITS = 0x41000000, 0x41400000  # 8.0 and 12.0: floats in [8, 16) are multiples of 2^-20
 
-# Columns of the per-tensor tables. HYPER is float64 and filled by the host, the others belong to the functions here.
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "trust_scale", "trust_lr", "trust_clip", "bias_correction")
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, TRUST_SCALE, TRUST_LR, TRUST_CLIP, BIAS_CORRECTION = range(9)
-FACTORS = 16  # float32: the fields of Factors in their order, padded to 64 bytes
-GRAD_FACTOR, ENCODE, STEP_SIZE = 9, 10, 12
-OFFSET, SALT, KEEP = range(3)  # int32 columns of the rounding table
-WEIGHT_NORM, UPDATE_NORM, TRUST_RATIO = range(3)  # float64 columns of the report
 
-Part = tuple[Tensor, Tensor, Tensor, Tensor]  # p, g, codes of m and of v
-Results = tuple[Tensor, Tensor, Tensor, Tensor]  # max|m| and max v (their bits), Σ clamp(p²), Σ clamp(u²)
+class Block(NamedTuple):
+    """What a call of :func:`inspect` or :func:`update` works on; all of a parameter that is spread here is its shard.
+
+    A large tensor has no ``tensor``, ``start`` and ``length``: its rows are full and follow each other.
+    """
+
+    p: Tensor  # [rows, columns] weights
+    g: Tensor  # [rows, columns] gradients
+    m: Tensor  # [rows, columns] uint8 codes, or float32 moments
+    v: Tensor
+    new_p: Tensor  # the same memory once more: what is written to
+    new_m: Tensor
+    new_v: Tensor
+    tensor: Tensor | None = None  # [rows] int64: which row of the factor tables
+    start: Tensor | None = None  # [rows, 1] int32: index of each row's first element
+    length: Tensor | None = None  # [rows, 1] int32: elements of each row that count
+
+
+class Spread(NamedTuple):
+    """Where the elements of a shard lie in a tensor that is split along inner dimensions, see :func:`global_index`."""
+
+    inverses: Tensor  # [2] or [tensors, 2] float64
+    jumps: Tensor  # [2] or [tensors, 2] int32
+
+
+class Sums(NamedTuple):
+    """What :func:`update` leaves of every row, int32 [rows]; the last three int64 where rows are long (export)."""
+
+    max_m: Tensor  # largest code of |m|; the bits of the largest |m| where moments are float32
+    max_v: Tensor
+    weights: Tensor  # Σ clamp(p², 0.01, 1) in units of 2^-20
+    updates: Tensor  # Σ clamp(u², eps, 1), likewise
+    agree: Tensor | None  # elements whose sign is the gradient's; with caution only
 
 
 class Factors(NamedTuple):
-    """The scalars of one block: float32, 0-d for a large tensor, [rows, 1] for packed pieces."""
+    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed pieces."""
 
+    # float32
+    grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
     decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
     decode_v: Tensor  # β2 · scale of v
     new_m: Tensor  # 1 − β1
     new_v: Tensor  # 1 − β2
-    rho: Tensor  # (1 − β1^t) / sqrt(1 − β2^t) with bias correction, else 1
-    eps: Tensor  # eps · (1 − β1^t) with bias correction, else eps
-    bound: Tensor  # rho / C: |m| · bound <= rho · sqrt(v) in exact arithmetic
+    momentum: Tensor  # a and b of n = a·m + b·g
+    gradient: Tensor
+    rho: Tensor  # 1 / sqrt(1 − β2^t) with bias correction, else 1
+    eps: Tensor
+    bound: Tensor  # 1 / C
+    share: Tensor  # what an update is multiplied by where it agrees with the gradient (caution)
     weight_decay: Tensor
-    floor: Tensor  # eps, the lower clamp of the update's squares in its norm
-    grad_factor: Tensor  # 1 / grad_scale, negative for maximize
     encode_m: Tensor  # 1 / new scale of m
     encode_v: Tensor
     step_size: Tensor  # lr · trust ratio
+    # int32
+    offset: Tensor  # t · GOLDEN, which every element's rounding word gets
+    salt: Tensor  # and the index of a shard's first element
+    keep: Tensor  # 0 where all is to stay as it is, else -1
+
+    @classmethod
+    def of(cls, floats: Tensor, integers: Tensor) -> Factors:
+        """From rows of the two tables, [columns] or [rows, columns]."""
+        found = [floats[..., k : k + 1] for k in range(FLOATS)]
+        return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
 
 
-def tensor_factors(row: Tensor) -> Factors:
-    """The factors of one tensor, 0-d, from its row of the table, [FACTORS]."""
-    return Factors(*(row[column] for column in range(13)))
+INTEGERS = 3
+FLOATS = len(Factors._fields) - INTEGERS
 
 
-def packed_factors(table: Tensor, owner: Tensor) -> Factors:
-    """The factors of packed pieces, [pieces, 1]; ``owner`` [pieces] says which tensor a piece belongs to."""
-    rows = table[owner]
-    return Factors(*(rows[:, column : column + 1] for column in range(13)))
+class State(NamedTuple):
+    """The scalar state of all tensors, by columns, and which rows are meant."""
+
+    norm_m: Tensor  # float32 [slots]
+    norm_v: Tensor
+    max_m: Tensor
+    max_v: Tensor
+    step: Tensor  # int32 [slots]
+    salt: Tensor
+    weight_sum: Tensor  # int64 [slots], of whole tensors
+    update_sum: Tensor
+    mask_count: Tensor
+    home: Tensor  # int64 [tensors]: the slot of each
+
+
+class Tree(NamedTuple):
+    """How rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
+
+    start: Tensor  # [chunks, 1]: first row
+    length: Tensor  # [chunks, 1]
+    columns: Tensor  # [k]: 0..k-1 for the longest chunk
+    first: Tensor  # [tensors, 1]: first chunk
+    chunks: Tensor  # [tensors, 1]: how many
+    chunk_columns: Tensor  # [l]
+
+
+class Inputs(NamedTuple):
+    """What :func:`scale` needs besides the state."""
+
+    largest: Tensor  # int32 [rows]: bits of max|g|
+    tree: Tree
+    hyper: Tensor  # float64 [tensors, NUMBERS]
+    numel: Tensor  # float64 [tensors], of whole tensors
+    base: Tensor  # int32 [tensors]: index of a shard's first element
+    inverse_scale: Tensor  # float64 0-d: 1 / grad_scale, times the clip factor
+    found_inf: Tensor  # float32 0-d
+
+
+class Outputs(NamedTuple):
+    """What :func:`scale` fills."""
+
+    floats: list[Tensor]  # the float32 columns of the factor table, [tensors]
+    integers: list[Tensor]  # the int32 columns
+    report: list[Tensor]  # float64: weight norm, update norm, trust ratio
+    counted: Tensor  # bool [tensors]: whether the step counts for the tensor, and :func:`fold` is to write its sums
+    skipped: Tensor  # int64 0-d: the count of skipped tensors goes up
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -76,225 +158,273 @@ def sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x) if torch.compiler.is_compiling() else x.double().sqrt().float()
 
 
-def non_negative_max(a: Tensor, b: Tensor) -> Tensor:
-    """The larger of two non-negative floats through their bits: one instruction, NaN on top."""
-    return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
+def sqrt64(x: Tensor) -> Tensor:
+    """The IEEE float64 root of a few numbers; eager ``torch.sqrt`` is off by an ulp in 1.4 % of cases.
 
-
-def clamped_weight(p: Tensor) -> Tensor:
-    """clamp(p², 0.01, 1) in float32 through the bits, handed out in float64 for the sum."""
-    bits = torch.clamp((p * p).view(torch.int32), min=WEIGHT_FLOOR_BITS, max=ONE_BITS)
-    return bits.view(torch.float32).double()
-
-
-def clamped_update(u: Tensor, floor: Tensor) -> Tensor:
-    """clamp(u², floor, 1), likewise."""
-    bits = torch.maximum((u * u).view(torch.int32), floor.view(torch.int32))
-    return torch.clamp(bits, max=ONE_BITS).view(torch.float32).double()
-
-
-def moments(g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
-    """The fresh float32 moments of a block."""
-    old_m = codes_m if codes_m.dtype == torch.float32 else fp8.decode(codes_m, E4M3)
-    old_v = codes_v if codes_v.dtype == torch.float32 else fp8.decode(codes_v, E5M2)
-    g = g.float() * f.grad_factor
-    m = old_m * f.decode_m + g * f.new_m
-    v = old_v * f.decode_v + (g * g) * f.new_v
-    return m, v
-
-
-def direction(p: Tensor, m: Tensor, v: Tensor, f: Factors) -> Tensor:
-    """The update u = m / max(sqrt(v) + eps, |m| / C) + λ · p, with the bias corrections taken out of the fraction."""
-    denominator = non_negative_max(sqrt(v) * f.rho + f.eps, m.abs() * f.bound)
-    return m / denominator + p * f.weight_decay
-
-
-def measure_block(p: Tensor, g: Tensor, codes_m: Tensor, codes_v: Tensor, f: Factors) -> Results:
-    """What is reduced, elementwise: the bits of |m| and v (int32), the clamped squares of p and u (float64)."""
-    weights = p.float()
-    m, v = moments(g, codes_m, codes_v, f)
-    u = direction(weights, m, v, f)
-    magnitude = m.view(torch.int32) & 0x7FFFFFFF
-    return magnitude, v.view(torch.int32), clamped_weight(weights), clamped_update(u, f.floor)
-
-
-def measure(parts: list[Part], rows: list[Tensor], lanes: Tensor, results: list[Results], by_rows: bool) -> None:
-    """First pass over large tensors.
-
-    A part's tensors are [r, ROW], with an r of its own; ``rows`` [FACTORS] float32 are rows of the table; ``lanes`` as
-    for :func:`apply`. Writes into each of ``results`` max|m| and max v (their bits, int32) and the two sums (float64):
-    [1], or with ``by_rows`` [r], for :func:`collect`.
+    That is mended by what the square of its result lacks, which Dekker's product gives exactly.
     """
-    for part, row, result in zip(parts, rows, results, strict=True):
-        # Zeros or-ed in tie everything to the columns: a loop over rows, and 1,024 columns, has no checks inside.
-        p = (part[0].float().view(torch.int32) | lanes[1]).view(torch.float32)
-        g = (part[1].float().view(torch.int32) | lanes[1]).view(torch.float32)
-        a, b, c, d = measure_block(p, g, part[2], part[3], tensor_factors(row))
-        dims = [1] if by_rows else [0, 1]
-        result[0].copy_(a.amax(dims))
-        result[1].copy_(b.amax(dims))
-        result[2].copy_(c.sum(dims))
-        result[3].copy_(d.sum(dims))
+    root = torch.sqrt(x)
+    if torch.compiler.is_compiling():
+        return root
+    shifted = root * (2.0**27 + 1)
+    high = shifted - (shifted - root)
+    low = root - high
+    square = root * root
+    lost = ((high * high - square) + 2 * high * low) + low * low
+    return torch.where((root > 0) & torch.isfinite(root), root + ((x - square) - lost) / (2 * root), root)
 
 
-def collect(
-    partial: Results, start: Tensor, length: Tensor, lanes: Tensor, peaks: list[Tensor], sums: list[Tensor]
-) -> None:
-    """Reduce what :func:`measure` wrote row by row for all tensors, in chunks of at most ROW rows.
+def bits(x: Tensor) -> Tensor:
+    """The bits of float32 |x|, int32: they order like the magnitudes, inf and then NaN on top."""
+    return x.view(torch.int32) & MAGNITUDE
 
-    ``partial`` are [rows], of all tensors one after the other; ``start`` and ``length`` [chunks, 1] int64 say which
-    rows a chunk consists of. Writes ``peaks`` (two of [chunks] int32) and ``sums`` (two of [chunks] float64).
+
+def units(square: Tensor, floor: Tensor | int) -> Tensor:
+    """clamp(square, floor, 1) in units of 2^-20, rounded half to even, int32; a NaN counts as 1.
+
+    ``floor`` is float32, or its bits. Adding 8 rounds to the multiples of 2^-20, and its bits count them.
     """
-    inside = lanes[0] < length
-    index = torch.where(inside, start + lanes[0], start)  # rows read twice do not matter to a maximum
-    for x, result in zip(partial[:2], peaks, strict=True):
-        result.copy_(x[index].amax(1))
-    for x, result in zip(partial[2:], sums, strict=True):
-        result.copy_(torch.where(inside, x[index], 0.0).sum(1))
+    clamped = torch.clamp(bits(square), max=ONE_BITS)
+    if isinstance(floor, int):
+        clamped = torch.clamp(clamped, min=floor)
+    else:
+        clamped = torch.maximum(clamped, floor.view(torch.int32))
+    return (clamped.view(torch.float32) + 8.0).view(torch.int32) - EIGHT_BITS
 
 
-def measure_packed(
-    part: Part,
-    table: Tensor,
-    owner: Tensor,
-    length: Tensor,
-    lanes: Tensor,
-    peaks: list[Tensor],
-    sums: list[Tensor],
-) -> None:
-    """First pass over pieces: p, g, codes [pieces, PIECE], a piece a row, zero beyond its ``length`` [pieces, 1].
+# -- reading the gradients ----------------------------------------------------------------------------------------
 
-    Writes ``peaks`` (two of [pieces] int32) and ``sums`` (two of [pieces] float64). ``lanes`` as for :func:`apply`.
+
+def inspect(blocks: list[Block], results: list[list[Tensor]], unit: Tensor | None) -> None:
+    """Reduce the gradients of every row of each block; the ``results`` of a block are int32 [rows].
+
+    Without a ``unit`` there is one, the bits of max|g|. With it, float32 [2], two powers of two whose product brings
+    every gradient below 1, there are two: the sum of the squares of the products in units of 2^-20, and that of what
+    these leave in units of 2^-40.
     """
-    a, b, c, d = measure_block(*part, packed_factors(table, owner))
-    inside = lanes[0, :PIECE] < length
-    peaks[0].copy_(a.amax(1))
-    peaks[1].copy_(b.amax(1))
-    sums[0].copy_(torch.where(inside, c, 0.0).sum(1))
-    sums[1].copy_(torch.where(inside, d, 0.0).sum(1))
+    for block, result in zip(blocks, results, strict=True):
+        g = block.g.float()
+        if unit is None:
+            result[0].copy_(bits(g).amax(1))
+            continue
+        x = g * unit[0] * unit[1]
+        square = torch.clamp(bits(x * x), max=ONE_BITS).view(torch.float32)
+        rounded = square + 8.0
+        rest = (square - (rounded - 8.0)) * 2.0**20
+        result[0].copy_((rounded.view(torch.int32) - EIGHT_BITS).sum(1, dtype=torch.int32))
+        result[1].copy_(((rest + 12.0).view(torch.int32) - TWELVE_BITS).sum(1, dtype=torch.int32))
 
 
-def factors(hyper: Tensor, bound: Tensor, scale_m: Tensor, scale_v: Tensor, step: Tensor) -> list[Tensor]:
-    """The first nine columns of the factor table, float32 [tensors], for the step after ``step``."""
-    t = step.double() + 1
-    beta1, beta2 = hyper[:, BETA1], hyper[:, BETA2]
-    corrected = hyper[:, BIAS_CORRECTION] != 0
-    c1 = torch.where(corrected, 1 - beta1**t, 1.0)
-    c2 = torch.where(corrected, 1 - beta2**t, 1.0)
-    rho = c1 / c2.sqrt()
-    # β is rounded to float32 before it meets the scale, so that the product is exact.
-    decode_m, decode_v = beta1.float() * scale_m, beta2.float() * scale_v
-    eps, decay = hyper[:, EPS], hyper[:, WEIGHT_DECAY]
-    rest = [1 - beta1, 1 - beta2, rho, eps * c1, rho * bound, decay, eps]
-    return [decode_m, decode_v, *(x.float() for x in rest)]
+# -- rows to tensors ----------------------------------------------------------------------------------------------
 
 
-def prepare(hyper: Tensor, bound: Tensor, norms: Tensor, counters: Tensor, home: Tensor, carry: Tensor) -> None:
-    """Fill ``carry`` for the next step from the state; needed when state or hyperparameters were changed outside."""
-    scale_m, scale_v = norms[home].unbind(1)
-    carry[:, :GRAD_FACTOR] = torch.stack(factors(hyper, bound, scale_m, scale_v, counters[home, 0]), 1)
+def chosen(x: Tensor, start: Tensor, length: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements start .. start + length - 1 of x per row, and which columns are among them."""
+    inside = columns < length
+    return x[torch.where(inside, start + columns, start)], inside
 
 
-def new_scale(peak: Tensor, fmt: fp8.Format, float8: bool) -> tuple[Tensor, Tensor]:
-    """The scale of the new codes and its reciprocal, float32 [tensors]; 1 where moments stay float32."""
+def largest_of(x: Tensor, tree: Tree) -> Tensor:
+    """The largest of every tensor's rows; elements that are read twice do not matter. 0 for a tensor without rows."""
+    chunks = chosen(x, tree.start, tree.length, tree.columns)[0].amax(1)
+    found, inside = chosen(chunks, tree.first, tree.chunks, tree.chunk_columns)
+    return torch.where(inside, found, 0).amax(1)
+
+
+def sum_of(x: Tensor, tree: Tree) -> Tensor:
+    """The sum over every tensor's rows, int64."""
+    for start, length, columns in (
+        (tree.start, tree.length, tree.columns),
+        (tree.first, tree.chunks, tree.chunk_columns),
+    ):
+        found, inside = chosen(x, start, length, columns)
+        x = torch.where(inside, found, 0).sum(1, dtype=torch.int64)
+    return x
+
+
+# -- all tensors at once ------------------------------------------------------------------------------------------
+
+
+def new_scale(largest: Tensor, fmt: fp8.Format, float8: bool) -> tuple[Tensor, Tensor]:
+    """The scale of the new codes for a moment of at most ``largest``, and its reciprocal; 1 where they are float32."""
     if not float8:
-        ones = torch.ones_like(peak, dtype=torch.float32)
+        ones = torch.ones_like(largest)
         return ones, ones
-    exponent = fp8.scale_exponent(peak, fmt)
+    exponent = fp8.scale_exponent(largest.view(torch.int32), fmt)
     return fp8.power_of_two(exponent), fp8.power_of_two(254 - exponent)
 
 
-def still(moving: list[Tensor], scale_m: Tensor, scale_v: Tensor) -> list[Tensor]:
-    """The columns of the factor table with which zero gradients leave codes of these scales as they are.
+def inverse_bound(beta1: Tensor, beta2: Tensor, a: Tensor, b: Tensor, c2: Tensor) -> Tensor:
+    """1/C, where |n| <= C·sqrt(v / c2) holds for any gradients; 0 where β1² >= β2. The formula is reference.py's."""
+    q = beta1 * beta1 / beta2
+    first = a + b / (1 - beta1)
+    found = sqrt64((1 - beta2) / c2) / ((1 - beta1) * sqrt64(first * first + a * a * (q / (1 - q))))
+    return torch.where(beta1 * beta1 >= beta2, 0.0, found)
 
-    m is the decoded value plus -0 (a zero gradient times -1), so that it keeps the sign of a zero; scaled back it lies
-    on the grid, where no rounding word moves it.
+
+def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
+    """Between the passes: scales, trust ratios and all factors of the step, for all tensors at once.
+
+    Writes the state's scales and step counts.
     """
-    ones = torch.ones_like(scale_m)
-    kept = moving[3:GRAD_FACTOR]
-    return [scale_m, scale_v, -ones, *kept, ones, 1 / scale_m, 1 / scale_v, moving[STEP_SIZE]]
+    h = dict(zip(NUMBERS, inputs.hyper.unbind(1), strict=True))
+    beta1, beta2, lr = h["beta1"], h["beta2"], h["lr"]
+    old_m, old_v, max_m, max_v = (x[state.home] for x in state[:4])
+    step, weight_sum, update_sum = (x[state.home] for x in (state.step, state.weight_sum, state.update_sum))
+
+    sign = torch.where(h["maximize"] != 0, -1.0, 1.0).double()
+    grad_factor = (sign * inputs.inverse_scale).float()
+    g = largest_of(inputs.largest, inputs.tree).view(torch.float32) * grad_factor.abs()
+    new_m, new_v = (1 - beta1).float(), (1 - beta2).float()
+    if float8:
+        max_m, max_v = max_m * old_m, max_v * old_v
+    bound_m = beta1.float() * max_m + new_m * g
+    bound_v = beta2.float() * max_v + new_v * (g * g)
+    skip = (bits(g) >= INF_BITS) | (bits(bound_m) >= INF_BITS) | (bits(bound_v) >= OVERFLOW_BITS)
+    skip = skip | (inputs.found_inf != 0)
+    counted = torch.logical_not(skip) & ((bound_m > 0) | (bound_v > 0))
+    fresh_m, encode_m = new_scale(bound_m, E4M3, float8)
+    fresh_v, encode_v = new_scale(bound_v, E5M2, float8)
+
+    t = step.double() + 1
+    corrected, nesterov = h["bias_correction"] != 0, h["nesterov"] != 0
+    c1, c2, c3 = (torch.where(corrected, 1 - x, 1.0) for x in (beta1**t, beta2**t, beta1 ** (t + 1)))
+    a = torch.where(nesterov, beta1 / c3, 1 / c1)
+    b = torch.where(nesterov, (1 - beta1) / c1, 0.0)
+    share = inputs.numel / torch.maximum(state.mask_count[state.home].double(), inputs.numel / 1000)
+
+    norms = weight_sum.double() / update_sum.double()
+    ratio = torch.clamp((sqrt64(norms) * h["trust_lr"] / lr.abs()) ** h["trust_scale"], max=h["trust_clip"])
+
+    active = Factors(
+        grad_factor,
+        # β is rounded to float32 before it meets the scale, so that the product is exact.
+        beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
+        (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
+        h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
+        (step + 1) * GOLDEN, state.salt[state.home] + inputs.base, torch.full_like(step, -1),
+    )  # fmt: skip
+    # With gradients of zero codes decode, and encode, to themselves: -0 (zero times -1) keeps the sign of a zero.
+    one = torch.ones_like(old_m)
+    frozen = active._replace(
+        decode_m=one, decode_v=one, new_m=-one, encode_m=one, encode_v=one, keep=torch.zeros_like(step)
+    )
+    for column, x, y in zip([*outputs.floats, *outputs.integers], frozen, active, strict=True):
+        column.copy_(torch.where(skip, x, y))
+    roots = [sqrt64(x.double() * UNIT) for x in (weight_sum, update_sum)]
+    for column, x in zip(outputs.report, (*roots, ratio), strict=True):
+        column.copy_(x)
+    outputs.counted.copy_(counted)
+    outputs.skipped.add_((skip & (state.home != 0)).sum())
+    state.norm_m[state.home] = torch.where(skip, old_m, fresh_m)
+    state.norm_v[state.home] = torch.where(skip, old_v, fresh_v)
+    state.step[state.home] = step + counted.int()
 
 
-def scale(
-    peaks: list[Tensor],
-    sums: list[Tensor],
-    pieces: Tensor,
-    norms: list[Tensor],
-    counters: list[Tensor],
-    home: Tensor,
-    hyper: Tensor,
-    bound: Tensor,
-    found_inf: Tensor,
-    skipped: Tensor,
-    carry: list[Tensor],
-    table: list[Tensor],
-    rounding: list[Tensor],
-    report: list[Tensor],
-    float8: bool,
+def fold(rows: Sums, tree: Tree, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
+    """After :func:`update`: what the next step needs of every tensor, in the state.
+
+    ``counted`` as :func:`scale` left it: other tensors keep what they have. Sums of shards are still to be added up
+    over the ranks: where nothing is new, one of these (``first_rank`` 1, others 0; int64 [tensors]) gives the old sum.
+    """
+    home = state.home
+    peaks = [largest_of(x, tree) for x in rows[:2]]
+    formats = (E4M3, E5M2)
+    peaks = [fp8.decode(x, f) if float8 else x.view(torch.float32) for x, f in zip(peaks, formats, strict=True)]
+    for column, peak in zip((state.max_m, state.max_v), peaks, strict=True):
+        column[torch.where(counted, home, 0)] = peak
+    sums = [(state.weight_sum, rows.weights), (state.update_sum, rows.updates)]
+    if rows.agree is not None:
+        sums.append((state.mask_count, rows.agree))
+    for column, x in sums:
+        column[torch.where(counted | (first_rank == 0), home, 0)] = torch.where(counted, sum_of(x, tree), 0)
+
+
+# -- reading everything once --------------------------------------------------------------------------------------
+
+
+def update(
+    blocks: list[Block],
+    floats: list[Tensor],
+    integers: list[Tensor],
+    columns: Tensor,
+    sums: list[Sums],
+    spread: list[Spread] | None,
 ) -> None:
-    """Between the passes: scales, trust ratios, counts, for all tensors at once.
+    """One step over each block, in place.
 
-    Tables come as their columns, so that all of them are written by one kernel. Reads ``peaks`` (two of [slots] int32)
-    and ``sums`` (two of [slots] float64) of all pieces; ``pieces`` [tensors, k] int64 says which slots belong to a
-    tensor (slot 0 is zero); ``hyper`` [tensors, 9] and ``bound`` [tensors] are float64, ``found_inf`` is 0-d. Updates
-    the state: ``norms`` (two of [homes] float32) and ``counters`` (step and salt, [homes] int32) at ``home`` [tensors];
-    ``skipped`` 0-d int64. ``carry`` (FACTORS of [tensors] float32) holds the factors that :func:`measure` used and gets
-    those of the next step. Fills what :func:`apply` needs: ``table`` (FACTORS of [tensors]), ``rounding`` (int32), and
-    the ``report`` (float64) of the norms.
+    ``floats`` and ``integers`` are rows of the factor tables, one of each per block; for packed rows the tables.
+    ``columns`` [2, ROW] int32 holds 0..ROW-1 and zeros. Writes every row's ``sums``.
     """
-    peak_m, peak_v = (x[pieces].amax(1) for x in peaks)
-    weight_norm, update_norm = (x[pieces].sum(1).sqrt() for x in sums)
-    old_m, old_v = (x[home] for x in norms)
-    step, salt = (x[home] for x in counters)
-
-    skip = (peak_m >= INF_BITS) | (peak_v >= OVERFLOW_BITS) | (found_inf != 0)
-    moves = torch.logical_not(skip)
-    (fresh_m, inverse_m), (fresh_v, inverse_v) = new_scale(peak_m, E4M3, float8), new_scale(peak_v, E5M2, float8)
-
-    lr = hyper[:, LR]
-    base = weight_norm / update_norm * hyper[:, TRUST_LR] / lr.abs()  # schedulers end a hair below 0 at times
-    ratio = torch.clamp(base ** hyper[:, TRUST_SCALE], max=hyper[:, TRUST_CLIP])
-
-    moving = [*carry[:ENCODE], inverse_m, inverse_v, (lr * ratio).float()]
-    for column, a, b in zip(table, still(moving, old_m, old_v), moving, strict=False):
-        column.copy_(torch.where(skip, a, b))
-    for column, x in zip(rounding, ((step + 1) * GOLDEN, salt, skip.int() - 1), strict=False):
-        column.copy_(x)
-    for column, x in zip(report, (weight_norm, update_norm, ratio), strict=True):
-        column.copy_(x)
-
-    fresh_m, fresh_v = torch.where(skip, old_m, fresh_m), torch.where(skip, old_v, fresh_v)
-    step = step + (moves & ((peak_m > 0) | (peak_v > 0))).int()
-    for column, x in zip(carry, factors(hyper, bound, fresh_m, fresh_v, step), strict=False):
-        column.copy_(x)
-    skipped.add_((skip & (home != 0)).sum())
-    for column, x in ((norms[0], fresh_m), (norms[1], fresh_v), (counters[0], step)):
-        column[home] = x
+    for k, block in enumerate(blocks):
+        f, start = factors(block, floats[k], integers[k], columns.device)
+        width = block.p.shape[1]
+        index = columns[0, :width] + start
+        if spread is not None:
+            where = spread[k] if block.tensor is None else Spread(*(x[block.tensor].T[:, :, None] for x in spread[k]))
+            index = global_index(index, where)
+        update_block(block, f, index + f.salt, columns[1, :width], sums[k])
 
 
-def write_block(part: Part, f: Factors, index: Tensor, offset: Tensor, keep: Tensor) -> None:
-    """Second pass over one block.
+def factors(block: Block, floats: Tensor, integers: Tensor, device: torch.device) -> tuple[Factors, Tensor]:
+    """A block's factors, and the index of every row's first element."""
+    if block.tensor is None:
+        rows = torch.arange(block.p.shape[0], dtype=torch.int32, device=device)
+        return Factors.of(floats, integers), rows[:, None] * ROW
+    assert block.start is not None
+    return Factors.of(floats[block.tensor], integers[block.tensor]), block.start
 
-    ``index`` is element index + salt, int32, of the block's shape; ``keep`` int32 is 0 where all is to stay as it is,
-    else -1, of a shape with the block's columns (so that all three stores share one loop). A tensor that is to stay
-    has factors that decode and encode its codes unchanged once its gradient is masked out, see :func:`still`.
+
+def update_block(block: Block, f: Factors, index: Tensor, zeros: Tensor, sums: Sums) -> None:
+    """The rule over one block; ``index`` is element index + salt, int32, of the block's shape.
+
+    ``zeros`` has the block's columns: or-ed into ``keep`` they give all three stores loops of the same shape.
     """
-    p, g, codes_m, codes_v = part
-    weights = p.float()
-    m, v = moments(masked(g.float(), keep), codes_m, codes_v, f)
-    u = direction(weights, m, v, f)
-    p.copy_(weights - masked(u * f.step_size, keep))
-    if codes_m.dtype == torch.float32:
-        codes_m.copy_(m)
-        codes_v.copy_(v)
-        return
-    word = fp8.hash32(index) + offset
-    sign = (m.view(torch.int32) >> 24) & 0x80
-    new_m = fp8.encode(m.abs() * f.encode_m, word, E4M3) | sign
-    new_v = fp8.encode(v * f.encode_v, word, E5M2)
-    new_v = torch.maximum(new_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
-    codes_m.copy_(new_m.to(torch.uint8))
-    codes_v.copy_(new_v.to(torch.uint8))
+    keep = zeros | f.keep
+    weights = block.p.float()
+    g = masked(block.g.float() * f.grad_factor, keep)
+    old_m = block.m if block.m.dtype == torch.float32 else fp8.decode(block.m, E4M3)
+    old_v = block.v if block.v.dtype == torch.float32 else fp8.decode(block.v, E5M2)
+    m = old_m * f.decode_m + g * f.new_m
+    v = old_v * f.decode_v + (g * g) * f.new_v
+    n = m * f.momentum + g * f.gradient
+    u = n / larger(sqrt(v) * f.rho + f.eps, n.abs() * f.bound)
+    if sums.agree is not None:
+        agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
+        u = torch.where(agrees, u * f.share, 0.0)
+        sums.agree.copy_(counted_of(agrees.int(), block).sum(1, dtype=sums.agree.dtype))
+    u = u + weights * f.weight_decay
+    new_p = (weights - masked(u * f.step_size, keep)).to(block.p.dtype)
+    block.new_p.copy_(new_p)
+    if block.m.dtype == torch.float32:
+        max_m, max_v = bits(m), bits(v)
+        block.new_m.copy_(m)
+        block.new_v.copy_(v)
+    else:
+        word = fp8.hash32(index) + f.offset
+        max_m = fp8.encode(m.abs() * f.encode_m, word, E4M3)
+        max_v = fp8.encode(v * f.encode_v, word, E5M2)
+        max_v = torch.maximum(max_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
+        block.new_m.copy_(fp8.to_bytes(max_m | ((m.view(torch.int32) >> 24) & 0x80)))
+        block.new_v.copy_(fp8.to_bytes(max_v))
+    sums.max_m.copy_(max_m.amax(1))
+    sums.max_v.copy_(max_v.amax(1))
+    new_p = new_p.float()
+    squares = units(new_p * new_p, WEIGHT_FLOOR_BITS)
+    sums.weights.copy_(counted_of(squares, block).sum(1, dtype=sums.weights.dtype))
+    sums.updates.copy_(counted_of(units(u * u, f.eps), block).sum(1, dtype=sums.updates.dtype))
+
+
+def counted_of(x: Tensor, block: Block) -> Tensor:
+    """x, but 0 in a packed row's padding."""
+    if block.length is None:
+        return x
+    return torch.where(torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length, x, 0)
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """The larger of two non-negative floats through their bits: one instruction, NaN on top."""
+    return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
@@ -302,26 +432,7 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
     return (x.view(torch.int32) & keep).view(torch.float32)
 
 
-def apply(parts: list[Part], rows: list[Tensor], roundings: list[Tensor], lanes: Tensor) -> None:
-    """Second pass over large tensors; as for :func:`measure`. ``roundings`` [4] int32 are rows of that table.
-
-    ``lanes`` [2, ROW] int32 holds 0..ROW-1 and zeros.
-    """
-    for part, row, rounding in zip(parts, rows, roundings, strict=True):
-        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
-        index = lanes[0] + (first + rounding[SALT])
-        write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
-
-
-def apply_packed(part: Part, table: Tensor, rounding: Tensor, owner: Tensor, start: Tensor, lanes: Tensor) -> None:
-    """Second pass over packed pieces; ``start`` [pieces, 1] int32 is the index of a piece's first element."""
-    rows = rounding[owner]
-    index = lanes[0, :PIECE] + (start + rows[:, SALT : SALT + 1])
-    f = packed_factors(table, owner)
-    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1, :PIECE] | rows[:, KEEP : KEEP + 1])
-
-
-def spread(index: Tensor, inverses: Tensor, jumps: Tensor) -> Tensor:
+def global_index(index: Tensor, spread: Spread) -> Tensor:
     """Where local elements lie in a whole tensor that is split along inner dimensions, int32, modulo 2^32.
 
     After every run of so many local elements that many elements of other ranks are jumped over: ``jumps`` [2, ...]
@@ -329,55 +440,12 @@ def spread(index: Tensor, inverses: Tensor, jumps: Tensor) -> Tensor:
     keeps it from the integers by more than float64's error, for up to 2^31 elements.
     """
     middle = index.double() + 0.5
-    for inverse, jump in zip(inverses, jumps, strict=True):
+    for inverse, jump in zip(spread.inverses, spread.jumps, strict=True):
         index = index + (middle * inverse).to(torch.int32) * jump
     return index
 
 
-def apply_spread(
-    parts: list[Part],
-    rows: list[Tensor],
-    roundings: list[Tensor],
-    inverses: list[Tensor],
-    jumps: list[Tensor],
-    lanes: Tensor,
-) -> None:
-    """:func:`apply` for shards whose elements :func:`spread` over the whole tensor; one of each [2] a tensor."""
-    for part, row, rounding, inverse, jump in zip(parts, rows, roundings, inverses, jumps, strict=True):
-        first = torch.arange(part[0].shape[0], dtype=torch.int32, device=lanes.device)[:, None] * ROW
-        index = spread(lanes[0] + first, inverse, jump) + rounding[SALT]
-        write_block(part, tensor_factors(row), index, rounding[OFFSET], lanes[1] | rounding[KEEP])
-
-
-def apply_packed_spread(
-    part: Part,
-    table: Tensor,
-    rounding: Tensor,
-    inverses: Tensor,
-    jumps: Tensor,
-    owner: Tensor,
-    start: Tensor,
-    lanes: Tensor,
-) -> None:
-    """:func:`apply_packed` for the same; ``inverses`` and ``jumps`` are [tensors, 2]."""
-    rows = rounding[owner]
-    places = (x[owner].T[:, :, None] for x in (inverses, jumps))
-    index = spread(lanes[0, :PIECE] + start, *places) + rows[:, SALT : SALT + 1]
-    f = packed_factors(table, owner)
-    write_block(part, f, index, rows[:, OFFSET : OFFSET + 1], lanes[1, :PIECE] | rows[:, KEEP : KEEP + 1])
-
-
-def make_lanes(device: torch.device) -> Tensor:
+def make_columns(device: torch.device) -> Tensor:
     """The columns' indices and zeros, int32 [2, ROW]; loading them costs the CPU less than making them."""
     columns = torch.arange(ROW, dtype=torch.int32, device=device)
     return torch.stack([columns, torch.zeros_like(columns)])
-
-
-def inverse_bound(beta1: float, beta2: float) -> float:
-    """1/C with C = (1−β1) / sqrt((1−β2)(1−β1²/β2)); 0 where β1² >= β2.
-
-    For any gradients |m| <= C·sqrt(v), by Cauchy–Schwarz over the two exponential averages.
-    """
-    if beta1 * beta1 >= beta2:
-        return 0.0
-    return math.sqrt((1 - beta2) * (1 - beta1 * beta1 / beta2)) / (1 - beta1)

@@ -50,10 +50,11 @@ static lamb16_tensor make_tensor(size_t n, uint32_t salt)
     x.salt = salt;
     memset(x.exp_avg, 0xFF, n);
     memset(x.exp_avg_sq, 0xFF, n);
-    CHECK(lamb16_init(&x) == LAMB16_OK); /* before there are weights and gradients */
     x.param = memory(n * sizeof(float));
-    float *grad = memory(n * sizeof(float));
     fill(x.param, n, salt, 1.0f);
+    CHECK(lamb16_init(&x) == LAMB16_OK); /* before there are gradients */
+    CHECK(x.update_sum == (int64_t)n << 20 && x.mask_count == (int64_t)n);
+    float *grad = memory(n * sizeof(float));
     fill(grad, n, salt + 12345, 0.01f);
     x.grad = grad;
     return x;
@@ -88,6 +89,8 @@ static int same(const lamb16_tensor *a, const lamb16_tensor *b)
            memcmp(a->grad, b->grad, a->numel * sizeof(float)) == 0 &&
            memcmp(a->exp_avg, b->exp_avg, a->numel) == 0 && memcmp(a->exp_avg_sq, b->exp_avg_sq, a->numel) == 0 &&
            a->numel == b->numel && a->exp_avg_norm == b->exp_avg_norm && a->exp_avg_sq_norm == b->exp_avg_sq_norm &&
+           a->exp_avg_max == b->exp_avg_max && a->exp_avg_sq_max == b->exp_avg_sq_max &&
+           a->weight_sum == b->weight_sum && a->update_sum == b->update_sum && a->mask_count == b->mask_count &&
            a->step == b->step && a->salt == b->salt;
 }
 
@@ -180,14 +183,21 @@ static void steps(size_t n)
     lamb16_tensor x = make_tensor(n, 99), start = copy_tensor(&x);
     lamb16_stats stats;
     for (int t = 1; t <= 3; t++) {
-        CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK);
+        double weight_norm = sqrt((double)x.weight_sum / 1048576.0);
+        CHECK(lamb16_step(&x, &h, 1.0, &stats) == LAMB16_OK);
         CHECK(!stats.skipped && isfinite(stats.trust_ratio) && x.step == (n > 0 ? t : 0));
+        CHECK(stats.weight_norm == weight_norm && (t > 1 || stats.update_norm == sqrt((double)n)));
+        CHECK(x.mask_count == (int64_t)n); /* not counted without caution */
     }
     CHECK(n == 0 || !same(&x, &start));
     CHECK(lamb16_check(&x, &h) == LAMB16_OK); /* what a step leaves is a valid state */
     h.maximize = 1;
     h.bias_correction = 0;
-    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK);
+    h.nesterov = 0;
+    h.caution = 1;
+    CHECK(lamb16_step(&x, &h, 0.5, NULL) == LAMB16_OK);
+    CHECK(n < 1000 || x.mask_count < (int64_t)n);
+    CHECK(lamb16_check(&x, &h) == LAMB16_OK);
     free_tensor(&x);
     free_tensor(&start);
 }
@@ -203,20 +213,25 @@ static void skipped_steps(size_t n)
     memcpy(grad, x.grad, n * sizeof(float));
     free((void *)x.grad);
     x.grad = grad;
-    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK);
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK);
     for (int i = 0; i < 5; i++)
         for (int k = 0; k < 3; k++) {
             float usual_value = grad[places[k]];
             lamb16_stats stats = {0.0, 0.0, 0.0, 0};
             grad[places[k]] = bad[i];
             lamb16_tensor before = copy_tensor(&x);
-            CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK);
+            CHECK(lamb16_step(&x, &h, 1.0, &stats) == LAMB16_OK);
             CHECK(stats.skipped == 1 && isnan(stats.trust_ratio));
             CHECK(isnan(stats.weight_norm) && isnan(stats.update_norm));
             CHECK(same(&x, &before));
             grad[places[k]] = usual_value;
             free_tensor(&before);
         }
+    lamb16_tensor before = copy_tensor(&x);
+    lamb16_stats stats;
+    CHECK(lamb16_step(&x, &h, 1e300, &stats) == LAMB16_OK); /* infinite as a float */
+    CHECK(stats.skipped && same(&x, &before));
+    free_tensor(&before);
     free_tensor(&x);
 }
 
@@ -227,8 +242,9 @@ static void decoded_moments_that_overflow(void)
     lamb16_stats stats;
     x.exp_avg_norm = 0x1p127f;
     x.exp_avg[1] = 0x7E;
+    x.exp_avg_max = 448.0f;
     lamb16_tensor before = copy_tensor(&x);
-    CHECK(lamb16_step(&x, &h, &stats) == LAMB16_OK && stats.skipped && same(&x, &before));
+    CHECK(lamb16_step(&x, &h, 1.0, &stats) == LAMB16_OK && stats.skipped && same(&x, &before));
     free_tensor(&x);
     free_tensor(&before);
 }
@@ -240,7 +256,7 @@ static void zero_gradients_leave_no_trace(void)
     lamb16_tensor x = make_tensor(7, 1);
     memset((void *)x.grad, 0, 7 * sizeof(float));
     lamb16_tensor before = copy_tensor(&x);
-    CHECK(lamb16_step(&x, &h, NULL) == LAMB16_OK && same(&x, &before));
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && same(&x, &before));
     free_tensor(&x);
     free_tensor(&before);
 }
@@ -252,21 +268,48 @@ static void lists(void)
     lamb16_stats stats[3];
     for (int i = 0; i < 3; i++) {
         lamb16_tensor alone = copy_tensor(&list[i]);
-        CHECK(lamb16_step(&alone, &h, &stats[i]) == LAMB16_OK);
+        CHECK(lamb16_step(&alone, &h, 0.5, &stats[i]) == LAMB16_OK);
         free_tensor(&alone);
     }
     lamb16_tensor alone = copy_tensor(&list[2]);
-    CHECK(lamb16_step(&alone, &h, NULL) == LAMB16_OK);
+    CHECK(lamb16_step(&alone, &h, 0.5, NULL) == LAMB16_OK);
     lamb16_stats together[3];
-    CHECK(lamb16_step_list(list, 3, &h, together) == LAMB16_OK);
+    CHECK(lamb16_step_list(list, 3, &h, 0.5, together) == LAMB16_OK);
     CHECK(same(&list[2], &alone));
     for (int i = 0; i < 3; i++)
         CHECK(together[i].update_norm == stats[i].update_norm && together[i].weight_norm == stats[i].weight_norm);
-    CHECK(lamb16_step_list(list, 3, &h, NULL) == LAMB16_OK);
-    CHECK(lamb16_step_list(NULL, 0, &h, NULL) == LAMB16_OK);
+    CHECK(lamb16_step_list(list, 3, &h, 1.0, NULL) == LAMB16_OK);
+    CHECK(lamb16_step_list(NULL, 0, &h, 1.0, NULL) == LAMB16_OK);
     for (int i = 0; i < 3; i++)
         free_tensor(&list[i]);
     free_tensor(&alone);
+}
+
+static void gradient_norms(void)
+{
+    float a[] = {3.0f, 0.0f, -4.0f}, b[] = {1.0f, NAN}, c[] = {12.0f}, tiny[] = {0x1p-140f, FLT_TRUE_MIN};
+    float huge[] = {FLT_MAX, -FLT_MAX, FLT_MAX, FLT_MAX};
+    lamb16_tensor list[4];
+    double norm;
+    memset(list, 0, sizeof list); /* all but numel and grad are NULL and 0 */
+    list[0].numel = 3;
+    list[0].grad = a;
+    list[1].numel = 2;
+    list[1].grad = b;
+    list[3].numel = 1; /* list[2] is empty */
+    list[3].grad = c;
+    CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && norm == 5.0);
+    CHECK(lamb16_grad_norm(list, 4, &norm) == LAMB16_OK && norm == 13.0);
+    CHECK(lamb16_grad_norm(list + 1, 2, &norm) == LAMB16_OK && norm == 0.0);
+    CHECK(lamb16_grad_norm(NULL, 0, &norm) == LAMB16_OK && norm == 0.0);
+    list[0].numel = 2;
+    list[0].grad = tiny;
+    CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && norm == 0x1p-140);
+    list[0].numel = 4;
+    list[0].grad = huge;
+    CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && fabs(norm / FLT_MAX - 2.0) < 1e-6);
+    CHECK(lamb16_clip_factor(0.5, 1.0) == 1.0 && lamb16_clip_factor(0.0, INFINITY) == 1.0);
+    CHECK(lamb16_clip_factor(4.0, 1.0) == 1.0 / (4.0 + 1e-6));
 }
 
 /* ---- mistakes ---------------------------------------------------------------------------------------------------- */
@@ -289,8 +332,8 @@ static void refused(lamb16_tensor *list, const lamb16_hyper *h, lamb16_status wa
     memset(stats, 0x55, sizeof stats);
     lamb16_stats before[2];
     memcpy(before, stats, sizeof stats);
-    expect(wanted, lamb16_step_list(list, 2, h, stats), line);
-    expect(wanted, lamb16_step(&list[1], h, stats), line);
+    expect(wanted, lamb16_step_list(list, 2, h, 1.0, stats), line);
+    expect(wanted, lamb16_step(&list[1], h, 1.0, stats), line);
     expect(wanted, lamb16_check(&list[1], h), line);
     check(same(&first, &list[0]) && memcmp(&second, &list[1], sizeof second) == 0, "nothing was changed", line);
     check(memcmp(stats, before, sizeof stats) == 0, "the stats were left alone", line);
@@ -341,6 +384,10 @@ static void wrong_hyperparameters(lamb16_tensor *list)
     REFUSED_HYPER(trust_clip, NAN, LAMB16_BAD_TRUST_CLIP);
     REFUSED_HYPER(bias_correction, 2, LAMB16_BAD_BIAS_CORRECTION);
     REFUSED_HYPER(bias_correction, -1, LAMB16_BAD_BIAS_CORRECTION);
+    REFUSED_HYPER(nesterov, 2, LAMB16_BAD_NESTEROV);
+    REFUSED_HYPER(nesterov, -1, LAMB16_BAD_NESTEROV);
+    REFUSED_HYPER(caution, 2, LAMB16_BAD_CAUTION);
+    REFUSED_HYPER(caution, -1, LAMB16_BAD_CAUTION);
     REFUSED_HYPER(maximize, 2, LAMB16_BAD_MAXIMIZE);
     REFUSED_HYPER(maximize, -1, LAMB16_BAD_MAXIMIZE);
 }
@@ -364,6 +411,15 @@ static void wrong_tensors(lamb16_tensor *list)
         REFUSED_TENSOR(exp_avg_norm, norms[i], LAMB16_BAD_EXP_AVG_NORM);
         REFUSED_TENSOR(exp_avg_sq_norm, norms[i], LAMB16_BAD_EXP_AVG_SQ_NORM);
     }
+    const float maxima[] = {-FLT_TRUE_MIN, -INFINITY, NAN};
+    for (int i = 0; i < 3; i++) {
+        REFUSED_TENSOR(exp_avg_max, maxima[i], LAMB16_BAD_EXP_AVG_MAX);
+        REFUSED_TENSOR(exp_avg_sq_max, maxima[i], LAMB16_BAD_EXP_AVG_SQ_MAX);
+    }
+    REFUSED_TENSOR(weight_sum, -1, LAMB16_BAD_WEIGHT_SUM);
+    REFUSED_TENSOR(update_sum, -1, LAMB16_BAD_UPDATE_SUM);
+    REFUSED_TENSOR(mask_count, -1, LAMB16_BAD_MASK_COUNT);
+    REFUSED_TENSOR(mask_count, 8, LAMB16_BAD_MASK_COUNT);
     REFUSED_TENSOR(step, -1, LAMB16_BAD_STEP);
     REFUSED_TENSOR(step, INT32_MAX, LAMB16_BAD_STEP);
     const uint8_t wrong_m[] = {0x7F, 0xFF}, wrong_v[] = {0x7C, 0x7D, 0x7F, 0x80, 0x81, 0xFC};
@@ -380,20 +436,66 @@ static void wrong_tensors(lamb16_tensor *list)
     }
 }
 
+/* Maxima below what the codes hold, the first moment's with either sign. */
+static void too_small_maxima(lamb16_tensor *list)
+{
+    lamb16_hyper h = usual();
+    list[1].exp_avg[6] = 0xFE;
+    REFUSED_TENSOR(exp_avg_max, nextafterf(448.0f, 0.0f), LAMB16_BAD_EXP_AVG_MAX);
+    list[1].exp_avg[6] = 0x08;
+    REFUSED_TENSOR(exp_avg_max, nextafterf(0x1p-6f, 0.0f), LAMB16_BAD_EXP_AVG_MAX);
+    list[1].exp_avg_max = 0x1p-6f;
+    CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
+    list[1].exp_avg_sq[0] = 0x04;
+    REFUSED_TENSOR(exp_avg_sq_max, nextafterf(0x1p-14f, 0.0f), LAMB16_BAD_EXP_AVG_SQ_MAX);
+    list[1].exp_avg_sq_max = 0x1p-14f;
+    CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
+    list[1].exp_avg[6] = list[1].exp_avg_sq[0] = 0;
+    list[1].exp_avg_max = list[1].exp_avg_sq_max = 0.0f;
+}
+
+static void wrong_factors(lamb16_tensor *list)
+{
+    const double factors[] = {-1e-300, INFINITY, NAN};
+    lamb16_hyper h = usual();
+    lamb16_tensor before = copy_tensor(&list[0]);
+    for (int i = 0; i < 3; i++) {
+        expect(LAMB16_BAD_GRAD_FACTOR, lamb16_step_list(list, 2, &h, factors[i], NULL), __LINE__);
+        expect(LAMB16_BAD_GRAD_FACTOR, lamb16_step(list, &h, factors[i], NULL), __LINE__);
+    }
+    CHECK(same(&list[0], &before));
+    free_tensor(&before);
+}
+
+static void wrong_norms(lamb16_tensor *list)
+{
+    double norm = 7.0;
+    lamb16_tensor x = list[0];
+    expect(LAMB16_NULL_POINTER, lamb16_grad_norm(&x, 1, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_grad_norm(NULL, 1, &norm), __LINE__);
+    x.grad = NULL;
+    expect(LAMB16_NULL_POINTER, lamb16_grad_norm(&x, 1, &norm), __LINE__);
+    x.grad = (const float *)(const void *)((const char *)(const void *)list[0].grad + 2);
+    expect(LAMB16_MISALIGNED, lamb16_grad_norm(&x, 1, &norm), __LINE__);
+    x.numel = SIZE_MAX / 2;
+    expect(LAMB16_BAD_NUMEL, lamb16_grad_norm(&x, 1, &norm), __LINE__);
+    CHECK(norm == 7.0);
+}
+
 /* Two tensors that are fine each, but not together. */
 static void wrong_lists(lamb16_tensor *list)
 {
     lamb16_hyper h = usual();
     lamb16_tensor kept = list[1];
     list[1].param = list[0].param;
-    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, 1.0, NULL), __LINE__);
     list[1] = kept;
     list[1].grad = list[0].param; /* written by the one, read by the other, in either order */
-    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, 1.0, NULL), __LINE__);
     list[1] = list[0];
     list[0] = kept;
     list[1].exp_avg = kept.exp_avg;
-    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, NULL), __LINE__);
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, 1.0, NULL), __LINE__);
 }
 
 static void mistakes(void)
@@ -402,15 +504,18 @@ static void mistakes(void)
     lamb16_tensor list[] = {make_tensor(7, 1), make_tensor(7, 2)};
     wrong_hyperparameters(list);
     wrong_tensors(list);
+    too_small_maxima(list);
+    wrong_factors(list);
+    wrong_norms(list);
     lamb16_tensor kept[] = {list[0], list[1]};
     lamb16_tensor before[] = {copy_tensor(&list[0]), copy_tensor(&list[1])};
     wrong_lists(list);
     CHECK(same(&kept[0], &before[0]) && same(&kept[1], &before[1]));
 
-    expect(LAMB16_NULL_POINTER, lamb16_step(NULL, &h, NULL), __LINE__);
-    expect(LAMB16_NULL_POINTER, lamb16_step(kept, NULL, NULL), __LINE__);
-    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 1, &h, NULL), __LINE__);
-    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 0, NULL, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step(NULL, &h, 1.0, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step(kept, NULL, 1.0, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 1, &h, 1.0, NULL), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_step_list(NULL, 0, NULL, 1.0, NULL), __LINE__);
     expect(LAMB16_NULL_POINTER, lamb16_check(NULL, &h), __LINE__);
     expect(LAMB16_NULL_POINTER, lamb16_check(kept, NULL), __LINE__);
     lamb16_default_hyper(NULL);
@@ -421,9 +526,22 @@ static void mistakes(void)
     expect(LAMB16_NULL_POINTER, lamb16_init(&x), __LINE__);
     x.exp_avg = kept[0].exp_avg_sq;
     expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
+    x.exp_avg = (uint8_t *)x.param + 27;
+    expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
+    x = kept[0];
+    x.exp_avg_sq = (uint8_t *)x.param;
+    expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
+    x = kept[0];
+    x.param = NULL;
+    expect(LAMB16_NULL_POINTER, lamb16_init(&x), __LINE__);
+    x.param = (void *)((char *)kept[0].param + 1);
+    expect(LAMB16_MISALIGNED, lamb16_init(&x), __LINE__);
+    x = kept[0];
     x.numel = SIZE_MAX;
-    x.exp_avg = kept[0].exp_avg;
     expect(LAMB16_BAD_NUMEL, lamb16_init(&x), __LINE__);
+    x.numel = SIZE_MAX / 8; /* which may fit into memory, but its sums in units of 2^-20 not into int64 */
+    if (SIZE_MAX > UINT32_MAX)
+        expect(LAMB16_BAD_NUMEL, lamb16_init(&x), __LINE__);
     CHECK(same(&kept[0], &before[0]));
     for (int i = 0; i < 2; i++) {
         free_tensor(&kept[i]);
@@ -454,13 +572,14 @@ int main(void)
     decoded_moments_that_overflow();
     zero_gradients_leave_no_trace();
     lists();
+    gradient_norms();
     mistakes();
     statuses();
 #ifdef STEP_OUTSIDE /* negative control: the sanitizer has to see this */
     lamb16_hyper h = usual();
     lamb16_tensor x = make_tensor(7, 1);
     x.numel = 8;
-    lamb16_step(&x, &h, NULL);
+    lamb16_step(&x, &h, 1.0, NULL);
 #endif
     puts("all held");
     return 0;

@@ -16,11 +16,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamb16.reference import Hyper, State, Stats
+from lamb16 import hyper
+from lamb16.hyper import Hyper
+from lamb16.reference import State, Stats
 
 COMPILERS = ("gcc", "clang")
 FLAGS = ("-std=c11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pedantic")
@@ -119,17 +122,13 @@ def load() -> Library:
 
 
 class CHyper(ctypes.Structure):
-    """lamb16_hyper."""
+    """lamb16_hyper: the fields are those of :data:`lamb16.hyper.NUMBERS`, flags int32 and the others double."""
 
-    NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "trust_scale", "trust_lr", "trust_clip")
-    _fields_ = [(name, ctypes.c_double) for name in NUMBERS] + [
-        ("bias_correction", ctypes.c_int32),
-        ("maximize", ctypes.c_int32),
-    ]
+    _fields_ = [(name, ctypes.c_int32 if name in hyper.FLAGS else ctypes.c_double) for name in hyper.NUMBERS]
 
 
 class CTensor(ctypes.Structure):
-    """lamb16_tensor."""
+    """lamb16_tensor. What follows the pointers has the name and meaning of a field of :class:`State`."""
 
     _fields_ = [
         ("numel", ctypes.c_size_t),
@@ -139,9 +138,19 @@ class CTensor(ctypes.Structure):
         ("exp_avg_sq", ctypes.c_void_p),
         ("exp_avg_norm", ctypes.c_float),
         ("exp_avg_sq_norm", ctypes.c_float),
+        ("exp_avg_max", ctypes.c_float),
+        ("exp_avg_sq_max", ctypes.c_float),
+        ("weight_sum", ctypes.c_int64),
+        ("update_sum", ctypes.c_int64),
+        ("mask_count", ctypes.c_int64),
         ("step", ctypes.c_int32),
         ("salt", ctypes.c_uint32),
     ]
+    SCALARS = tuple(field[0] for field in _fields_[5:])
+
+    def results(self) -> dict[str, Any]:
+        """The scalars that a function may have changed: all but the salt."""
+        return {name: getattr(self, name) for name in self.SCALARS if name != "salt"}
 
 
 class CStats(ctypes.Structure):
@@ -159,7 +168,7 @@ def _signatures() -> dict[str, tuple[type | None, list[type]]]:
     """Result and arguments of every function of the header."""
     pointer, size, word = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32
     hyper, tensor, stats = (ctypes.POINTER(x) for x in (CHyper, CTensor, CStats))
-    status, number, byte = ctypes.c_int, ctypes.c_float, ctypes.c_uint8
+    status, number, double, byte = ctypes.c_int, ctypes.c_float, ctypes.c_double, ctypes.c_uint8
     found: dict[str, tuple[type | None, list[type]]] = {
         "status_string": (ctypes.c_char_p, [status]),
         "default_hyper": (None, [hyper]),
@@ -168,8 +177,10 @@ def _signatures() -> dict[str, tuple[type | None, list[type]]]:
         "words": (status, [ctypes.c_uint64, word, ctypes.c_int32, pointer, size]),
         "init": (status, [tensor]),
         "check": (status, [tensor, hyper]),
-        "step": (status, [tensor, hyper, stats]),
-        "step_list": (status, [tensor, size, hyper, stats]),
+        "step": (status, [tensor, hyper, double, stats]),
+        "step_list": (status, [tensor, size, hyper, double, stats]),
+        "grad_norm": (status, [tensor, size, ctypes.POINTER(double)]),
+        "clip_factor": (double, [double, double]),
     }
     for name in ("e4m3", "e5m2"):
         found |= {
@@ -214,12 +225,15 @@ class Library:
 
     def init(self, param: Tensor, salt: int) -> State:
         """The state before the first step, as :func:`lamb16.reference.init` gives it."""
+        weights = _checked("weights", param, torch.float32, param.shape)
         codes = [torch.full(param.shape, 0xFF, dtype=torch.uint8) for _ in range(2)]
-        tensor = CTensor(numel=param.numel(), exp_avg=codes[0].data_ptr(), exp_avg_sq=codes[1].data_ptr(), step=-1)
+        tensor = CTensor(param.numel(), weights.data_ptr(), None, *(x.data_ptr() for x in codes), step=-1)
         self._call("init", ctypes.byref(tensor))
-        return State(codes[0], tensor.exp_avg_norm, codes[1], tensor.exp_avg_sq_norm, tensor.step, salt)
+        return State(exp_avg=codes[0], exp_avg_sq=codes[1], salt=salt, **tensor.results())
 
-    def step(self, p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State, Stats]:
+    def step(
+        self, p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0
+    ) -> tuple[Tensor, State, Stats]:
         """One step for one tensor, with the arguments and results of :func:`lamb16.reference.step`.
 
         ``p`` and ``grad`` are float32 on the CPU, of one shape; the codes of ``state`` uint8 of that shape. Nothing is
@@ -227,19 +241,34 @@ class Library:
 
         Raises:
             ValueError: a shape, dtype or device is another, or moment_dtype is not "float8".
-            StatusError: a hyperparameter or a part of the state is out of range.
+            StatusError: a hyperparameter, the factor or a part of the state is out of range.
         """
-        return self.step_list([(p, grad, state)], h)[0]
+        return self.step_list([(p, grad, state)], h, grad_factor)[0]
 
-    def step_list(self, tensors: Sequence[tuple[Tensor, Tensor, State]], h: Hyper) -> list[tuple[Tensor, State, Stats]]:
+    def step_list(
+        self, tensors: Sequence[tuple[Tensor, Tensor, State]], h: Hyper, grad_factor: float = 1.0
+    ) -> list[tuple[Tensor, State, Stats]]:
         """One step for each (weights, gradient, state), all with the same hyperparameters; as :meth:`step`."""
         if h.moment_dtype != "float8":
             raise ValueError(f"lamb16 (C): moment_dtype={h.moment_dtype!r} is not supported; it must be 'float8'")
         held = [_copies(k, *tensor) for k, tensor in enumerate(tensors)]
         structs = (CTensor * len(held))(*(_struct(*copies) for copies in held))
         stats = (CStats * len(held))()
-        self._call("step_list", structs, len(held), ctypes.byref(c_hyper(h)), stats)
+        self._call("step_list", structs, len(held), ctypes.byref(c_hyper(h)), grad_factor, stats)
         return [_results(*args) for args in zip(held, structs, stats, strict=True)]
+
+    def grad_norm(self, grads: Sequence[Tensor]) -> float:
+        """The norm over float32 gradients, as :func:`lamb16.reference.grad_norm` gives it."""
+        held = [_checked(f"gradient {k}", grad, torch.float32, grad.shape) for k, grad in enumerate(grads)]
+        structs = (CTensor * len(held))(*(CTensor(numel=grad.numel(), grad=grad.data_ptr()) for grad in held))
+        norm = ctypes.c_double()
+        self._call("grad_norm", structs, len(held), ctypes.byref(norm))
+        return norm.value
+
+    def clip_factor(self, norm: float, max_norm: float) -> float:
+        """What gradients of this norm are multiplied by, as :func:`lamb16.reference.clip_factor` gives it."""
+        found: float = self.c["clip_factor"](norm, max_norm)
+        return found
 
     # -- rounding ------------------------------------------------------------------------------------------------
 
@@ -266,8 +295,8 @@ class Library:
 
 def c_hyper(h: Hyper) -> CHyper:
     """The struct for these hyperparameters."""
-    numbers = (h.lr, *h.betas, h.eps, h.weight_decay, h.trust_scale, h.trust_lr, h.trust_clip)
-    return CHyper(*numbers, int(h.bias_correction), int(h.maximize))
+    numbers = hyper.numbers_of(vars(h))
+    return CHyper(**{name: int(x) if name in hyper.FLAGS else x for name, x in numbers.items()})
 
 
 def _copies(k: int, p: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
@@ -292,11 +321,11 @@ def _checked(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size) -> Ten
 
 def _struct(p: Tensor, grad: Tensor, state: State) -> CTensor:
     memory = (x.data_ptr() for x in (p, grad, state.exp_avg, state.exp_avg_sq))
-    return CTensor(p.numel(), *memory, state.exp_avg_norm, state.exp_avg_sq_norm, state.step, state.salt & 0xFFFFFFFF)
+    scalars = {name: getattr(state, name) for name in CTensor.SCALARS} | {"salt": state.salt & 0xFFFFFFFF}
+    return CTensor(p.numel(), *memory, **scalars)
 
 
 def _results(held: tuple[Tensor, Tensor, State], tensor: CTensor, stats: CStats) -> tuple[Tensor, State, Stats]:
     p, _, state = held
-    scalars = {name: getattr(tensor, name) for name in ("exp_avg_norm", "exp_avg_sq_norm", "step")}
     found = Stats(stats.weight_norm, stats.update_norm, stats.trust_ratio, bool(stats.skipped))
-    return p, replace(state, **scalars), found
+    return p, replace(state, **tensor.results()), found

@@ -29,6 +29,7 @@ int32_t aoti_torch_device_type_cpu(void);
 int32_t aoti_torch_dtype_float32(void);
 int32_t aoti_torch_dtype_float64(void);
 int32_t aoti_torch_dtype_int32(void);
+int32_t aoti_torch_dtype_int64(void);
 int32_t aoti_torch_dtype_uint8(void);
 int32_t aoti_torch_create_tensor_from_blob(void *data, int64_t ndim, const int64_t *sizes, const int64_t *strides,
                                            int64_t storage_offset, int32_t dtype, int32_t device_type,

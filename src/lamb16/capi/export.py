@@ -12,22 +12,21 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from lamb16 import compiled, update
+from lamb16 import inductor, update
 from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, describe, inputs, write
-from lamb16.fp8 import E4M3, E5M2
-from lamb16.reference import Hyper
-from lamb16.update import FACTORS, HYPER, KEEP, OFFSET, SALT, Factors, Part
+from lamb16.hyper import Hyper, numbers_of
+from lamb16.store import TABLES, init_state
+from lamb16.update import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree
 
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
-USED = len(Factors._fields)
 
 
 def stored(x: Tensor) -> Tensor:
@@ -66,111 +65,112 @@ class ExportedStep(torch.nn.Module):
 
     def __init__(self, shapes: Sequence[Shape], hyper: Hyper) -> None:
         super().__init__()
+        sizes = [math.prod(shape) for shape in shapes]
         self.blocks = blocks(shapes)
-        order = [i for block in self.blocks for i in block.tensors]
-        empty = [i for i, shape in enumerate(shapes) if math.prod(shape) == 0]
-        self.order = order + empty  # of the tables' rows
-        values = asdict(hyper) | dict(zip(("beta1", "beta2"), hyper.betas, strict=True))
-        self.constants = [float(values[name]) for name in HYPER[1:]]
-        self.bound = update.inverse_bound(*hyper.betas)
-        self.grad_factor = -1.0 if hyper.maximize else 1.0
+        self.order = [i for block in self.blocks for i in block.tensors]  # of the tensors in results and factors
+        self.order += [i for i, n in enumerate(sizes) if n == 0]
+        self.sizes = [sizes[i] for i in self.order]
+        self.numbers, self.caution = numbers_of(vars(hyper)), hyper.caution
 
-    def forward(self, tensors: list[Tensor], norms: Tensor, counters: Tensor, lr: Tensor) -> tuple[()]:
-        """Takes what :func:`inputs` lists; changes weights, codes, norms and step counts in place.
+    def forward(
+        self, tensors: list[Tensor], norms: Tensor, counters: Tensor, sums: Tensor, lr: Tensor, grad_factor: Tensor
+    ) -> tuple[()]:
+        """Takes what :func:`inputs` lists; changes weights, codes and the three tables in place.
 
         ``tensors`` are param, grad, exp_avg and exp_avg_sq of the first tensor, then of the next.
         """
         count, device = len(self.order), lr.device
 
-        def full(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.full((count,), value, dtype=dtype, device=device)
-
         def columns(number: int, dtype: torch.dtype) -> list[Tensor]:
-            return [full(0, dtype) for _ in range(number)]
+            return [torch.zeros(count, dtype=dtype, device=device) for _ in range(number)]
 
-        home = torch.tensor(self.order, device=device)
-        hyper = torch.stack([lr.expand(count), *map(full, self.constants)], 1)
-        bound = full(self.bound)
-        norm_columns, counter_columns = ([x.clone() for x in table.unbind(1)] for table in (norms, counters))
-        old_m, old_v = (x[home] for x in norm_columns)
-        moving = update.factors(hyper, bound, old_m, old_v, counter_columns[0][home])
-        carry = [*moving, full(self.grad_factor, torch.float32), *columns(FACTORS - 10, torch.float32)]
-        first_factors = stored(torch.stack(carry, 1))
+        def full(value: float) -> Tensor:
+            return torch.full((count,), value, dtype=torch.float64, device=device)
 
         parts = [_block(tensors, block) for block in self.blocks]
-        measured = [_measure(part, block, first_factors) for part, block in zip(parts, self.blocks, strict=True)]
-        peaks, sums = _results(measured, count - sum(len(block.tensors) for block in self.blocks), device)
+        largest = [torch.zeros(len(block.tensors), dtype=torch.int32, device=device) for block in self.blocks]
+        update.inspect(parts, [[x] for x in largest], None)
 
-        table, rounding = columns(FACTORS, torch.float32), columns(4, torch.int32)
-        update.scale(
-            peaks, sums, torch.arange(count, device=device)[:, None], norm_columns, counter_columns, home, hyper, bound,
-            torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), carry, table, rounding,
-            columns(3, torch.float64), True,
+        hyper = torch.stack([lr.expand(count) if name == "lr" else full(x) for name, x in self.numbers.items()], 1)
+        each = torch.arange(count, device=device)[:, None]
+        one_row = Tree(each, torch.ones_like(each), each[0], each, torch.ones_like(each), each[0])
+        # As in store.py a row comes before those of the tensors, for what is not to be written.
+        tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (norms, counters, sums)]
+        state = State._make([x for table in tables for x in table] + [torch.tensor(self.order, device=device) + 1])
+        given = Inputs(
+            self._of_all(largest), one_row, hyper, torch.tensor(self.sizes, dtype=torch.float64, device=device),
+            columns(1, torch.int32)[0], grad_factor.view(()), torch.zeros((), device=device),
         )  # fmt: skip
-        last_factors, last_rounding = stored(torch.stack(table, 1)), stored(torch.stack(rounding, 1))
+        floats, integers = columns(FLOATS, torch.float32), columns(INTEGERS, torch.int32)
+        counted, skipped = columns(1, torch.bool)[0], torch.zeros((), dtype=torch.int64, device=device)
+        update.scale(given, state, Outputs(floats, integers, columns(3, torch.float64), counted, skipped), True)
 
+        factors = stored(torch.stack(floats, 1)), stored(torch.stack(integers, 1))
+        found = []
         for part, block in zip(parts, self.blocks, strict=True):
-            _apply(part, block, last_factors, last_rounding)
+            found.append(_update(part, block, factors, self.caution))
             _write_back(tensors, part, block)
-        norms.copy_(torch.stack(norm_columns, 1))
-        counters.copy_(torch.stack(counter_columns, 1))
+        rows = [self._of_all([x[k] for x in found]) for k in range(len(found[0]))]
+        ones = torch.ones(count, dtype=torch.int64, device=device)
+        update.fold(Sums(*rows, *[None] * (5 - len(rows))), one_row, counted, ones, state, True)
+        for table, new in zip((norms, counters, sums), tables, strict=True):
+            table.copy_(torch.stack([x[1:] for x in new], 1))
         return ()  # None would be an output
 
+    def _of_all(self, results: list[Tensor]) -> Tensor:
+        """All blocks' results one after the other; those of empty tensors are 0."""
+        empty = self.sizes.count(0)
+        return stored(torch.cat(results + [results[0].new_zeros(empty)] * (empty > 0)))
 
-def _block(tensors: list[Tensor], block: Block) -> Part:
-    """p, g and codes of a block, [tensors, elements]; of a single tensor its own memory."""
+
+def _block(tensors: list[Tensor], block: Block) -> update.Block:
+    """A block, [tensors, elements]; of a single tensor its own memory."""
     found = [[tensors[4 * i + k].view(1, -1) for i in block.tensors] for k in range(4)]
     p, g, m, v = (x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found)
-    return p, g, m, v
+    return update.Block(p, g, m, v, p, m, v)
 
 
-def _rows(table: Tensor, block: Block, used: int) -> list[Tensor]:
-    """The first columns of a block's rows of a table, each [tensors, 1].
+def _rows(table: Tensor, block: Block) -> list[Tensor]:
+    """The columns of a block's rows of a table, each [tensors, 1].
 
     The rows are copied: blocks of equal size then differ in addresses only, and share a kernel.
     """
-    rows = table[block.first : block.first + len(block.tensors), :used]
+    rows = table[block.first : block.first + len(block.tensors)]
     own = stored(torch.cat([rows, torch.zeros_like(rows[:, :1])], 1))
-    return [own[:, k : k + 1] for k in range(used)]
+    return [own[:, k : k + 1] for k in range(table.shape[1])]
 
 
-def _measure(part: Part, block: Block, factors: Tensor) -> list[Tensor]:
-    """The two peaks and two sums of every tensor of a block, four of [tensors]."""
-    a, b, c, d = update.measure_block(*part, Factors(*_rows(factors, block, USED)))
-    return [stored(x) for x in (a.amax(1), b.amax(1), c.sum(1), d.sum(1))]
+def _update(part: update.Block, block: Block, factors: tuple[Tensor, Tensor], caution: bool) -> list[Tensor]:
+    """The step over a block, in place; gives its :class:`Sums`, of whole tensors."""
+    f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
+    index = torch.arange(block.numel, dtype=torch.int32, device=f.salt.device) + f.salt
+    dtypes = [torch.int32] * 2 + [torch.int64] * (2 + caution)
+    found = [torch.zeros(len(block.tensors), dtype=dtype, device=f.salt.device) for dtype in dtypes]
+    zeros = torch.zeros(1, dtype=torch.int32, device=f.salt.device)
+    update.update_block(part, f, index, zeros, Sums(*found, *[None] * (5 - len(found))))
+    return found
 
 
-def _results(measured: list[list[Tensor]], empty: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """All blocks' peaks and sums one after the other; those of empty tensors are 0."""
-    dtypes = (torch.int32, torch.int32, torch.float64, torch.float64)
-    nothing = [[torch.zeros(empty, dtype=dtype, device=device)] if empty else [] for dtype in dtypes]
-    a, b, c, d = (stored(torch.cat([x[k] for x in measured] + nothing[k])) for k in range(4))
-    return [a, b], [c, d]
-
-
-def _apply(part: Part, block: Block, factors: Tensor, rounding: Tensor) -> None:
-    """The second pass over a block, in place."""
-    offset, salt, keep = (_rows(rounding, block, 3)[k] for k in (OFFSET, SALT, KEEP))
-    index = torch.arange(block.numel, dtype=torch.int32, device=salt.device) + salt
-    update.write_block(part, Factors(*_rows(factors, block, USED)), index, offset, keep.expand(index.shape))
-
-
-def _write_back(tensors: list[Tensor], part: Part, block: Block) -> None:
+def _write_back(tensors: list[Tensor], part: update.Block, block: Block) -> None:
     """Copy weights and codes of a block of small tensors to where they came from."""
     if len(block.tensors) == 1:
         return
-    for k in (0, 2, 3):
-        rows = stored(part[k])
-        for i, row in zip(block.tensors, rows, strict=True):
+    for k, rows in ((0, part.new_p), (2, part.new_m), (3, part.new_v)):
+        for i, row in zip(block.tensors, stored(rows), strict=True):
             tensors[4 * i + k].view(-1).copy_(row)
 
 
-def first_inputs(shapes: Sequence[Shape], device: torch.device) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Inputs for a first step: weights, gradients and codes 0, the smallest scales, salts 0."""
+def first_inputs(
+    shapes: Sequence[Shape], device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs for a first step, as :meth:`ExportedStep.forward` takes them: all weights, gradients and salts 0."""
     made = [torch.zeros(x.shape, dtype=x.dtype, device=device) for x in inputs(shapes)]
-    norms, counters, lr = made[-3:]
-    norms += torch.tensor([E4M3.smallest_scale(), E5M2.smallest_scale()], device=device)
-    return made[:-3], norms, counters, lr
+    *tensors, norms, counters, sums, lr, grad_factor = made
+    for row, shape in enumerate(shapes):
+        state = init_state(torch.zeros(shape, device=device), 0, True)
+        for table in (norms, counters, sums):
+            table[row] = torch.stack([state[name] for name in TABLES[table.dtype]])
+    return tensors, norms, counters, sums, lr, grad_factor.fill_(1)
 
 
 def inductor_options(device: torch.device, threads: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def inductor_options(device: torch.device, threads: int) -> dict[str, Any]:
     Unlike the optimizer's graphs this one has static sizes: a loop over a few numbers need not be a parallel region,
     which code for any number of threads makes of every loop.
     """
-    found = compiled.options(device)
+    found = inductor.options(device)
     return found | {"cpp.dynamic_threads": False, "cpp.threads": threads} if device.type == "cpu" else found
 
 
@@ -191,10 +191,11 @@ def export(shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.de
     options = inductor_options(device, threads)
     with tempfile.TemporaryDirectory(prefix="lamb16-export-") as scratch:
         package = Path(scratch) / PACKAGE
-        with torch.no_grad(), _kernels_shared():
+        with torch.no_grad(), _kernels_shared(), inductor.vector_casts(), inductor.fused_reductions():
             program = torch.export.export(ExportedStep(shapes, hyper), first_inputs(shapes, device))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
-        manifest = describe(shapes, hyper, device, options, package)
+        plain = {name: x for name, x in options.items() if not isinstance(x, CustomGraphPass)}
+        manifest = describe(shapes, hyper, device, plain, package)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.move(package, folder / PACKAGE)
     write(manifest, folder / MANIFEST)

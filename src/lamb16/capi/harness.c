@@ -2,9 +2,12 @@
  *
  *     AOTI_RUNTIME_CHECK_INPUTS=1 harness MODEL.so < PLAN
  *
- * PLAN is text: steps, seed, the hyperparameters in the order of lamb16_hyper, the number of tensors, and for each of
- * them its salt, the number of its dimensions and these. The results go to stdout as one line of names and numbers, the
- * first mismatches to stderr. Status 0: no bit differed; 1: some did; 2: it could not be run, and stderr says why.
+ * PLAN is text: steps, seed, the hyperparameters, the number of tensors, and for each of them its salt, the number of
+ * its dimensions and these. The results go to stdout as one line of names and numbers, the first mismatches to stderr.
+ * Status 0: no bit differed; 1: some did; 2: it could not be run, and stderr says why.
+ *
+ * HYPERPARAMETERS(X) is defined by whoever compiles this, as X(lr) X(beta1) ...: the fields of lamb16_hyper in the order
+ * of the plan.
  */
 #include "aoti.h"
 #include "inputs.h"
@@ -12,7 +15,9 @@
 
 #include <inttypes.h>
 
-enum { SHOWN = 8 }; /* mismatches that are printed */
+enum { SHOWN = 8 };                          /* mismatches that are printed */
+enum { NORMS = 4, COUNTERS = 2, SUMS = 3 }; /* columns of the step's tables */
+enum { TABLES = 5 };                         /* inputs of the step besides four per tensor: these and two numbers */
 
 /* The two copies of a tensor: of the exported step, whose scalars are in tables, and of the reference. */
 typedef struct {
@@ -29,12 +34,13 @@ typedef struct {
     lamb16_hyper hyper;
     size_t count;
     tensor *tensors;
-    float *norms;      /* [count, 2] */
-    int32_t *counters; /* [count, 2]: step, salt */
+    float *norms;      /* [count, NORMS]: exp_avg_norm, exp_avg_sq_norm, exp_avg_max, exp_avg_sq_max */
+    int32_t *counters; /* [count, COUNTERS]: step, salt */
+    int64_t *sums;     /* [count, SUMS]: weight_sum, update_sum, mask_count */
 } plan;
 
 typedef struct {
-    uint64_t codes, scales, weights, ulp, skipped, shown;
+    uint64_t codes, scalars, weights, ulp, skipped, shown;
 } differences;
 
 static void quit(const char *message)
@@ -53,12 +59,18 @@ static void *allocate(size_t count, size_t size)
 
 /* ---- the plan ---------------------------------------------------------------------------------------------------- */
 
+static double read_number(void)
+{
+    double x;
+    if (scanf("%la", &x) != 1)
+        quit("the plan has no hyperparameters");
+    return x;
+}
+
 static void read_hyper(lamb16_hyper *h)
 {
-    if (scanf("%la %la %la %la %la %la %la %la %" SCNd32 " %" SCNd32, &h->lr, &h->beta1, &h->beta2, &h->eps,
-              &h->weight_decay, &h->trust_scale, &h->trust_lr, &h->trust_clip, &h->bias_correction,
-              &h->maximize) != 10)
-        quit("the plan has no hyperparameters");
+#define READ(name) h->name = read_number(); /* flags are int32_t and given as 0 or 1 */
+    HYPERPARAMETERS(READ)
 }
 
 static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
@@ -87,6 +99,24 @@ static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
         quit("lamb16_init refused a tensor");
 }
 
+/* The scalar state of tensor i before the first step, from the reference into the tables. */
+static void write_scalars(const plan *p, size_t i)
+{
+    const lamb16_tensor *r = &p->tensors[i].reference;
+    float *norms = &p->norms[NORMS * i];
+    int32_t *counters = &p->counters[COUNTERS * i];
+    int64_t *sums = &p->sums[SUMS * i];
+    norms[0] = r->exp_avg_norm;
+    norms[1] = r->exp_avg_sq_norm;
+    norms[2] = r->exp_avg_max;
+    norms[3] = r->exp_avg_sq_max;
+    counters[0] = r->step;
+    memcpy(&counters[1], &r->salt, sizeof r->salt);
+    sums[0] = r->weight_sum;
+    sums[1] = r->update_sum;
+    sums[2] = r->mask_count;
+}
+
 static void read_plan(plan *p)
 {
     if (scanf("%" SCNu64 " %" SCNu64, &p->steps, &p->seed) != 2)
@@ -95,14 +125,12 @@ static void read_plan(plan *p)
     if (scanf("%zu", &p->count) != 1 || p->count == 0)
         quit("the plan has no tensors");
     p->tensors = allocate(p->count, sizeof *p->tensors);
-    p->norms = allocate(2 * p->count, sizeof *p->norms);
-    p->counters = allocate(2 * p->count, sizeof *p->counters);
+    p->norms = allocate(NORMS * p->count, sizeof *p->norms);
+    p->counters = allocate(COUNTERS * p->count, sizeof *p->counters);
+    p->sums = allocate(SUMS * p->count, sizeof *p->sums);
     for (size_t i = 0; i < p->count; i++) {
-        const lamb16_tensor *reference = &p->tensors[i].reference;
         read_tensor(&p->tensors[i], p->seed, i);
-        p->norms[2 * i] = reference->exp_avg_norm;
-        p->norms[2 * i + 1] = reference->exp_avg_sq_norm;
-        memcpy(&p->counters[2 * i + 1], &reference->salt, sizeof reference->salt);
+        write_scalars(p, i);
     }
 }
 
@@ -114,12 +142,12 @@ static aoti_input table(void *data, int32_t dtype, int64_t rows, int64_t columns
     return input;
 }
 
-/* The exported step's inputs in its order: four a tensor, norms, counters, learning rate. */
-static aoti_input *make_inputs(const plan *p, double *lr)
+/* The exported step's inputs in its order: four per tensor, norms, counters, sums, learning rate, gradients' factor. */
+static aoti_input *make_inputs(const plan *p, double *lr, double *grad_factor)
 {
-    const int32_t f32 = aoti_torch_dtype_float32(), byte = aoti_torch_dtype_uint8();
+    const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), byte = aoti_torch_dtype_uint8();
     const int64_t rows = (int64_t)p->count;
-    aoti_input *inputs = allocate(4 * p->count + 3, sizeof *inputs);
+    aoti_input *inputs = allocate(4 * p->count + TABLES, sizeof *inputs), *tables = inputs + 4 * p->count;
     for (size_t i = 0; i < p->count; i++) {
         const tensor *t = &p->tensors[i];
         void *data[] = {t->param, t->grad, t->exp_avg, t->exp_avg_sq};
@@ -131,9 +159,11 @@ static aoti_input *make_inputs(const plan *p, double *lr)
             memcpy(input->shape, t->shape, sizeof t->shape);
         }
     }
-    inputs[4 * p->count] = table(p->norms, f32, rows, 2);
-    inputs[4 * p->count + 1] = table(p->counters, aoti_torch_dtype_int32(), rows, 2);
-    inputs[4 * p->count + 2] = table(lr, aoti_torch_dtype_float64(), 1, 0);
+    tables[0] = table(p->norms, f32, rows, NORMS);
+    tables[1] = table(p->counters, aoti_torch_dtype_int32(), rows, COUNTERS);
+    tables[2] = table(p->sums, aoti_torch_dtype_int64(), rows, SUMS);
+    tables[3] = table(lr, f64, 1, 0);
+    tables[4] = table(grad_factor, f64, 1, 0);
     return inputs;
 }
 
@@ -146,13 +176,13 @@ static void fill_gradients(const plan *p, uint64_t step)
     }
 }
 
-static void step_reference(plan *p, double lr, differences *d)
+static void step_reference(plan *p, double lr, double grad_factor, differences *d)
 {
     lamb16_hyper hyper = p->hyper;
     hyper.lr = lr;
     for (size_t i = 0; i < p->count; i++) { /* one by one: the list would compare all their addresses in every step */
         lamb16_stats stats;
-        lamb16_status status = lamb16_step(&p->tensors[i].reference, &hyper, &stats);
+        lamb16_status status = lamb16_step(&p->tensors[i].reference, &hyper, grad_factor, &stats);
         if (status != LAMB16_OK) {
             fprintf(stderr, "the C reference refuses tensor %zu: %s\n", i, lamb16_status_string(status));
             exit(2);
@@ -179,20 +209,37 @@ static uint64_t ulps(float a, float b)
     return (uint64_t)(x > y ? x - y : y - x);
 }
 
-static void show(differences *d, uint64_t step, size_t i, const char *what, size_t element, uint32_t found,
-                 uint32_t wanted)
+static void show(differences *d, uint64_t step, size_t i, const char *what, size_t element, uint64_t found,
+                 uint64_t wanted)
 {
     if (d->shown++ < SHOWN)
-        fprintf(stderr, "step %" PRIu64 ", tensor %zu, %s[%zu]: 0x%08" PRIx32 ", the reference has 0x%08" PRIx32 "\n",
+        fprintf(stderr, "step %" PRIu64 ", tensor %zu, %s[%zu]: 0x%08" PRIx64 ", the reference has 0x%08" PRIx64 "\n",
                 step + 1, i, what, element, found, wanted);
 }
 
-static void compare_scalar(differences *d, uint64_t step, size_t i, const char *what, uint32_t found, uint32_t wanted)
+static void compare_scalar(differences *d, uint64_t step, size_t i, const char *what, uint64_t found, uint64_t wanted)
 {
     if (found != wanted) {
-        d->scales++;
+        d->scalars++;
         show(d, step, i, what, 0, found, wanted);
     }
+}
+
+static void compare_scalars(const plan *p, size_t i, uint64_t step, differences *d)
+{
+    const lamb16_tensor *r = &p->tensors[i].reference;
+    const float *norms = &p->norms[NORMS * i];
+    const int32_t *counters = &p->counters[COUNTERS * i];
+    const int64_t *sums = &p->sums[SUMS * i];
+    compare_scalar(d, step, i, "exp_avg_norm", bits_of(norms[0]), bits_of(r->exp_avg_norm));
+    compare_scalar(d, step, i, "exp_avg_sq_norm", bits_of(norms[1]), bits_of(r->exp_avg_sq_norm));
+    compare_scalar(d, step, i, "exp_avg_max", bits_of(norms[2]), bits_of(r->exp_avg_max));
+    compare_scalar(d, step, i, "exp_avg_sq_max", bits_of(norms[3]), bits_of(r->exp_avg_sq_max));
+    compare_scalar(d, step, i, "step", (uint32_t)counters[0], (uint32_t)r->step);
+    compare_scalar(d, step, i, "salt", (uint32_t)counters[1], r->salt);
+    compare_scalar(d, step, i, "weight_sum", (uint64_t)sums[0], (uint64_t)r->weight_sum);
+    compare_scalar(d, step, i, "update_sum", (uint64_t)sums[1], (uint64_t)r->update_sum);
+    compare_scalar(d, step, i, "mask_count", (uint64_t)sums[2], (uint64_t)r->mask_count);
 }
 
 static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *d)
@@ -215,10 +262,7 @@ static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *
             show(d, step, i, "exp_avg_sq", e, t->exp_avg_sq[e], r->exp_avg_sq[e]);
         }
     }
-    compare_scalar(d, step, i, "exp_avg_norm", bits_of(p->norms[2 * i]), bits_of(r->exp_avg_norm));
-    compare_scalar(d, step, i, "exp_avg_sq_norm", bits_of(p->norms[2 * i + 1]), bits_of(r->exp_avg_sq_norm));
-    compare_scalar(d, step, i, "step", (uint32_t)p->counters[2 * i], (uint32_t)r->step);
-    compare_scalar(d, step, i, "salt", (uint32_t)p->counters[2 * i + 1], r->salt);
+    compare_scalars(p, i, step, d);
     if (memcmp(t->grad, t->reference_grad, r->numel * sizeof *t->grad) != 0)
         quit("the step changed a gradient, which it is only to read");
 }
@@ -231,26 +275,27 @@ int main(int argc, char **argv)
     differences d = {0};
     aoti_model model;
     aoti_input *inputs;
-    double lr;
+    double lr, grad_factor;
 
     if (argc != 2)
         quit("usage: AOTI_RUNTIME_CHECK_INPUTS=1 harness MODEL.so < PLAN");
     read_plan(&p);
-    inputs = make_inputs(&p, &lr);
+    inputs = make_inputs(&p, &lr, &grad_factor);
     if (aoti_open(&model, argv[1]) != 0)
         quit(model.message);
     for (uint64_t step = 0; step < p.steps; step++) {
         fill_gradients(&p, step);
         lr = inputs_lr(p.hyper.lr, step);
-        if (aoti_run(&model, inputs, 4 * p.count + 3) != 0)
+        grad_factor = inputs_grad_factor(step);
+        if (aoti_run(&model, inputs, 4 * p.count + TABLES) != 0)
             quit(model.message);
-        step_reference(&p, inputs_lr(p.hyper.lr, step), &d);
+        step_reference(&p, inputs_lr(p.hyper.lr, step), inputs_grad_factor(step), &d);
         for (size_t i = 0; i < p.count; i++)
             compare_tensor(&p, i, step, &d);
     }
     aoti_close(&model);
-    printf("tensors %zu steps %" PRIu64 " codes %" PRIu64 " scales %" PRIu64 " weights %" PRIu64 " ulp %" PRIu64
+    printf("tensors %zu steps %" PRIu64 " codes %" PRIu64 " scalars %" PRIu64 " weights %" PRIu64 " ulp %" PRIu64
            " skipped %" PRIu64 "\n",
-           p.count, p.steps, d.codes, d.scales, d.weights, d.ulp, d.skipped);
-    return d.codes + d.scales + d.weights > 0; /* the operating system frees the memory */
+           p.count, p.steps, d.codes, d.scalars, d.weights, d.ulp, d.skipped);
+    return d.codes + d.scalars + d.weights > 0; /* the operating system frees the memory */
 }

@@ -73,3 +73,9 @@ double inputs_lr(double lr, uint64_t step)
 {
     return step % 16 == 9 ? 0.0 : lr * (double)(1 + step % 8) / 4.0;
 }
+
+double inputs_grad_factor(uint64_t step)
+{
+    static const double scales[] = {1.0, 2.0, 3.0, 1024.0, 0.75};
+    return 1.0 / scales[step % (sizeof scales / sizeof *scales)];
+}

@@ -1,4 +1,4 @@
-/* What the checks feed a step with: weights, gradients and learning rates from a seed, the same in every process.
+/* What the checks feed a step with: weights and gradients from a seed, learning rates and factors; the same in every process.
  *
  * Tensors have scales of their own. About a third of the gradients are awkward: zero, subnormal, sparse, with outliers,
  * so large that the second moment overflows, or with one inf or NaN. */
@@ -16,5 +16,8 @@ void inputs_gradient(float *g, size_t n, uint64_t seed, uint64_t tensor, uint64_
 
 /* The learning rate of a step: up to twice the given one, at times 0. */
 double inputs_lr(double lr, uint64_t step);
+
+/* What the gradients of a step are multiplied by: the inverse of a number that float32 holds. */
+double inputs_grad_factor(uint64_t step);
 
 #endif

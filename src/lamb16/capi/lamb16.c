@@ -22,9 +22,12 @@ _Static_assert(sizeof(float) == 4 && FLT_MANT_DIG == 24 && FLT_MAX_EXP == 128, "
 _Static_assert(sizeof(double) == 8 && DBL_MANT_DIG == 53 && DBL_MAX_EXP == 1024, "double is IEEE binary64");
 
 static const uint32_t GOLDEN = 0x9E3779B9u; /* 2^32 / golden ratio: the step of the rounding words from step to step */
-static const double WEIGHT_FLOOR = 0.01;    /* a weight's square counts with at least this: biases start at 0 */
+static const float WEIGHT_FLOOR = 0.01f;    /* a weight's square counts with at least this: biases start at 0 */
+static const double SUM_UNITS = 0x1p20;     /* of the sums: squares of at most 1 are rounded to multiples of 2^-20 */
+static const double NORM_UNITS = 0x1p40;    /* of the gradients' norm */
 static const float OVERFLOW_V = 0x1p127f;   /* a second moment from here on cannot be rounded up safely */
 static const double SMALLEST_EPS = 0x1p-100;
+static const uint64_t LARGEST_NUMEL = INT64_MAX >> 20; /* a sum counts each element with up to 2^20 */
 
 typedef struct {
     int mantissa_bits;
@@ -193,7 +196,7 @@ const char *lamb16_status_string(lamb16_status status)
     case LAMB16_OK: return "no error";
     case LAMB16_NULL_POINTER: return "a pointer is NULL; only arrays of tensors with numel 0, and stats, may be";
     case LAMB16_MISALIGNED: return "param or grad is not aligned as a float is; copy it to aligned memory";
-    case LAMB16_BAD_NUMEL: return "numel is too large: that many floats do not fit into memory";
+    case LAMB16_BAD_NUMEL: return "numel is too large: so many floats do not fit into memory, or their sum into 63 bits";
     case LAMB16_OVERLAP: return "an array that is written overlaps another array; give each tensor memory of its own";
     case LAMB16_BAD_LR: return "lr is invalid; it must be finite and >= 0";
     case LAMB16_BAD_BETA1: return "beta1 is invalid; it must be in [0, 1)";
@@ -204,7 +207,10 @@ const char *lamb16_status_string(lamb16_status status)
     case LAMB16_BAD_TRUST_LR: return "trust_lr is invalid; it must be finite and > 0";
     case LAMB16_BAD_TRUST_CLIP: return "trust_clip is invalid; it must be finite and > 0";
     case LAMB16_BAD_BIAS_CORRECTION: return "bias_correction is invalid; it must be 0 or 1";
+    case LAMB16_BAD_NESTEROV: return "nesterov is invalid; it must be 0 or 1";
+    case LAMB16_BAD_CAUTION: return "caution is invalid; it must be 0 or 1";
     case LAMB16_BAD_MAXIMIZE: return "maximize is invalid; it must be 0 or 1";
+    case LAMB16_BAD_GRAD_FACTOR: return "grad_factor is invalid; it must be finite and >= 0";
     case LAMB16_BAD_EXP_AVG: return "exp_avg holds NaN codes: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_SQ:
         return "exp_avg_sq holds NaN, infinite or negative codes: it is damaged, or lamb16_init was not called";
@@ -212,6 +218,14 @@ const char *lamb16_status_string(lamb16_status status)
         return "exp_avg_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_SQ_NORM:
         return "exp_avg_sq_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG_MAX:
+        return "exp_avg_max is NaN, negative or below a code of exp_avg: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG_SQ_MAX:
+        return "exp_avg_sq_max is NaN, negative or below a code of exp_avg_sq: it is damaged, or lamb16_init was not "
+               "called";
+    case LAMB16_BAD_WEIGHT_SUM: return "weight_sum is negative: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_UPDATE_SUM: return "update_sum is negative: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_MASK_COUNT: return "mask_count is not in [0, numel]: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_STEP: return "step is invalid; it must be in [0, 2^31 - 2]";
     }
     return "no lamb16_status";
@@ -219,7 +233,7 @@ const char *lamb16_status_string(lamb16_status status)
 
 void lamb16_default_hyper(lamb16_hyper *hyper)
 {
-    static const lamb16_hyper defaults = {1e-3, 0.9, 0.999, 1e-6, 0.0, 0.382, 1e-3, 2.0, 1, 0};
+    static const lamb16_hyper defaults = {1e-3, 0.9, 0.999, 1e-6, 0.0, 0.382, 1e-3, 2.0, 1, 1, 0, 0};
     if (hyper != NULL)
         *hyper = defaults;
 }
@@ -254,6 +268,10 @@ static lamb16_status check_hyper(const lamb16_hyper *h)
         return LAMB16_BAD_TRUST_CLIP;
     if (!is_flag(h->bias_correction))
         return LAMB16_BAD_BIAS_CORRECTION;
+    if (!is_flag(h->nesterov))
+        return LAMB16_BAD_NESTEROV;
+    if (!is_flag(h->caution))
+        return LAMB16_BAD_CAUTION;
     if (!is_flag(h->maximize))
         return LAMB16_BAD_MAXIMIZE;
     return LAMB16_OK;
@@ -287,14 +305,47 @@ static int is_power_of_two(float x)
 
 static int is_misaligned(const float *x) { return (uintptr_t)x % _Alignof(float) != 0; }
 
+static int is_too_large(size_t numel) { return numel > SIZE_MAX / sizeof(float) || numel > LARGEST_NUMEL; }
+
+/* The codes, and that the maxima are as large as what they hold: the step relies on it. Codes of one sign are in the
+ * order of their values. */
 static lamb16_status check_codes(const lamb16_tensor *x)
 {
+    uint8_t largest_m = 0, largest_v = 0;
     for (size_t i = 0; i < x->numel; i++) {
-        if ((x->exp_avg[i] & 0x7F) > E4M3.largest_code)
+        uint8_t magnitude_m = x->exp_avg[i] & 0x7F, code_v = x->exp_avg_sq[i];
+        if (magnitude_m > E4M3.largest_code)
             return LAMB16_BAD_EXP_AVG;
-        if (x->exp_avg_sq[i] > E5M2.largest_code) /* with a sign bit it is larger too */
+        if (code_v > E5M2.largest_code) /* with a sign bit it is larger too */
             return LAMB16_BAD_EXP_AVG_SQ;
+        largest_m = magnitude_m > largest_m ? magnitude_m : largest_m;
+        largest_v = code_v > largest_v ? code_v : largest_v;
     }
+    if (decode(largest_m, &E4M3) > x->exp_avg_max)
+        return LAMB16_BAD_EXP_AVG_MAX;
+    if (decode(largest_v, &E5M2) > x->exp_avg_sq_max)
+        return LAMB16_BAD_EXP_AVG_SQ_MAX;
+    return LAMB16_OK;
+}
+
+static lamb16_status check_scalars(const lamb16_tensor *x)
+{
+    if (!is_power_of_two(x->exp_avg_norm))
+        return LAMB16_BAD_EXP_AVG_NORM;
+    if (!is_power_of_two(x->exp_avg_sq_norm))
+        return LAMB16_BAD_EXP_AVG_SQ_NORM;
+    if (!(x->exp_avg_max >= 0.0f))
+        return LAMB16_BAD_EXP_AVG_MAX;
+    if (!(x->exp_avg_sq_max >= 0.0f))
+        return LAMB16_BAD_EXP_AVG_SQ_MAX;
+    if (x->weight_sum < 0)
+        return LAMB16_BAD_WEIGHT_SUM;
+    if (x->update_sum < 0)
+        return LAMB16_BAD_UPDATE_SUM;
+    if (x->mask_count < 0 || (uint64_t)x->mask_count > x->numel)
+        return LAMB16_BAD_MASK_COUNT;
+    if (x->step < 0 || x->step == INT32_MAX)
+        return LAMB16_BAD_STEP;
     return LAMB16_OK;
 }
 
@@ -302,19 +353,14 @@ static lamb16_status check_tensor(const lamb16_tensor *x)
 {
     if (x->numel > 0 && (x->param == NULL || x->grad == NULL || x->exp_avg == NULL || x->exp_avg_sq == NULL))
         return LAMB16_NULL_POINTER;
-    if (x->numel > SIZE_MAX / sizeof(float))
+    if (is_too_large(x->numel))
         return LAMB16_BAD_NUMEL;
     if (x->numel > 0 && (is_misaligned(x->param) || is_misaligned(x->grad)))
         return LAMB16_MISALIGNED;
     if (disturbs(x, x))
         return LAMB16_OVERLAP;
-    if (!is_power_of_two(x->exp_avg_norm))
-        return LAMB16_BAD_EXP_AVG_NORM;
-    if (!is_power_of_two(x->exp_avg_sq_norm))
-        return LAMB16_BAD_EXP_AVG_SQ_NORM;
-    if (x->step < 0 || x->step == INT32_MAX)
-        return LAMB16_BAD_STEP;
-    return check_codes(x);
+    lamb16_status status = check_scalars(x);
+    return status != LAMB16_OK ? status : check_codes(x);
 }
 
 lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hyper)
@@ -325,11 +371,14 @@ lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hype
     return status != LAMB16_OK ? status : check_tensor(tensor);
 }
 
-static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper)
+static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper,
+                                double grad_factor)
 {
     if (count > 0 && tensors == NULL)
         return LAMB16_NULL_POINTER;
     lamb16_status status = check_hyper(hyper);
+    if (status == LAMB16_OK && !is_non_negative(grad_factor))
+        status = LAMB16_BAD_GRAD_FACTOR;
     for (size_t i = 0; i < count && status == LAMB16_OK; i++)
         status = check_tensor(&tensors[i]);
     for (size_t i = 0; i < count && status == LAMB16_OK; i++)
@@ -339,195 +388,304 @@ static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, cons
     return status;
 }
 
+/* ---- sums -------------------------------------------------------------------------------------------------------- */
+
+/* clamp(x^2, least, 1) in units of 2^-20, rounded half to even; a NaN counts as 1. */
+static int64_t clamped_square(float x, float least)
+{
+    float square = x * x;
+    if (square < least)
+        square = least;
+    else if (!(square <= 1.0f))
+        square = 1.0f;
+    return (int64_t)nearbyint((double)square * SUM_UNITS);
+}
+
+/* The largest magnitude of the gradient times the factor; NaN where one is NaN. */
+static float largest_gradient(const lamb16_tensor *x, float factor)
+{
+    float largest = 0.0f;
+    for (size_t i = 0; i < x->numel; i++) {
+        float magnitude = fabsf(factor * x->grad[i]);
+        if (isnan(magnitude))
+            return magnitude;
+        if (magnitude > largest)
+            largest = magnitude;
+    }
+    return largest;
+}
+
+static lamb16_status check_gradients(const lamb16_tensor *tensors, size_t count)
+{
+    for (size_t k = 0; k < count; k++) {
+        if (tensors[k].numel > 0 && tensors[k].grad == NULL)
+            return LAMB16_NULL_POINTER;
+        if (is_too_large(tensors[k].numel))
+            return LAMB16_BAD_NUMEL;
+        if (tensors[k].numel > 0 && is_misaligned(tensors[k].grad))
+            return LAMB16_MISALIGNED;
+    }
+    return LAMB16_OK;
+}
+
+/* The sum over all finite gradients, times the factor, of their squares, each rounded to a multiple of 2^-40. */
+static double sum_of_squares(const lamb16_tensor *tensors, size_t count, double factor)
+{
+    uint64_t low = 0, high = 0; /* the sum is high * 2^64 + low, in units of 2^-40 */
+    for (size_t k = 0; k < count; k++) {
+        if (!isfinite(largest_gradient(&tensors[k], 1.0f)))
+            continue;
+        for (size_t i = 0; i < tensors[k].numel; i++) {
+            float x = (float)((double)tensors[k].grad[i] * factor);
+            uint64_t square = (uint64_t)nearbyint((double)(x * x) * NORM_UNITS);
+            low += square;
+            high += low < square;
+        }
+    }
+    double upper = (double)high * 0x1p44 + (double)(low >> 20); /* in units of 2^-20, rounded down to them */
+    return (upper + (double)(low & 0xFFFFF) * 0x1p-20) * 0x1p-20;
+}
+
+lamb16_status lamb16_grad_norm(const lamb16_tensor *tensors, size_t count, double *norm)
+{
+    if (norm == NULL || (count > 0 && tensors == NULL))
+        return LAMB16_NULL_POINTER;
+    lamb16_status status = check_gradients(tensors, count);
+    if (status != LAMB16_OK)
+        return status;
+    float largest = 0.0f;
+    for (size_t k = 0; k < count; k++) {
+        float found = largest_gradient(&tensors[k], 1.0f);
+        if (isfinite(found) && found > largest)
+            largest = found;
+    }
+    int exponent; /* largest < 2^exponent */
+    frexp((double)largest, &exponent);
+    if (exponent < -125)
+        exponent = -125; /* subnormal floats count as 2^-126 */
+    *norm = sqrt(sum_of_squares(tensors, count, ldexp(1.0, -exponent))) * ldexp(1.0, exponent);
+    return LAMB16_OK;
+}
+
+double lamb16_clip_factor(double norm, double max_norm)
+{
+    double factor = max_norm / (norm + 1e-6);
+    return factor < 1.0 ? factor : 1.0;
+}
+
 /* ---- the step ---------------------------------------------------------------------------------------------------- */
 
 lamb16_status lamb16_init(lamb16_tensor *tensor)
 {
-    if (tensor == NULL || (tensor->numel > 0 && (tensor->exp_avg == NULL || tensor->exp_avg_sq == NULL)))
+    if (tensor == NULL)
         return LAMB16_NULL_POINTER;
-    if (tensor->numel > SIZE_MAX / sizeof(float))
+    size_t n = tensor->numel;
+    if (n > 0 && (tensor->param == NULL || tensor->exp_avg == NULL || tensor->exp_avg_sq == NULL))
+        return LAMB16_NULL_POINTER;
+    if (is_too_large(n))
         return LAMB16_BAD_NUMEL;
-    if (overlap(tensor->exp_avg, tensor->numel, tensor->exp_avg_sq, tensor->numel))
+    if (n > 0 && is_misaligned(tensor->param))
+        return LAMB16_MISALIGNED;
+    if (overlap(tensor->exp_avg, n, tensor->exp_avg_sq, n) ||
+        overlap(tensor->exp_avg, n, tensor->param, n * sizeof(float)) ||
+        overlap(tensor->exp_avg_sq, n, tensor->param, n * sizeof(float)))
         return LAMB16_OVERLAP;
-    if (tensor->numel > 0) {
-        memset(tensor->exp_avg, 0, tensor->numel);
-        memset(tensor->exp_avg_sq, 0, tensor->numel);
+    if (n > 0) {
+        memset(tensor->exp_avg, 0, n);
+        memset(tensor->exp_avg_sq, 0, n);
     }
     tensor->exp_avg_norm = E4M3.smallest_scale;
     tensor->exp_avg_sq_norm = E5M2.smallest_scale;
+    tensor->exp_avg_max = 0.0f;
+    tensor->exp_avg_sq_max = 0.0f;
+    tensor->weight_sum = 0;
+    for (size_t i = 0; i < n; i++)
+        tensor->weight_sum += clamped_square(tensor->param[i], WEIGHT_FLOOR);
+    tensor->update_sum = (int64_t)n << 20; /* Adam's first update is +-1 everywhere */
+    tensor->mask_count = (int64_t)n;
     tensor->step = 0;
     return LAMB16_OK;
 }
 
 /* The scalars of a step, each computed in double and rounded once. */
 typedef struct {
+    float gradient;     /* what the gradient is multiplied with: negative where the step ascends */
     float beta1, beta2;
     float new1, new2;   /* 1 - beta */
-    float rho;          /* c1 / sqrt(c2), where bias correction divides m by c1 and v by c2 */
-    float eps;          /* eps * c1: c1 is taken out of the fraction */
-    float bound;        /* rho / C, where |m| <= C * sqrt(v) for any gradients */
+    float a, b;         /* the update's momentum is a * m + b * g */
+    float root;         /* 1 / sqrt(c2), where bias correction divides v by c2 */
+    float eps;
+    float bound;        /* 1 / C, where |a * m + b * g| <= C * sqrt(v / c2) for any gradients */
+    int caution;
+    float gain;         /* with caution: what is left of the update is multiplied with this */
     float weight_decay;
-    float floor;        /* the least square of an update in its norm */
-    int maximize;
+    float step_size;    /* lr times the trust ratio */
 } factors;
 
-/* 1 / C by Cauchy-Schwarz over the two moving averages; 0, no bound, where beta1^2 >= beta2. */
-static double inverse_bound(double beta1, double beta2)
+/* 1 / C by Cauchy-Schwarz over the gradients' weights in a * m + b * g and in v / c2; 0, no bound, where
+ * beta1^2 >= beta2. The gradient of k steps ago has the weight a * (1 - beta1) * beta1^k in the one, the last one b
+ * more, and (1 - beta2) * beta2^k / c2 in the other. */
+static double inverse_bound(const lamb16_hyper *h, double a, double b, double c2)
 {
-    if (beta1 * beta1 >= beta2)
+    if (h->beta1 * h->beta1 >= h->beta2)
         return 0.0;
-    return sqrt((1.0 - beta2) * (1.0 - beta1 * beta1 / beta2)) / (1.0 - beta1);
+    double q = h->beta1 * h->beta1 / h->beta2;
+    double first = a + b / (1.0 - h->beta1);
+    return sqrt((1.0 - h->beta2) / c2) / ((1.0 - h->beta1) * sqrt(first * first + a * a * (q / (1.0 - q))));
 }
 
-static factors make_factors(const lamb16_hyper *h, int32_t t)
+/* The inverse of the share of elements that the last step left to update: a thousand at most. */
+static double gain(size_t numel, int64_t mask_count)
 {
+    double n = (double)numel, counted = (double)mask_count;
+    if (counted < n / 1000.0)
+        counted = n / 1000.0;
+    if (counted < 1e-3)
+        counted = 1e-3; /* an empty tensor */
+    return n / counted;
+}
+
+/* min((sqrt(weight_sum / update_sum) * trust_lr / lr) ^ trust_scale, trust_clip); an update of 0, as an empty tensor's
+ * and one whose squares and eps all round to 0, and a rate of 0 count as infinitely small. */
+static double trust_ratio(const lamb16_tensor *x, const lamb16_hyper *h)
+{
+    double base = INFINITY;
+    if (h->lr != 0.0 && x->update_sum != 0)
+        base = sqrt((double)x->weight_sum / (double)x->update_sum) * h->trust_lr / h->lr;
+    double ratio = pow(base, h->trust_scale);
+    return h->trust_clip < ratio ? h->trust_clip : ratio;
+}
+
+static factors make_factors(const lamb16_tensor *x, const lamb16_hyper *h, double grad_factor)
+{
+    double t = x->step + 1.0;
     double c1 = h->bias_correction ? 1.0 - pow(h->beta1, t) : 1.0;
     double c2 = h->bias_correction ? 1.0 - pow(h->beta2, t) : 1.0;
-    double rho = c1 / sqrt(c2);
+    double c3 = h->bias_correction ? 1.0 - pow(h->beta1, t + 1.0) : 1.0; /* of the next step */
+    double a = h->nesterov ? h->beta1 / c3 : 1.0 / c1;
+    double b = h->nesterov ? (1.0 - h->beta1) / c1 : 0.0;
     factors f;
+    f.gradient = (float)(h->maximize ? -grad_factor : grad_factor);
     f.beta1 = (float)h->beta1;
     f.beta2 = (float)h->beta2;
     f.new1 = (float)(1.0 - h->beta1);
     f.new2 = (float)(1.0 - h->beta2);
-    f.rho = (float)rho;
-    f.eps = (float)(h->eps * c1);
-    f.bound = (float)(rho * inverse_bound(h->beta1, h->beta2));
+    f.a = (float)a;
+    f.b = (float)b;
+    f.root = (float)(1.0 / sqrt(c2));
+    f.eps = (float)h->eps;
+    f.bound = (float)inverse_bound(h, a, b, c2);
+    f.caution = h->caution;
+    f.gain = (float)gain(x->numel, x->mask_count);
     f.weight_decay = (float)h->weight_decay;
-    f.floor = (float)h->eps;
-    f.maximize = h->maximize;
+    f.step_size = (float)(h->lr * trust_ratio(x, h));
     return f;
 }
 
-/* What a step makes of one element: both passes ask for it, so that nothing has to be stored. */
+/* What a step makes of one element. */
 typedef struct {
-    float m, v; /* the fresh moments */
-    float u;    /* the update, still without learning rate and trust ratio */
+    float m, v;  /* the fresh moments */
+    float u;     /* the update, still without learning rate and trust ratio */
+    int agrees;  /* whether it has the gradient's sign */
 } element;
 
 static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
 {
-    float g = f->maximize ? -x->grad[i] : x->grad[i];
+    float g = f->gradient * x->grad[i];
     float old_m = decode(x->exp_avg[i], &E4M3) * x->exp_avg_norm;
     float old_v = decode(x->exp_avg_sq[i], &E5M2) * x->exp_avg_sq_norm;
     element e;
     e.m = f->beta1 * old_m + f->new1 * g;
     e.v = f->beta2 * old_v + f->new2 * (g * g);
-    float denominator = f->rho * sqrtf(e.v) + f->eps;
-    float least = f->bound * fabsf(e.m);
-    if (least > denominator)
+    float n = f->a * e.m + f->b * g;
+    float denominator = f->root * sqrtf(e.v) + f->eps;
+    float least = f->bound * fabsf(n);
+    if (!(least <= denominator)) /* also where it is NaN */
         denominator = least;
-    e.u = e.m / denominator + f->weight_decay * x->param[i];
+    float d = n / denominator;
+    e.agrees = (n > 0.0f && g > 0.0f) || (n < 0.0f && g < 0.0f);
+    if (f->caution)
+        d = e.agrees ? d * f->gain : 0.0f;
+    e.u = d + f->weight_decay * x->param[i];
     return e;
 }
 
-/* A sum in double that carries along what each addition lost (Kahan), so that the order matters less. */
-typedef struct {
-    double total, lost;
-} sum;
-
-static void add(sum *s, double x)
-{
-    double corrected = x - s->lost;
-    double total = s->total + corrected;
-    s->lost = (total - s->total) - corrected;
-    s->total = total;
-}
-
-/* clamp(x^2, floor, 1); a NaN stays one. */
-static float clamped_square(float x, float floor)
-{
-    float square = x * x;
-    if (square < floor)
-        return floor;
-    return square > 1.0f ? 1.0f : square;
-}
-
+/* What the new state has of all elements. */
 typedef struct {
     float max_m, max_v;
-    double weight_norm, update_norm;
-    int skip;
-} measures;
+    int64_t weight_sum, update_sum, mask_count;
+} totals;
 
-/* First pass: what is reduced over the tensor. */
-static measures measure(const lamb16_tensor *x, const factors *f)
+/* Weights and codes of all elements with these scales. */
+static totals apply(lamb16_tensor *x, const factors *f, float scale_m, float scale_v, int32_t t)
 {
-    measures found = {0.0f, 0.0f, 0.0, 0.0, 0};
-    sum weights = {0.0, 0.0}, updates = {0.0, 0.0};
-    for (size_t i = 0; i < x->numel; i++) {
-        element e = evaluate(x, i, f);
-        if (!isfinite(x->grad[i]) || !isfinite(e.m) || !(e.v < OVERFLOW_V)) {
-            found.skip = 1;
-            return found;
-        }
-        if (fabsf(e.m) > found.max_m)
-            found.max_m = fabsf(e.m);
-        if (e.v > found.max_v)
-            found.max_v = e.v;
-        add(&weights, clamped_square(x->param[i], (float)WEIGHT_FLOOR));
-        add(&updates, clamped_square(e.u, f->floor));
-    }
-    found.weight_norm = sqrt(weights.total);
-    found.update_norm = sqrt(updates.total);
-    return found;
-}
-
-/* min((w / u * trust_lr / lr) ^ trust_scale, trust_clip). */
-static double trust_ratio(const measures *found, const lamb16_hyper *h)
-{
-    if (found->update_norm == 0.0) /* an empty tensor */
-        return h->trust_clip;
-    double base = h->lr == 0.0 ? INFINITY : found->weight_norm / found->update_norm * h->trust_lr / h->lr;
-    double ratio = pow(base, h->trust_scale);
-    return h->trust_clip < ratio ? h->trust_clip : ratio;
-}
-
-/* Second pass: weights and codes. */
-static void apply(lamb16_tensor *x, const factors *f, float step_size, float scale_m, float scale_v, int32_t t)
-{
+    totals found = {0.0f, 0.0f, 0, 0, 0};
     for (size_t i = 0; i < x->numel; i++) {
         element e = evaluate(x, i, f);
         uint32_t word = lamb16_word(i, x->salt, t);
+        uint8_t code_m = encode(e.m / scale_m, word, &E4M3);
         uint8_t code_v = encode(e.v / scale_v, word, &E5M2);
-        x->param[i] = x->param[i] - step_size * e.u;
-        x->exp_avg[i] = encode(e.m / scale_m, word, &E4M3);
-        x->exp_avg_sq[i] = code_v == 0 && e.v > 0.0f ? 1 : code_v; /* 1 / sqrt(0) would ruin the layer */
+        if (code_v == 0 && e.v > 0.0f)
+            code_v = 1; /* 1 / sqrt(0) would ruin the layer */
+        x->param[i] = x->param[i] - f->step_size * e.u;
+        x->exp_avg[i] = code_m;
+        x->exp_avg_sq[i] = code_v;
+
+        float m = fabsf(decode(code_m, &E4M3)), v = decode(code_v, &E5M2);
+        found.max_m = m > found.max_m ? m : found.max_m;
+        found.max_v = v > found.max_v ? v : found.max_v;
+        found.weight_sum += clamped_square(x->param[i], WEIGHT_FLOOR);
+        found.update_sum += clamped_square(e.u, f->eps);
+        found.mask_count += e.agrees;
     }
+    return found;
 }
 
-static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h)
+static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double grad_factor)
 {
-    int32_t t = x->step + 1;
-    factors f = make_factors(h, t);
-    measures found = measure(x, &f);
     lamb16_stats stats = {NAN, NAN, NAN, 1};
-    if (found.skip)
-        return stats;
-    stats.skipped = 0;
-    stats.weight_norm = found.weight_norm;
-    stats.update_norm = found.update_norm;
-    stats.trust_ratio = trust_ratio(&found, h);
+    factors f = make_factors(x, h, grad_factor);
 
-    float scale_m = scale(found.max_m, &E4M3), scale_v = scale(found.max_v, &E5M2);
-    apply(x, &f, (float)(h->lr * stats.trust_ratio), scale_m, scale_v, t);
+    /* The largest magnitudes that m and v can have, before they are formed; rounding is monotone. */
+    float largest = largest_gradient(x, f.gradient);
+    float bound_m = f.beta1 * (x->exp_avg_max * x->exp_avg_norm) + f.new1 * largest;
+    float bound_v = f.beta2 * (x->exp_avg_sq_max * x->exp_avg_sq_norm) + f.new2 * (largest * largest);
+    if (!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)) /* a NaN compares as false */
+        return stats;
+    stats.weight_norm = sqrt((double)x->weight_sum / SUM_UNITS);
+    stats.update_norm = sqrt((double)x->update_sum / SUM_UNITS);
+    stats.trust_ratio = trust_ratio(x, h);
+    stats.skipped = 0;
+
+    float scale_m = scale(bound_m, &E4M3), scale_v = scale(bound_v, &E5M2);
+    totals found = apply(x, &f, scale_m, scale_v, x->step + 1);
     x->exp_avg_norm = scale_m;
     x->exp_avg_sq_norm = scale_v;
-    if (found.max_m > 0.0f || found.max_v > 0.0f) /* a step that leaves all moments 0 does not count */
-        x->step = t;
+    if (bound_m > 0.0f || bound_v > 0.0f) { /* else all moments are 0 and stay so: no step to count */
+        x->exp_avg_max = found.max_m;
+        x->exp_avg_sq_max = found.max_v;
+        x->weight_sum = found.weight_sum;
+        x->update_sum = found.update_sum;
+        if (h->caution)
+            x->mask_count = found.mask_count;
+        x->step += 1;
+    }
     return stats;
 }
 
-lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, lamb16_stats *stats)
+lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, double grad_factor,
+                               lamb16_stats *stats)
 {
-    lamb16_status status = check_list(tensors, count, hyper);
+    lamb16_status status = check_list(tensors, count, hyper, grad_factor);
     for (size_t i = 0; i < count && status == LAMB16_OK; i++) {
-        lamb16_stats found = step_tensor(&tensors[i], hyper);
+        lamb16_stats found = step_tensor(&tensors[i], hyper, grad_factor);
         if (stats != NULL)
             stats[i] = found;
     }
     return status;
 }
 
-lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, lamb16_stats *stats)
+lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, double grad_factor, lamb16_stats *stats)
 {
-    return lamb16_step_list(tensor, 1, hyper, stats);
+    return lamb16_step_list(tensor, 1, hyper, grad_factor, stats);
 }

@@ -1,8 +1,8 @@
 /* lamb16 in C: LAMB with 16 bits of optimizer state a parameter. The reference that other implementations are held to.
  *
  * Portable C11 that needs only the standard library (link with -lm), usable from C++. It is written to be read and to
- * be right, not to be fast: one element after the other, in two passes, without allocating memory. It shares no code
- * with PyTorch, and gives the bits of the package's Python reference: weights, codes, scales and step counts.
+ * be right, not to be fast: one element after the other, without allocating memory. It shares no code with PyTorch, and
+ * gives the bits of the package's Python reference: weights, state and norms.
  *
  *     cc -std=c11 -O2 -ffp-contract=off -c lamb16.c
  *
@@ -36,7 +36,9 @@ typedef struct {
     double trust_scale;  /* exponent of the trust ratio, finite and >= 0; 0 switches the ratio off */
     double trust_lr;     /* learning rate at which the trust ratio is not changed; finite and > 0 */
     double trust_clip;   /* upper bound of the trust ratio; finite and > 0 */
-    int32_t bias_correction; /* 1: divide m by 1 - beta1^t and v by 1 - beta2^t in the update; 0: do not */
+    int32_t bias_correction; /* 1: divide moments by the sum of their weights, 1 - beta^t, in the update; 0: do not */
+    int32_t nesterov;        /* 1: the update's momentum is the next step's, had that one the same gradient; 0: m */
+    int32_t caution;         /* 1: update only where it has the gradient's sign, by so much more; 0: everywhere */
     int32_t maximize;        /* 1: ascend instead of descend; 0: descend */
 } lamb16_hyper;
 
@@ -50,14 +52,22 @@ typedef struct {
     uint8_t *exp_avg_sq;   /* e5m2 codes of the second moment; sign bits 0 */
     float exp_avg_norm;    /* power of two, at least 2^-126 */
     float exp_avg_sq_norm; /* power of two, at least 2^-126 */
+    float exp_avg_max;     /* no code of exp_avg decodes to a larger magnitude, exp_avg_norm left out */
+    float exp_avg_sq_max;  /* the same of exp_avg_sq */
+    int64_t weight_sum;    /* sum over the weights, as the last step left them, of clamp(p^2, 0.01, 1), see below */
+    int64_t update_sum;    /* sum over the last step's update of clamp(u^2, eps, 1); numel * 2^20 before the first */
+    int64_t mask_count;    /* elements of that update with the gradient's sign, 0 .. numel; counted with caution only */
     int32_t step;          /* steps that counted so far, 0 .. 2^31 - 2 */
     uint32_t salt;         /* enters the rounding words; any number, best another for every tensor; never changed */
 } lamb16_tensor;
 
-/* The norms of one step. */
+/* Both sums are in units of 2^-20: each clamped square is rounded to an integer, half to even, and a NaN counts as 1.
+ * So they do not depend on the order of the elements. */
+
+/* The norms that the trust ratio of a step came from. */
 typedef struct {
-    double weight_norm; /* sqrt of the sum of clamp(p^2, 0.01, 1) before the step; NaN where skipped */
-    double update_norm; /* sqrt of the sum of clamp(u^2, eps, 1); NaN where skipped */
+    double weight_norm; /* of the weights before the step: sqrt(weight_sum / 2^20); NaN where skipped */
+    double update_norm; /* of the step before: sqrt(update_sum / 2^20); NaN where skipped */
     double trust_ratio; /* what lr was multiplied with; NaN where skipped */
     int32_t skipped;    /* 1: the tensor was left as it is, see lamb16_step; else 0 */
 } lamb16_stats;
@@ -67,7 +77,7 @@ typedef enum {
     LAMB16_OK = 0,
     LAMB16_NULL_POINTER = 1,         /* an argument, or an array of a tensor that has elements, is NULL */
     LAMB16_MISALIGNED = 2,           /* param or grad is not aligned as a float is */
-    LAMB16_BAD_NUMEL = 3,            /* numel floats do not fit into the address space */
+    LAMB16_BAD_NUMEL = 3,            /* numel floats do not fit into the address space, or their sum not into 63 bits */
     LAMB16_OVERLAP = 4,              /* an array that is written overlaps another array, of this or another tensor */
     LAMB16_BAD_LR = 5,               /* this and the following: out of the range given at the field */
     LAMB16_BAD_BETA1 = 6,
@@ -78,19 +88,27 @@ typedef enum {
     LAMB16_BAD_TRUST_LR = 11,
     LAMB16_BAD_TRUST_CLIP = 12,
     LAMB16_BAD_BIAS_CORRECTION = 13,
-    LAMB16_BAD_MAXIMIZE = 14,
-    LAMB16_BAD_EXP_AVG = 15,         /* a code is NaN */
-    LAMB16_BAD_EXP_AVG_SQ = 16,      /* a code is NaN, infinite or negative */
-    LAMB16_BAD_EXP_AVG_NORM = 17,
-    LAMB16_BAD_EXP_AVG_SQ_NORM = 18,
-    LAMB16_BAD_STEP = 19             /* negative, or 2^31 - 1, after which no step can be counted */
+    LAMB16_BAD_NESTEROV = 14,
+    LAMB16_BAD_CAUTION = 15,
+    LAMB16_BAD_MAXIMIZE = 16,
+    LAMB16_BAD_GRAD_FACTOR = 17,     /* negative, infinite or NaN */
+    LAMB16_BAD_EXP_AVG = 18,         /* a code is NaN */
+    LAMB16_BAD_EXP_AVG_SQ = 19,      /* a code is NaN, infinite or negative */
+    LAMB16_BAD_EXP_AVG_NORM = 20,
+    LAMB16_BAD_EXP_AVG_SQ_NORM = 21,
+    LAMB16_BAD_EXP_AVG_MAX = 22,     /* negative, NaN, or below a magnitude that exp_avg holds */
+    LAMB16_BAD_EXP_AVG_SQ_MAX = 23,  /* negative, NaN, or below a value that exp_avg_sq holds */
+    LAMB16_BAD_WEIGHT_SUM = 24,      /* negative */
+    LAMB16_BAD_UPDATE_SUM = 25,      /* negative */
+    LAMB16_BAD_MASK_COUNT = 26,      /* negative or above numel */
+    LAMB16_BAD_STEP = 27             /* negative, or 2^31 - 1, after which no step can be counted */
 } lamb16_status;
 
 /* What a status means and what to do about it: a constant string, also for numbers that are no status. */
 const char *lamb16_status_string(lamb16_status status);
 
 /* Fill *hyper with the defaults: lr 1e-3, betas 0.9 and 0.999, eps 1e-6, weight_decay 0, trust_scale 0.382,
- * trust_lr 1e-3, trust_clip 2, bias_correction 1, maximize 0. NULL is ignored. */
+ * trust_lr 1e-3, trust_clip 2, bias_correction 1, nesterov 1, caution 0, maximize 0. NULL is ignored. */
 void lamb16_default_hyper(lamb16_hyper *hyper);
 
 /* ---- rounding words ---------------------------------------------------------------------------------------------- */
@@ -133,34 +151,55 @@ lamb16_status lamb16_decode_e5m2_array(const uint8_t *codes, float *x, size_t co
 float lamb16_scale_e4m3(float largest);
 float lamb16_scale_e5m2(float largest);
 
+/* ---- the gradients' norm ----------------------------------------------------------------------------------------- */
+
+/* The norm over the gradients of all tensors that hold neither inf nor NaN, into *norm. Reads numel and grad alone.
+ *
+ * Each gradient is divided by the power of two above the largest magnitude, 2^-125 at least, and its square rounded to
+ * a multiple of 2^-40, half to even: the sum is one of integers and does not depend on the order. What is a millionth
+ * of the largest counts for nothing.
+ *
+ * LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL or LAMB16_MISALIGNED; *norm is then left as it is. */
+lamb16_status lamb16_grad_norm(const lamb16_tensor *tensors, size_t count, double *norm);
+
+/* What gradients of this norm are multiplied by: min(1, max_norm / (norm + 1e-6)). */
+double lamb16_clip_factor(double norm, double max_norm);
+
 /* ---- the step ---------------------------------------------------------------------------------------------------- */
 
-/* The state before the first step: codes 0, the smallest scales, step 0. Reads numel, exp_avg and exp_avg_sq; param,
- * grad and salt are neither read nor changed, and may be set later. LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL or
+/* The state before the first step: codes 0, the smallest scales, maxima 0, the sums of the weights and of an update
+ * that is +-1 everywhere, all elements counted, step 0. Reads numel, param, exp_avg and exp_avg_sq; grad and salt are
+ * neither read nor changed, and may be set later. LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL, LAMB16_MISALIGNED or
  * LAMB16_OVERLAP. */
 lamb16_status lamb16_init(lamb16_tensor *tensor);
 
-/* What lamb16_step would return for this tensor and these hyperparameters; changes nothing. Reads the codes, not the
- * weights and gradients. */
+/* What lamb16_step would return for this tensor and these hyperparameters, with a valid grad_factor; changes nothing.
+ * Reads the codes, not the weights and gradients. */
 lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hyper);
 
-/* One step for one tensor: updates param, exp_avg, exp_avg_sq, their norms and step in place. `stats` gets the norms
- * unless it is NULL.
+/* One step for one tensor: updates param and the state in place. The gradient is multiplied by grad_factor, rounded to
+ * a float: lamb16_clip_factor, times the inverse of a gradient scaler's scale, or 1; finite and >= 0. `stats` gets the
+ * norms unless it is NULL.
  *
- * A tensor whose gradient holds an inf or a NaN, or whose second moment would reach 2^127, or whose first moment would
- * be infinite, is left exactly as it is, its step count too; that is no error: the status is LAMB16_OK and
- * stats->skipped is 1. A step that leaves all moments 0 is not counted. Weights are not checked: one that is NaN makes
- * all weights of the tensor NaN, as in the Python reference.
+ * The step's update counts in the trust ratio of the next one. Weights that something else than a step has changed are
+ * in the ratio after the next step that counts: weight_sum is not computed anew.
+ *
+ * A tensor whose gradient, multiplied, holds an inf or a NaN, or whose first moment could be infinite, or whose second
+ * moment could reach 2^127, judged by the largest magnitudes in gradient and state, is left exactly as it is, its step
+ * count too; that is no error: the status is LAMB16_OK and stats->skipped is 1. A step that leaves all moments 0 is not
+ * counted, and its sums are not kept. Weights are not checked: one that is NaN stays NaN and counts as 1 in the sums.
  *
  * Any status but LAMB16_OK has changed nothing. Checked are, in this order: pointers, hyperparameters in the order of
- * their fields, then the tensor's pointers, numel, alignment, overlap, norms, step and codes. */
-lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, lamb16_stats *stats);
+ * their fields, grad_factor, then the tensor's pointers, numel, alignment, overlap, scalars in the order of their
+ * fields, codes, and whether the maxima are as large as what the codes hold. */
+lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, double grad_factor, lamb16_stats *stats);
 
-/* One step for each of tensors[count], all with the same hyperparameters; stats[count] or NULL. As lamb16_step, and
- * all tensors are checked before the first is changed. Gradients may be shared, arrays that are written may not:
- * every pair of tensors is compared, so the time for that grows with count^2. lamb16_check finds the tensor that is
- * at fault. */
-lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, lamb16_stats *stats);
+/* One step for each of tensors[count], all with the same hyperparameters and factor; stats[count] or NULL. As
+ * lamb16_step, and all tensors are checked before the first is changed. Gradients may be shared, arrays that are
+ * written may not: every pair of tensors is compared, so the time for that grows with count^2. lamb16_check finds the
+ * tensor that is at fault. */
+lamb16_status lamb16_step_list(lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper, double grad_factor,
+                               lamb16_stats *stats);
 
 #ifdef __cplusplus
 }

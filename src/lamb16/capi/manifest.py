@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from lamb16 import __version__
-from lamb16.checks import check_hyperparameters
-from lamb16.reference import Hyper
+from lamb16.hyper import FLAGS, Hyper, check_hyperparameters, numbers_of
+from lamb16.store import TABLES
 
-FORMAT = 1
+FORMAT = 2
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
 PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
+TABLE_INPUTS = {"norms": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: store.TABLES
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart, in order
 
 Shape = tuple[int, ...]
@@ -39,23 +40,22 @@ class Input(NamedTuple):
 
 
 def inputs(shapes: Sequence[Shape]) -> list[Input]:
-    """What a step over these shapes takes, in order: four inputs a tensor, then the tables and the learning rate."""
+    """What a step over these shapes takes, in order: four inputs per tensor, then the tables and two numbers."""
     found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in PARTS.items()]
-    count = len(shapes)
-    return [
-        *found,
-        Input("norms", torch.float32, (count, 2)),
-        Input("counters", torch.int32, (count, 2)),
-        Input("lr", torch.float64, (1,)),
-    ]
+    found += [Input(name, dtype, (len(shapes), len(TABLES[dtype]))) for name, dtype in TABLE_INPUTS.items()]
+    return [*found, Input("lr", torch.float64, (1,)), Input("grad_factor", torch.float64, (1,))]
 
 
 def hyper_entries(hyper: Hyper) -> dict[str, Any]:
-    """The hyperparameters under their names in C."""
-    values = asdict(hyper)
-    beta1, beta2 = values.pop("betas")
-    del values["moment_dtype"]  # always float8
-    return {"lr": values.pop("lr"), "beta1": beta1, "beta2": beta2, **values}
+    """The hyperparameters under their names in C; moment_dtype is always float8."""
+    return {name: bool(x) if name in FLAGS else x for name, x in numbers_of(vars(hyper)).items()}
+
+
+def hyper_of(entries: dict[str, Any]) -> Hyper:
+    """What :func:`hyper_entries` made entries of; raises KeyError or TypeError for names that are not there."""
+    values = dict(entries)
+    betas = (values.pop("beta1"), values.pop("beta2"))
+    return Hyper(betas=betas, **values)
 
 
 def describe(
@@ -92,7 +92,7 @@ def digest(package: Path) -> str:
 
 
 def write(manifest: dict[str, Any], path: Path) -> None:
-    """As JSON, an entry of a list a line."""
+    """As JSON, one entry of a list on each line."""
     path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -126,9 +126,7 @@ def read(folder: Path) -> Exported:
     content = _load(path)
     _check_versions(content, path)
     try:
-        values = dict(content["hyperparameters"])
-        betas = (values.pop("beta1"), values.pop("beta2"))
-        hyper = Hyper(betas=betas, **values)
+        hyper = hyper_of(content["hyperparameters"])
         shapes = [tuple(int(n) for n in entry["shape"]) for entry in content["tensors"]]
         package, sha = folder / content["package"]["file"], content["package"]["sha256"]
         listed = content["tensors"], content["inputs"]

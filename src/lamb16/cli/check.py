@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from lamb16.capi import manifest
 from lamb16.capi.manifest import Exported, ManifestError
 from lamb16.cli import CommandError
 from lamb16.cli.study.report import table
+from lamb16.hyper import NUMBERS, Hyper, numbers_of
 from lamb16.optimizer import tensor_salt
-from lamb16.reference import Hyper, State
+from lamb16.reference import State
 
 EXPORTED = "exported"
 Results = list[tuple[Tensor, State]]  # weights and state of every tensor
-Stepper = Callable[[list[Tensor], Hyper], Results]
+Stepper = Callable[[list[Tensor], Hyper, float], Results]  # from gradients, hyperparameters, gradients' factor
+SCALARS = [field.name for field in fields(State) if field.type != "Tensor"]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -104,7 +106,7 @@ class Row:
     tensors: int
     steps: int
     codes: int = 0
-    scales: int = 0  # the two norms, the step count and the salt
+    scalars: int = 0  # norms, maxima, sums, step count and salt
     weights: int = 0
     ulp: int = 0  # the largest difference of a weight
     skipped: int = 0  # tensor updates that the reference left out; no difference
@@ -112,11 +114,11 @@ class Row:
     @property
     def differs(self) -> bool:
         """Whether any bit did."""
-        return bool(self.codes or self.scales or self.weights)
+        return bool(self.codes or self.scalars or self.weights)
 
 
 HEADER = [
-    "checked against the C reference", "tensors", "steps", "mismatching codes", "mismatching scales and counts",
+    "checked against the C reference", "tensors", "steps", "mismatching codes", "mismatching scalars",
     "weights that differ", "largest difference in ulp", "skipped updates",
 ]  # fmt: skip
 
@@ -137,7 +139,8 @@ def build_harness(compiler: str | None, folder: Path, harness: Path | None = Non
     # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
     link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
     link += ["-ltorch_cpu", "-lc10", "-ldl", "-lm"]
-    capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS], sources, program, link)
+    given = "-DHYPERPARAMETERS(X)=" + " ".join(f"X({name})" for name in NUMBERS)
+    capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS, given], sources, program, link)
     return program
 
 
@@ -162,10 +165,8 @@ def run_harness(harness: Path, step: Path, exported: Exported, steps: int, seed:
 
 def plan(exported: Exported, steps: int, seed: int) -> str:
     """What the harness reads; floats in hexadecimal, so that none is rounded."""
-    values = manifest.hyper_entries(exported.hyper)
-    flags = {name: int(values.pop(name)) for name in ("bias_correction", "maximize")}
-    lines = [f"{steps} {seed}", " ".join([*(float(x).hex() for x in values.values()), *map(str, flags.values())])]
-    lines.append(str(len(exported.shapes)))
+    values = numbers_of(vars(exported.hyper)).values()
+    lines = [f"{steps} {seed}", " ".join(x.hex() for x in values), str(len(exported.shapes))]
     for name, shape in zip(exported.names, exported.shapes, strict=True):
         lines.append(" ".join(map(str, [tensor_salt(0, name), len(shape), *shape])))
     return "\n".join(lines) + "\n"
@@ -180,12 +181,14 @@ class Inputs:
     def __init__(self, compiler: str | None, folder: Path) -> None:
         path = capi.build(folder, compiler, files=[capi.include() / "inputs.c"])
         library = ctypes.CDLL(str(path))
-        self._weights, self._gradient, self._lr = library.inputs_weights, library.inputs_gradient, library.inputs_lr
+        self._weights, self._gradient = library.inputs_weights, library.inputs_gradient
+        self._lr, self._grad_factor = library.inputs_lr, library.inputs_grad_factor
         number = ctypes.c_uint64
         self._weights.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number]
         self._gradient.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number]
         self._weights.restype = self._gradient.restype = None
-        self._lr.argtypes, self._lr.restype = [ctypes.c_double, number], ctypes.c_double
+        self._lr.argtypes, self._grad_factor.argtypes = [ctypes.c_double, number], [number]
+        self._lr.restype = self._grad_factor.restype = ctypes.c_double
 
     def weights(self, shapes: Sequence[manifest.Shape], seed: int) -> list[Tensor]:
         """The first weights of all tensors."""
@@ -205,6 +208,10 @@ class Inputs:
         """The learning rate of a step, where the manifest has ``lr``."""
         return float(self._lr(lr, step))
 
+    def grad_factor(self, step: int) -> float:
+        """What the gradients of a step are multiplied by."""
+        return float(self._grad_factor(step))
+
 
 class ByRule:
     """Steps of a function like :func:`lamb16.reference.step`, which it takes tensor by tensor."""
@@ -215,21 +222,23 @@ class ByRule:
             (w.clone(), reference.init(w, tensor_salt(0, name))) for w, name in zip(weights, names, strict=True)
         ]
 
-    def __call__(self, grads: list[Tensor], hyper: Hyper) -> Results:
+    def __call__(self, grads: list[Tensor], hyper: Hyper, grad_factor: float) -> Results:
         for i, ((p, state), grad) in enumerate(zip(self.now, grads, strict=True)):
-            p, state, stats = self.rule(p, grad, state, hyper)
+            p, state, stats = self.rule(p, grad, state, hyper, grad_factor)
             self.now[i] = p, state
             self.skipped += stats.skipped
         return self.now
 
 
 def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile: bool) -> Stepper:
-    """Steps of Lamb16."""
+    """Steps of Lamb16, which takes the factor as a gradient scaler's scale."""
     params = [nn.Parameter(w.clone()) for w in weights]
     optimizer = Lamb16(list(zip(names, params, strict=True)), **asdict(hyper), compile=compile)
 
-    def step(grads: list[Tensor], hyper: Hyper) -> Results:
+    def step(grads: list[Tensor], hyper: Hyper, grad_factor: float) -> Results:
         optimizer.param_groups[0]["lr"] = hyper.lr
+        scale = torch.tensor(1 / grad_factor, dtype=torch.float32)  # what the factor is the inverse of
+        optimizer.grad_scale, optimizer.found_inf = scale, torch.zeros(())  # type: ignore[attr-defined]
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         try:
@@ -242,9 +251,9 @@ def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile:
 
 
 def _state(entries: dict[str, Tensor]) -> State:
-    m, v = (entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq"))
-    norm_m, norm_v = (entries[name].item() for name in ("exp_avg_norm", "exp_avg_sq_norm"))
-    return State(m, norm_m, v, norm_v, step=int(entries["step"]), salt=int(entries["salt"]) & 0xFFFFFFFF)
+    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    scalars = {name: entries[name].item() for name in SCALARS}
+    return State(**codes, **scalars | {"salt": int(scalars["salt"]) & 0xFFFFFFFF})  # type: ignore[arg-type]
 
 
 # What is checked from Python: its line in the table, and how it starts from weights, names and hyperparameters.
@@ -266,9 +275,10 @@ def check_steppers(
     for step in range(steps):
         now = replace(hyper, lr=inputs.lr(hyper.lr, step))
         grads = inputs.gradients(exported.shapes, seed, step)
-        wanted = oracle(grads, now)
+        grad_factor = inputs.grad_factor(step)
+        wanted = oracle(grads, now, grad_factor)
         for row, other in zip(rows, others, strict=True):
-            for mine, theirs in zip(other(grads, now), wanted, strict=True):
+            for mine, theirs in zip(other(grads, now, grad_factor), wanted, strict=True):
                 compare(row, mine, theirs)
     for row in rows:
         row.skipped = oracle.skipped
@@ -282,8 +292,7 @@ def compare(row: Row, mine: tuple[Tensor, State], theirs: tuple[Tensor, State]) 
     row.weights += int((apart > 0).sum())
     row.ulp = max(row.ulp, int(apart.max()) if apart.numel() else 0)
     row.codes += int((a.exp_avg != b.exp_avg).sum()) + int((a.exp_avg_sq != b.exp_avg_sq).sum())
-    scalars = ("exp_avg_norm", "exp_avg_sq_norm", "step", "salt")
-    row.scales += sum(getattr(a, name) != getattr(b, name) for name in scalars)
+    row.scalars += sum(getattr(a, name) != getattr(b, name) for name in SCALARS)
 
 
 def _ordinal(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 import lamb16
 from lamb16.cli import CommandError
+from lamb16.hyper import NAMES
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -48,7 +49,7 @@ CONTENDERS = {
         "Lamb16",
         lamb16.Lamb16,
         0.01,
-        special=frozenset({"trust_scale", "moment_dtype", "compile", "seed", "eps", "bias_correction"}),
+        special=frozenset({*NAMES, "max_grad_norm", "compile", "seed"}),
     ),
     "lamb": Contender("LAMB (FP32)", lamb16.Lamb, 0.01),
     "adam": Contender("Adam", torch.optim.Adam, 0.001),

@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(found: list[dict[str, Any]]) -> str:
-    """A line a report, as a Markdown table."""
+    """A line per report, as a Markdown table."""
     header = [
         "architecture",
         "shapes",
         "tensors",
         "parameters",
         "launches",
-        "bytes a parameter",
+        "bytes per parameter",
         "spills",
         "falls back",
     ]

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from lamb16.capi.manifest import MANIFEST, MAX_DIMS, PACKAGE, Shape
-from lamb16.checks import check_hyperparameters
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import SETS
-from lamb16.reference import Hyper
+from lamb16.hyper import FLAGS, NAMES, Hyper, check_hyperparameters
 
-DEFAULTS = Hyper()
+OPTIONS = [name for name in NAMES if name != "moment_dtype"]  # which is always float8
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,12 +37,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="that the step runs on (default: torch's)")
     hyper = parser.add_argument_group("hyperparameters, constants of the step", "as of lamb16.Lamb16")
-    hyper.add_argument("--lr", type=float, default=DEFAULTS.lr, help="the default; an input of the step")
-    hyper.add_argument("--betas", type=float, nargs=2, default=DEFAULTS.betas, metavar=("BETA1", "BETA2"))
-    for name in ("eps", "weight_decay", "trust_scale", "trust_lr", "trust_clip"):
-        hyper.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(DEFAULTS, name), metavar="X")
-    hyper.add_argument("--no-bias-correction", dest="bias_correction", action="store_false")
-    hyper.add_argument("--maximize", action="store_true")
+    for name in OPTIONS:
+        add_option(hyper, name)
+
+
+def add_option(group: Any, name: str) -> None:
+    """The option of a hyperparameter: a number, two (betas) or a flag with its --no- form."""
+    option, default = f"--{name.replace('_', '-')}", getattr(Hyper, name)
+    if name in FLAGS:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+    elif name == "betas":
+        group.add_argument(option, type=float, nargs=2, default=default, metavar=("BETA1", "BETA2"))
+    else:
+        said = "an input of the step; this one goes into the manifest" if name == "lr" else None
+        group.add_argument(option, type=float, default=default, metavar="X", help=said)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +99,7 @@ def parse_shapes(words: list[str]) -> list[Shape]:
 
 def hyperparameters(args: argparse.Namespace) -> Hyper:
     """The hyperparameters of the command line, checked; raises `CommandError`."""
-    values = {name: getattr(args, name) for name in vars(DEFAULTS) if name != "moment_dtype"}
+    values = {name: getattr(args, name) for name in OPTIONS}
     values["betas"] = tuple(values["betas"])
     try:
         check_hyperparameters(values)

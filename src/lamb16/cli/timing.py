@@ -20,9 +20,9 @@ from lamb16 import Lamb16
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import Shape, transformer
 from lamb16.cli.training import state_bytes
-from lamb16.compiled import Step
+from lamb16.compiled import Compiled, Graph, Kind
 
-BYTES = 26  # what the two passes move for a float32 parameter
+BYTES = 20  # what a step moves for a float32 parameter: 4 to inspect the gradients, 10 + 6 to update
 
 Factory = Callable[[list[nn.Parameter]], Optimizer]
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def copy_of(numel: int, device: torch.device) -> Callable[[], Tensor]:
-    """A copy that reads and writes BYTES / 2 a parameter, split so that its two buffers stay small."""
+    """A copy that reads and writes BYTES / 2 per parameter, split so that its two buffers stay small."""
     chunk = min(numel * BYTES // 2, 256 << 20)
     source = torch.ones(chunk, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -88,11 +88,13 @@ def measure(
     contenders: dict[str, Factory],
     yardstick: str,
     copy: str,
+    captured: str,
 ) -> list[Row]:
     """One row a contender: first step, median and range of a step, its ratio to ``yardstick``, state, peak memory.
 
     The ratio is named ``to_adamw``: the yardstick is fused AdamW. A row named ``copy`` is the copy of :func:`copy_of`.
-    A contender that cannot take a step gets a row with the reason as ``error`` and no figures.
+    A contender that cannot take a step gets a row with the reason as ``error`` and no figures. On CUDA the contender
+    named ``captured``, if it is one of them, is measured once more as a CUDA graph.
     """
     params = make_params(shapes, dtype, device)
     numel, size = sum(p.numel() for p in params), sum(p.numel() * p.element_size() for p in params)
@@ -106,9 +108,9 @@ def measure(
             if name == yardstick:
                 raise
             rows[name] = {"name": name, "error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-    if device.type == "cuda":
-        graph = _captured(contenders, params)
-        rows[graph[0]], calls[graph[0]] = {"name": graph[0]}, graph[1]
+    if device.type == "cuda" and captured in calls:
+        name, replay = as_graph(contenders, captured, params)
+        rows[name], calls[name] = {"name": name}, replay
     times = side_by_side(calls, device, rounds)
     for name, seconds in times.items():
         rows[name] |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
@@ -131,20 +133,27 @@ def _first_step(
     return row, optimizer.step
 
 
-def _captured(contenders: dict[str, Factory], params: list[nn.Parameter]) -> tuple[str, Callable[[], Any]]:
-    """The first contender's step as a CUDA graph: its name and the replay."""
-    name, factory = next(iter(contenders.items()))
-    optimizer = factory(params)
+def as_graph(
+    contenders: dict[str, Factory],
+    name: str,
+    params: list[nn.Parameter],
+    capture: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
+) -> tuple[str, Callable[[], Any]]:
+    """The step of the contender of this name as a CUDA graph: what it is called in tables, and the replay."""
+    return f"{name}, CUDA graph", (capture or _cuda_graph)(contenders[name](params).step)
+
+
+def _cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            optimizer.step()
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizer.step()
-    return f"{name}, CUDA graph", graph.replay
+        call()
+    return graph.replay
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -167,29 +176,46 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
+class Stopwatch:
+    """Runs compiled graphs as an optimizer does on its own, and adds up the seconds of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.inner, self.device = Compiled(), device
+        self.spent: dict[str, float] = {}
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """As the compiled step does."""
+        return self.inner.packs_by_table(device)
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """Compile."""
+        self.inner.prepare(graph, kind)
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Call the compiled code."""
+        self._add(graph.name, lambda: self.inner.run(graph, kind, *arguments))
+
+    def copy(self, *arguments: Any) -> None:
+        """Launch the copying kernel."""
+        self._add("copy", lambda: self.inner.copy(*arguments))
+
+    def _add(self, name: str, call: Callable[[], None]) -> None:
+        self.spent[name] = self.spent.get(name, 0.0) + timed(call, self.device)
+
+
 def pass_times(shapes: list[Shape], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of the parts of Lamb16's compiled step: each step function's calls together, and the packing."""
-    optimizer = Lamb16(make_params(shapes, dtype, device), lr=1e-4, weight_decay=0.01)
-    optimizer.step()
-    spent: dict[str, list[float]] = {}
+    """Median seconds of the parts of Lamb16's compiled step: the calls of each graph together, and the rest.
 
-    def watched(name: str, call: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
-            seconds = timed(lambda: call(*arguments), device)
-            spent.setdefault(name, [0.0])[-1] += seconds
-
-        return run
-
-    for plan in optimizer._last:
-        own = zip(plan.functions._fields, plan.functions, strict=True)
-        plan.functions = Step(*(watched(name, function) for name, function in own))
-        for name in ("pack", "unpack"):
-            setattr(plan.packing, name, watched(name, getattr(plan.packing, name)))
-    for _ in range(rounds + 2):
-        for seconds in spent.values():
-            seconds.append(0.0)
-        optimizer.step()
-    return {name: statistics.median(seconds[-rounds:]) for name, seconds in spent.items()}
+    The rest is Python and, on the CPU, packing.
+    """
+    watch = Stopwatch(device)
+    optimizer = Lamb16(make_params(shapes, dtype, device), lr=1e-4, weight_decay=0.01, compile=watch)
+    found: list[dict[str, float]] = []
+    for _ in range(rounds + 3):
+        watch.spent = {}
+        whole = timed(optimizer.step, device)
+        found.append(watch.spent | {"rest": whole - sum(watch.spent.values())})
+    return {name: statistics.median(round[name] for round in found[-rounds:]) for name in found[-1]}
 
 
 def compile_times(layers: list[int], width: int, dtype: str, threads: int) -> list[Row]:

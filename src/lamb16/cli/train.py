@@ -21,14 +21,16 @@ from lamb16.cli.logs import TensorBoardLog
 from lamb16.cli.training import (
     DEFAULT_EPOCHS,
     DEFAULT_LR,
-    MOMENT_DTYPES,
+    LAMB16_ONLY,
     OPTIMIZERS,
     SCHEDULES,
     TrainConfig,
+    option,
     steps_per_epoch,
     train,
 )
 from lamb16.cli.workers import ALONE, Workers, started_by_torchrun
+from lamb16.hyper import MOMENT_DTYPES, Hyper
 
 __all__ = ["TrainConfig", "add_parser", "run", "train", "write_json"]
 
@@ -98,12 +100,14 @@ def _add_optimizer_options(group: Any, default: TrainConfig) -> None:
         help="decay rates of the two moments (default: the optimizer's own)",
     )
     group.add_argument("--eager", action="store_true", default=unset, help="do not compile the step of lamb16")
-    group.add_argument(
-        "--trust-scale", type=float, default=unset, metavar="X", help="lamb16 only (default: Lamb16's own)"
-    )
-    group.add_argument(
-        "--moment-dtype", choices=MOMENT_DTYPES, default=unset, help="lamb16 only (default: Lamb16's own)"
-    )
+    for name, text in LAMB16_ONLY.items():
+        own = getattr(Hyper, name, None)
+        kind: dict[str, Any] = {"type": float, "metavar": "X"}
+        if isinstance(own, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(own, str):
+            kind = {"choices": tuple(MOMENT_DTYPES)}
+        group.add_argument(option(name), default=unset, help=f"{text}; lamb16 only (default: {own})", **kind)
 
 
 def _add_output_options(group: Any) -> None:

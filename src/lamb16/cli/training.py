@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,19 @@ from lamb16.cli.data import DATASETS, ImageData, load
 from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.cli.model import build_model
 from lamb16.cli.workers import ALONE, Workers
+from lamb16.hyper import Hyper
 from lamb16.sharding import local
 
 OPTIMIZERS = tuple(CONTENDERS)
 SCHEDULES = ("constant", "linear", "cosine", "linear-step")
-MOMENT_DTYPES = ("float8", "float32")
+# Options that only Lamb16 has, and what they are.
+LAMB16_ONLY = {
+    "trust_scale": "exponent of the trust ratio",
+    "moment_dtype": "of the stored moments",
+    "nesterov": "Nesterov momentum",
+    "caution": "update only where the momentum has the gradient's sign",
+    "max_grad_norm": "scale all gradients down to this norm",
+}
 DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
@@ -51,6 +59,9 @@ class TrainConfig:
     betas: tuple[float, float] | None = None
     trust_scale: float | None = None
     moment_dtype: str | None = None
+    nesterov: bool | None = None
+    caution: bool | None = None
+    max_grad_norm: float | None = None
     distributed: bool = False
 
     def completed(self) -> TrainConfig:
@@ -73,34 +84,33 @@ class TrainConfig:
                 raise CommandError(f"{option} must be at least 1, not {count}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise CommandError(f"--lr must be a positive number, not {self.lr}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise CommandError(f"--weight-decay must be 0 or a positive number, not {self.weight_decay}")
         if not 0 <= self.seed < 2**63:
             raise CommandError(f"--seed must be at least 0 and below 2^63, not {self.seed}")
-        for beta in self.betas or ():
-            if not 0 <= beta < 1:
-                raise CommandError(f"--betas must be two numbers of at least 0 and below 1, not {beta}")
-        self._check_lamb16_only()
+        self._check_hyperparameters()
         if self.distributed and self.optimizer not in SHARDED:
             raise CommandError(
                 f"--distributed is for --optimizer {' or '.join(SHARDED)}; {self.optimizer} is for one process"
             )
 
-    def _check_lamb16_only(self) -> None:
-        if self.trust_scale is not None and not 0 <= self.trust_scale < math.inf:
-            raise CommandError(f"--trust-scale must be 0 or a positive number, not {self.trust_scale}")
-        if self.moment_dtype is not None:
-            _require_one_of("--moment-dtype", self.moment_dtype, MOMENT_DTYPES)
-        given = {
-            "--trust-scale": self.trust_scale is not None,
-            "--moment-dtype": self.moment_dtype is not None,
-            "--schedule linear-step": self.schedule == "linear-step",
-        }
-        for option, is_given in given.items():
+    def _check_hyperparameters(self) -> None:
+        for f in fields(Hyper):
+            value = getattr(self, f.name, None)
+            if value is not None and not f.metadata["valid"](value):
+                raise CommandError(f"{option(f.name)} must be {f.metadata['wanted']}, not {value}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise CommandError(f"--max-grad-norm must be a positive number, not {self.max_grad_norm}")
+        given = {option(name, getattr(self, name)): getattr(self, name) is not None for name in LAMB16_ONLY}
+        given["--schedule linear-step"] = self.schedule == "linear-step"
+        for name, is_given in given.items():
             if is_given and self.optimizer != "lamb16":
-                raise CommandError(f"{option} is for --optimizer lamb16 only, not for {self.optimizer}")
+                raise CommandError(f"{name} is for --optimizer lamb16 only, not for {self.optimizer}")
         if self.schedule == "linear-step" and (self.trust_scale or 0) >= 1:
             raise CommandError(f"--schedule linear-step needs --trust-scale below 1, not {self.trust_scale}")
+
+
+def option(name: str, value: object = None) -> str:
+    """The command-line option for a setting; False has one of its own."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def train(
@@ -166,7 +176,7 @@ def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the named parameters of `model`."""
     config = config.completed()
-    given = {"betas": config.betas, "trust_scale": config.trust_scale, "moment_dtype": config.moment_dtype}
+    given = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"compile": not config.eager, "seed": config.seed}
     return contenders.build(

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lamb16 import compiled, update
-from lamb16.compiled import Kind, Origin
+from lamb16 import compiled
+from lamb16.compiled import Graph, Kind, Origin
 
 # Of an H100; only the capability is varied. They decide block sizes, not what is launched or moved.
 PROPERTIES = {
@@ -38,31 +38,28 @@ PROPERTIES = {
 }
 
 
-class _Stop(Exception):
-    """Ends the call of a compiled function when its code and its arguments are known."""
-
-
 @dataclass(frozen=True)
 class Generated:
-    """The code of a step function, and how the function ``call`` in it gets the step function's arguments."""
+    """The code of a graph, and how the function ``call`` in it gets the step function's arguments."""
 
     code: str
-    counted_bytes: int  # Inductor's own count of what is read and written, for the stand-ins
+    counted_bytes: int  # Inductor's own count of what is read and written, for the example inputs
     origins: list[Origin]
     aligned: list[bool]  # whether the code expects an argument's memory at a multiple of 16 bytes
 
     def arguments(self, arguments: Any) -> list[Any]:
         """The arguments of ``call`` for those of the step function."""
-        return compiled.take(self.origins, arguments)
+        flat = compiled.flatten(arguments)
+        return [origin.take(flat) for origin in self.origins]
 
 
-def kind(param_dtype: torch.dtype = torch.float32, float8: bool = True) -> Kind:
+def kind(param_dtype: torch.dtype = torch.float32, float8: bool = True, caution: bool = False) -> Kind:
     """The kind of tensors that code is generated for."""
-    return Kind(torch.device("cuda"), param_dtype, param_dtype, float8)
+    return Kind(torch.device("cuda"), param_dtype, param_dtype, float8, caution)
 
 
-def generate(name: str, of: Kind, capability: int) -> Generated:
-    """The Python and Triton code that Inductor generates for a step function of ``update.py``.
+def generate(graph: Graph, of: Kind, capability: int) -> Generated:
+    """The Python and Triton code that Inductor generates for a graph.
 
     ``capability`` is 75, 80, 90, 100 and so on.
     """
@@ -71,27 +68,25 @@ def generate(name: str, of: Kind, capability: int) -> Generated:
     code: list[tuple[str, int]] = []
     received: list[Any] = []
 
-    def compile_to_module(graph: Any) -> Any:
-        text, _ = graph.codegen()
-        code.append((text.value, int(graph.count_bytes()[0])))
+    def compile_to_module(lowering: Any) -> Any:
+        text, _ = lowering.codegen()
+        code.append((text.value, int(lowering.count_bytes()[0])))
         return SimpleNamespace(call=call)
 
-    def call(arguments: list[Any]) -> None:
+    def call(arguments: list[Any]) -> tuple[()]:
         received.extend(arguments)
-        raise _Stop
+        return ()
 
     torch._dynamo.reset()
     with device(capability), mock.patch.object(GraphLowering, "compile_to_module", compile_to_module):
         with FakeTensorMode(shape_env=ShapeEnv()):
-            arguments = compiled.stand_ins(name, of)
-        step = torch.compile(getattr(update, name), fullgraph=True, options=compiled.options(of.device))
-        with torch.no_grad(), contextlib.suppress(_Stop), warnings.catch_warnings():
+            arguments = compiled.example_inputs(graph, of)
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            step(*arguments)  # type: ignore[no-untyped-call]
+            origins = compiled.compile_on(arguments, graph, of).origins
     torch._dynamo.reset()
-    flat = compiled.flatten(arguments)
-    aligned = [isinstance(x, Tensor) and is_aligned(x) for x in received]
-    return Generated(*code[0], [Origin.of(x, flat) for x in received], aligned)
+    assert origins is not None
+    return Generated(*code[0], origins, [isinstance(x, Tensor) and is_aligned(x) for x in received])
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -183,7 +178,11 @@ def device(capability: int) -> Iterator[None]:
 
 def _getitem(x: Tensor, index: Any) -> Tensor:
     dim = 0
-    for item in index if isinstance(index, tuple) else (index,):
+    items = index if isinstance(index, tuple) else (index,)
+    for item in items:
+        if item is Ellipsis:
+            dim += x.dim() - (len(items) - 1)  # no None beside it
+            continue
         if isinstance(item, int):
             x = torch.ops.aten.select.int(x, dim, item)
             continue

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lamb16.compiled import Kind
+from lamb16.compiled import Graph, Kind
 
 from . import fake
 
@@ -128,8 +128,8 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
     return int(registers[1]), sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-class Graph:
-    """The generated code of one step function: a function of the same arguments, and its kernels."""
+class Program:
+    """The generated code of one graph: a function of the step function's arguments, and its kernels."""
 
     def __init__(self, name: str, generated: fake.Generated) -> None:
         """To be called within :func:`fake.device`."""
@@ -139,7 +139,7 @@ class Graph:
         self.copies: list[Tensor] = []  # arguments of the last call that would be copied, since they are not aligned
         self.interpret = False
         self.device = torch.device("meta")
-        self.namespace: dict[str, Any] = {"__name__": f"generated_{name}", "__file__": name}
+        self.namespace: dict[str, Any] = {"__name__": "generated", "__file__": name}
         with mock.patch("torch._inductor.async_compile.AsyncCompile") as compiler:
             compiler.return_value.triton = self._load
             exec(compile(code, f"<{name}>", "exec"), self.namespace)
@@ -196,8 +196,8 @@ def _no_device() -> Iterator[None]:
         yield
 
 
-def graph(name: str, of: Kind, capability: int) -> Graph:
-    """Generate and read a step function's code."""
-    generated = fake.generate(name, of, capability)
+def program(graph: Graph, of: Kind, capability: int) -> Program:
+    """Generate and read a graph's code."""
+    generated = fake.generate(graph, of, capability)
     with fake.device(capability):
-        return Graph(name, generated)
+        return Program(graph.name, generated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
-from lamb16.compiled import Step
-from lamb16.packing import TablePacking
+from lamb16.compiled import Graph, Kind
 from lamb16.update import PIECE
 
 from . import fake
-from .kernels import Graph, Launch, Resources, assemble, graph
+from .kernels import Kernel, Launch, Program, Resources, assemble, program
 
 FOREACH_TENSORS = 64  # of a launch of a two-list torch._foreach_* kernel
-COPIES = "copies"  # in place of a step function's name
+COPIES = "copies"  # in place of a graph's name
 METADATA = re.compile(
     r"profiler\.|aten\.(view|slice|select|detach|alias|as_strided|expand|unsqueeze|unbind|split\w*|empty\w*|t)\b"
 )
@@ -68,29 +67,28 @@ class Report:
 
 
 class Code:
-    """The step functions' code for one architecture, generated and compiled once for any number of shapes."""
+    """The graphs' code for one architecture, generated and compiled once for any number of shapes."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.kind = fake.kind()
-        self._graphs: dict[str, Graph] = {}
-        self._resources: dict[tuple[str, str], Resources] = {}
+        self.programs: dict[tuple[Graph, Kind], Program] = {}
+        self._resources: dict[Kernel | None, Resources] = {}
 
-    def graph(self, name: str) -> Graph:
-        """A step function's code, generated when it is first asked for."""
-        if name not in self._graphs:
-            self._graphs[name] = graph(name, self.kind, self.capability)
-        return self._graphs[name]
+    def program(self, graph: Graph, kind: Kind | None = None) -> Program:
+        """A graph's code for tensors of a kind on CUDA, generated when it is first asked for."""
+        key = graph, graph.kind(kind or self.kind)._replace(device=torch.device("cuda"))
+        if key not in self.programs:
+            self.programs[key] = program(*key, self.capability)
+        return self.programs[key]
 
-    def resources(self, name: str, kernel: str) -> Resources:
-        """What a kernel of a step function needs, compiled when first asked for."""
-        key = name, kernel
-        if key not in self._resources:
+    def resources(self, kernel: Kernel | None) -> Resources:
+        """What a kernel, or the copying one (None), needs, compiled when first asked for."""
+        if kernel not in self._resources:
             with fake.device(self.capability):
-                own = name == COPIES
-                compile = copy_resources if own else self._graphs[name].kernels[kernel].resources
-                self._resources[key] = compile(self.capability)
-        return self._resources[key]
+                needs = kernel.resources(self.capability) if kernel else copy_resources(self.capability)
+                self._resources[kernel] = needs
+        return self._resources[kernel]
 
 
 def copy_resources(capability: int) -> Resources:
@@ -103,43 +101,59 @@ def copy_resources(capability: int) -> Resources:
     return max(both, key=lambda needs: needs.registers)
 
 
-class Steps:
-    """A Lamb16 over meta tensors of some shapes whose step functions only count."""
+class Recorder:
+    """An executor for parameters on the meta device: it notes what a step launches on CUDA, and runs nothing."""
 
-    def __init__(self, code: Code, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, code: Code) -> None:
         self.code = code
-        self.launches: list[tuple[str, Launch]] = []  # of the last step: the step function, the launch
-        self.eager: list[Eager] = []  # of the last step
+        self.launches: list[tuple[str, Launch]] = []  # the graph's name, the launch
         self.copied: list[Eager] = []
-        params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
-        for p in params:
+        self.used: dict[str, Program] = {}
+
+    def packs_by_table(self, device: torch.device) -> bool:
+        """As on CUDA."""
+        return True
+
+    def clear(self) -> None:
+        """Forget what was launched."""
+        self.launches, self.copied = [], []
+
+    def prepare(self, graph: Graph, kind: Kind) -> None:
+        """Generate the code."""
+        with _disable_current_modes():
+            self.used[graph.name] = self.code.program(graph, kind)
+
+    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
+        """Note the launches of the generated code."""
+        with _disable_current_modes():  # what happens here is no operation of the step
+            called = self.code.program(graph, kind)
+            self.launches += [(graph.name, launch) for launch in called(*arguments)]
+            self.copied += [Eager(f"copy to align, {graph.name}", 1, 2 * x.nbytes) for x in called.copies]
+
+    def copy(self, *arguments: Any) -> None:
+        """Note the launch of the copying kernel."""
+        *tensors, unpack = arguments
+        self.launches.append((COPIES, copying(tensors, unpack)))
+
+
+class Steps:
+    """A Lamb16 over meta tensors of some shapes whose steps are only counted."""
+
+    def __init__(self, code: Code, shapes: Sequence[tuple[int, ...]], **options: Any) -> None:
+        self.recorder = Recorder(code)
+        self.params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+        for p in self.params:
             p.grad = torch.empty_like(p)
-        self.optimizer = Lamb16(params, lr=1e-3, weight_decay=0.01, compile=False)
-        (self.plan,) = self.optimizer._current_plans()[0]
-        self.plan.functions = Step(*(self._recorder(name) for name in Step._fields))
-        if self.plan.tails:
-            self.plan.packing = TablePacking(self.plan.tails, self.plan.packed, self.plan.codes, self._copied)
+        self.optimizer = Lamb16(self.params, lr=1e-3, weight_decay=0.01, compile=self.recorder, **options)
+        self.eager: list[Eager] = []  # of the last step: operations outside the graphs
 
     def take(self) -> list[tuple[str, Launch]]:
         """Make one step; returns its launches."""
-        self.launches, self.copied = [], []
+        self.recorder.clear()
         with EagerOperations() as eager:
             self.optimizer.step()
-        self.eager = eager.seen + self.copied
-        return self.launches
-
-    def _recorder(self, name: str) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            with _disable_current_modes():  # what happens here is no operation of the step
-                graph = self.code.graph(name)
-                self.launches.extend((name, launch) for launch in graph(*arguments))
-                self.copied += [Eager(f"copy to align, {name}", 1, 2 * x.nbytes) for x in graph.copies]
-
-        return call
-
-    def _copied(self, *arguments: Any) -> None:
-        *tensors, unpack = arguments
-        self.launches.append((COPIES, copying(tensors, unpack)))
+        self.eager = eager.seen + self.recorder.copied
+        return self.recorder.launches
 
 
 def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
@@ -154,32 +168,32 @@ def report(code: Code, title: str, shapes: Sequence[tuple[int, ...]]) -> Report:
     steps = Steps(code, shapes)
     steps.take()
     launched = steps.take()
-    params = sum(p.numel() for p in steps.plan.params)
+    params = sum(p.numel() for p in steps.params)
     moved = sum(launch.bytes_read + launch.bytes_written for _, launch in launched)
     moved += sum(operation.bytes_moved for operation in steps.eager)
-    kernels = _kernels(code, launched)
-    names = sorted({name for name, _ in launched} & set(Step._fields))
+    kernels = _kernels(steps.recorder, launched)
     return Report(
         arch=f"sm_{code.capability}",
         shapes=title,
-        tensors=len(steps.plan.params),
+        tensors=len(steps.params),
         params=params,
         launches=len(launched) + sum(operation.launches for operation in steps.eager),
         bytes_per_param=moved / params,
         spills=sum(kernel["spills"] for kernel in kernels),
-        fallbacks=[f"{name}: {call}" for name in names for call in code.graph(name).fallbacks],
+        fallbacks=[f"{name}: {call}" for name, used in steps.recorder.used.items() for call in used.fallbacks],
         eager=[asdict(operation) for operation in steps.eager],
         kernels=kernels,
     )
 
 
-def _kernels(code: Code, launched: list[tuple[str, Launch]]) -> list[dict[str, Any]]:
-    """One row a kernel: how often it is launched in the step, what it moves, what it needs."""
+def _kernels(recorder: Recorder, launched: list[tuple[str, Launch]]) -> list[dict[str, Any]]:
+    """One row per kernel: how often it is launched in the step, what it moves, what it needs."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, launch in launched:
         key = name, launch.kernel
         if key not in rows:
-            needs = asdict(code.resources(name, launch.kernel))
+            kernel = None if name == COPIES else recorder.used[name].kernels[launch.kernel]
+            needs = asdict(recorder.code.resources(kernel))
             rows[key] = {"graph": name, "kernel": launch.kernel, "launches": 0, "read": 0, "written": 0, **needs}
         rows[key]["launches"] += 1
         rows[key]["read"] += launch.bytes_read

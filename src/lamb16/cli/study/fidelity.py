@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lamb16 import Lamb16, PublishedLamb16
 from lamb16.cli import CommandError
-from lamb16.cli.study import report
+from lamb16.cli.study import report, runs
 
 EPS = 1e-16  # tiny, so that a second moment that is wrong shows
 SAMPLED = 0.1  # cosine and largest update are taken in the last tenth of the steps
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(results))
     if args.json:
         settings = {"elements": elements, "steps": steps, "seed": args.seed, "eps": EPS}
-        settings |= {"gradient_scale": args.gradient_scale, "torch": torch.__version__}
+        settings |= {"gradient_scale": args.gradient_scale, "code": runs.code_of("lamb16")}
         Path(args.json).write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     return 0
 

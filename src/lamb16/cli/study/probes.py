@@ -1,7 +1,7 @@
 """What 8-bit storage does to a training, layer by layer: FP32 moments of the same gradients, kept beside the optimizer.
 
 The update that a step makes from stored moments is compared with the one that the same rule makes from the FP32
-moments, on the same weights and gradients.
+moments, on the same weights and gradients; both before caution and weight decay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lamb16 import reference
+from lamb16.cli.study.variants import direction
+from lamb16.hyper import NAMES, Hyper
 
 LARGEST_M = 126  # the largest code of e4m3fn
 
@@ -33,7 +34,8 @@ class Shadow:
     @torch.no_grad()
     def before_step(self, probe: bool) -> None:
         """Take the gradients in; with ``probe`` also compare, before the optimizer's step changes its state."""
-        beta1, beta2 = self._group["betas"]
+        hyper = Hyper(**{name: self._group[name] for name in NAMES})
+        beta1, beta2 = hyper.betas
         layers = {}
         for name, p, (m, v) in zip(self._names, self._params, self._moments, strict=True):
             if p.grad is None:
@@ -45,15 +47,12 @@ class Shadow:
             if stored:
                 fresh_m = beta1 * stored[0] + (1 - beta1) * p.grad
                 fresh_v = beta2 * stored[1] + (1 - beta2) * p.grad.square()
-                u, exact = self._direction(fresh_m, fresh_v, self._bounded), self._direction(m, v, True)
+                t = int(self._optimizer.state[p]["step"]) + 1
+                u = direction(fresh_m, fresh_v, p.grad, hyper, t, self._bounded)[1]
+                exact = direction(m, v, p.grad, hyper, t)[1]
                 layers[name] = {"cosine": _cosine(u, exact)} | errors
         if layers:
             self.seen.append(layers)
-
-    def _direction(self, m: Tensor, v: Tensor, bounded: bool) -> Tensor:
-        """The update without weight decay; bias correction would not change its direction but for a smaller eps."""
-        bound = reference.inverse_bound(*self._group["betas"]) if bounded else 0.0
-        return m / torch.maximum(v.sqrt() + self._group["eps"], m.abs() * bound)
 
     def summary(self) -> dict[str, Any]:
         """Per layer the mean over the probes of each figure, and its cosines; the first step has no state."""

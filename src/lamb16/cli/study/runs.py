@@ -32,10 +32,11 @@ from lamb16.cli import CommandError
 Job = Any  # a frozen dataclass of JSON values: the settings of one training
 Result = dict[str, Any]
 
-# What an optimizer's numbers follow from. The rule is reference.py's: tests hold the fast step to its bits.
+# What an optimizer's numbers follow from. The rule is reference.py's with hyper.py's defaults: tests hold the fast step
+# to its bits.
 SOURCES = {
-    "lamb16": ("lamb16.reference",),
-    "variant": ("lamb16.reference", "lamb16.cli.study.variants"),
+    "lamb16": ("lamb16.reference", "lamb16.hyper"),
+    "variant": ("lamb16.reference", "lamb16.hyper", "lamb16.cli.study.variants"),
     "lamb": ("lamb16.baselines",),
     "published": ("lamb16.baselines",),
 }

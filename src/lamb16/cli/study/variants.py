@@ -6,6 +6,7 @@ so that what a part is worth can be told from exchanging it alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lamb16 import fp8, reference, update
+from lamb16 import fp8, reference
 from lamb16.fp8 import E4M3, E5M2, Format
+from lamb16.hyper import NAMES, Hyper
 from lamb16.optimizer import tensor_salt
-from lamb16.plan import flat_codes, init_state
-from lamb16.update import Factors
+from lamb16.store import init_state
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+LARGEST = {E4M3: reference.E4M3_MAX, E5M2: reference.E5M2_MAX}
 LARGEST_CODE = {E4M3: 126, E5M2: 123}
 
 
@@ -31,10 +32,12 @@ class Parts:
 
     rounding: str = "stochastic"  # or "nearest"
     words: str = "golden-ratio"  # or "independent": a fresh word each step
-    norm: str = "power-of-two"  # or "exact": max / largest code
+    norm: str = "power-of-two"  # or "exact": the largest magnitude / the format's
     scope: str = "tensor"  # or "row": a scale for each index of the first dimension
+    scale_from: str = "bound"  # or "maximum": of the new moment, which is known only after it was formed
     never_zero: bool = True  # v is at least the smallest code where v > 0
-    bound: bool = True  # |m| <= C·sqrt(v)
+    bound: bool = True  # |n| <= C·sqrt(v)
+    ratio_norms: str = "last"  # or "this": the trust ratio from this step's weights and update
     vectors: str = "inside"  # "outside": tensors of one dimension have trust ratio (trust_lr / lr)^trust_scale
     vector_floor: float = 0.1  # the magnitude that every weight of a tensor of one dimension counts with at least
     matrix_floor: float = 0.1  # the same for all other tensors
@@ -43,57 +46,63 @@ class Parts:
 class Variant(Optimizer):
     """Lamb16's rule with the ``parts`` given; the other arguments are those of :class:`lamb16.Lamb16`.
 
-    State per parameter: as Lamb16's, with scales of shape `[rows, 1, ...]` where ``parts.scope`` is "row".
+    State per parameter: as Lamb16's, with scales and maxima of shape `[rows, 1, ...]` where ``parts.scope`` is "row".
     """
 
     def __init__(self, params: Any, parts: Parts | None = None, *, seed: int = 0, **hyper: Any) -> None:
         self._parts, self._seed = parts or Parts(), seed
-        defaults = vars(reference.Hyper()) | hyper
-        super().__init__(params, defaults)
+        super().__init__(params, vars(Hyper()) | hyper)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step for every parameter that has a gradient."""
         for group in self.param_groups:
-            hyper = reference.Hyper(**{name: group[name] for name in vars(reference.Hyper())})
+            hyper = Hyper(**{name: group[name] for name in NAMES})
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None:
                     self._update(name, p, p.grad, hyper)
 
-    def _update(self, name: str, p: Tensor, grad: Tensor, h: reference.Hyper) -> None:
-        state = self.state[p]
+    def _update(self, name: str, p: Tensor, grad: Tensor, h: Hyper) -> None:
+        state, parts = self.state[p], self._parts
         if not state:
             state.update(init_state(p, tensor_salt(self._seed, name), h.moment_dtype == "float8"))
-        t = int(state["step"]) + 1
-        factors = self._factors(state, h, t)
-        codes = [flat_codes(state[key]).view(p.shape) for key in ("exp_avg", "exp_avg_sq")]
-        m, v = update.moments(grad, codes[0], codes[1], factors)
-        largest = m.abs().max() + v.max()
-        if not torch.isfinite(largest):
+            state["weight_sum"].fill_(self._weight_sum(p))
+        (beta1, beta2), t = h.betas, int(state["step"]) + 1
+        g = -grad if h.maximize else grad
+        top = self._largest(g)
+        max_m, max_v = (state[f"{key}_max"] * state[f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq"))
+        bound_m, bound_v = beta1 * max_m + (1 - beta1) * top, beta2 * max_v + (1 - beta2) * (top * top)
+        if not (bound_m.isfinite().all() and (bound_v < reference.OVERFLOW_V).all()):
             return
-        u = update.direction(p, m, v, factors)
-        p.sub_(u * float(h.lr * self._ratio(p, u, h)))
-        if largest > 0:
+        m, v = (state[key].float() * state[f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq"))
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * (g * g)
+        n, d = direction(m, v, g, h, t, parts.bound)
+        if h.caution:
+            agrees, numel = torch.sign(n) * torch.sign(g) > 0, p.numel()
+            d = torch.where(agrees, d * (numel / max(int(state["mask_count"]), numel / 1000)), 0.0)
+        u = d + h.weight_decay * p
+        p.sub_(u * float(h.lr * self._ratio(p, u, state, h)))
+        if (bound_m > 0).any() or (bound_v > 0).any():
             state["step"].fill_(t)
+            state["weight_sum"].fill_(self._weight_sum(p))
+            state["update_sum"].fill_(reference.clamped_sum(u, h.eps))
+            if h.caution:
+                state["mask_count"].fill_(agrees.sum())
         if h.moment_dtype == "float32":
             state["exp_avg"], state["exp_avg_sq"] = m, v
-            return
-        word = self._words(p, int(state["salt"]), t)
-        state["exp_avg"], state["exp_avg_norm"] = _store(m, word, E4M3, self._parts)
-        state["exp_avg_sq"], state["exp_avg_sq_norm"] = _store(v, word, E5M2, self._parts)
+        else:
+            if parts.scale_from == "maximum":
+                bound_m, bound_v = self._largest(m), self._largest(v)
+            word = self._words(p, int(state["salt"]), t)
+            state["exp_avg"], state["exp_avg_norm"] = _store(m, bound_m, word, E4M3, parts)
+            state["exp_avg_sq"], state["exp_avg_sq_norm"] = _store(v, bound_v, word, E5M2, parts)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[f"{key}_max"] = self._largest(state[key].float())
 
-    def _factors(self, state: dict[str, Any], h: reference.Hyper, t: int) -> Factors:
-        """The scalars of the update in float32."""
-        beta1, beta2 = h.betas
-        c1, c2 = (1 - beta1**t, 1 - beta2**t) if h.bias_correction else (1.0, 1.0)
-        rho = c1 / c2**0.5
-        bound = rho * reference.inverse_bound(beta1, beta2) if self._parts.bound else 0.0
-        sign = -1.0 if h.maximize else 1.0
-        values = torch.tensor(
-            [1 - beta1, 1 - beta2, rho, h.eps * c1, bound, h.weight_decay, h.eps, sign, 0.0, 0.0, 0.0]
-        )
-        decode = state["exp_avg_norm"] * reference.f32(beta1), state["exp_avg_sq_norm"] * reference.f32(beta2)
-        return Factors(*decode, *values)
+    def _largest(self, x: Tensor) -> Tensor:
+        """The largest magnitude of the tensor, 0-d, or of each row, `[rows, 1, ...]`."""
+        by_row = self._parts.scope == "row" and x.ndim > 1
+        return x.abs().flatten(1).amax(1).view(-1, *[1] * (x.ndim - 1)) if by_row else x.abs().max()
 
     def _words(self, p: Tensor, salt: int, t: int) -> Tensor:
         """The int32 rounding word of every element."""
@@ -103,25 +112,39 @@ class Variant(Optimizer):
         words = fp8.hash32(index) + torch.tensor(t * reference.GOLDEN & 0xFFFFFFFF).to(torch.int32)
         return fp8.hash32(words) if self._parts.words == "independent" else words
 
-    def _ratio(self, p: Tensor, u: Tensor, h: reference.Hyper) -> float:
-        if p.ndim <= 1 and self._parts.vectors == "outside":
-            return min(float((h.trust_lr / h.lr) ** h.trust_scale), h.trust_clip)
+    def _weight_sum(self, p: Tensor) -> int:
         floor = self._parts.vector_floor if p.ndim <= 1 else self._parts.matrix_floor
-        weight_norm = reference.clamped_sum(p, floor * floor) ** 0.5
-        return reference.trust_ratio(weight_norm, reference.clamped_sum(u, h.eps) ** 0.5, h)
+        return reference.clamped_sum(p, floor * floor)
+
+    def _ratio(self, p: Tensor, u: Tensor, state: dict[str, Any], h: Hyper) -> float:
+        """The trust ratio; ``p`` are the weights before the step, ``u`` is its update."""
+        if p.ndim <= 1 and self._parts.vectors == "outside":
+            return reference.trust_ratio(1, 1, h)
+        if self._parts.ratio_norms == "this":
+            return reference.trust_ratio(self._weight_sum(p), reference.clamped_sum(u, h.eps), h)
+        return reference.trust_ratio(int(state["weight_sum"]), int(state["update_sum"]), h)
 
 
-def _store(x: Tensor, word: Tensor, fmt: Format, parts: Parts) -> tuple[Tensor, Tensor]:
+def direction(m: Tensor, v: Tensor, g: Tensor, h: Hyper, t: int, bounded: bool = True) -> tuple[Tensor, Tensor]:
+    """The momentum n of step ``t`` from the fresh moments and the gradient, and the update before caution and decay."""
+    beta1, beta2 = h.betas
+    c1, c2, c3 = (1 - beta1**t, 1 - beta2**t, 1 - beta1 ** (t + 1)) if h.bias_correction else (1.0, 1.0, 1.0)
+    a, b = (beta1 / c3, (1 - beta1) / c1) if h.nesterov else (1 / c1, 0.0)
+    n = a * m + b * g
+    denominator = (1 / math.sqrt(c2)) * reference.ieee_sqrt(v) + h.eps
+    if bounded:
+        denominator = torch.maximum(denominator, reference.inverse_bound(beta1, beta2, a, b, c2) * n.abs())
+    return n, n / denominator
+
+
+def _store(x: Tensor, largest: Tensor, word: Tensor, fmt: Format, parts: Parts) -> tuple[Tensor, Tensor]:
     """The fp8 codes of a moment and their scale."""
-    magnitude = x.abs()
-    by_row = parts.scope == "row" and x.ndim > 1
-    largest = magnitude.flatten(1).amax(1).view(-1, *[1] * (x.ndim - 1)) if by_row else magnitude.max()
     if parts.norm == "exact":
         scale = (largest / LARGEST[fmt]).clamp(min=fmt.smallest_scale())
     else:
         scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
     # Dividing by an exact norm, and rounding to nearest, may end above the largest code by a hair.
-    codes = fp8.encode((magnitude / scale).clamp(max=LARGEST[fmt]), word, fmt).clamp(max=LARGEST_CODE[fmt])
+    codes = fp8.encode((x.abs() / scale).clamp(max=LARGEST[fmt]), word, fmt).clamp(max=LARGEST_CODE[fmt])
     if fmt is E5M2:
         codes = torch.where(x > 0, codes.clamp(min=1), codes) if parts.never_zero else codes
         return codes.to(torch.uint8).view(torch.float8_e5m2), scale

@@ -1,0 +1,157 @@
+"""The scalar state of all tensors on a device, in three tables of which the state entries are views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fp8, update
+from .fp8 import E4M3, E5M2
+from .hyper import MOMENT_DTYPES
+from .sharding import like, local
+from .update import State
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TABLES: dict[torch.dtype, tuple[str, ...]] = {
+    torch.float32: ("exp_avg_norm", "exp_avg_sq_norm", "exp_avg_max", "exp_avg_sq_max"),
+    torch.int32: ("step", "salt"),
+    torch.int64: ("weight_sum", "update_sum", "mask_count"),
+}
+SCALARS = tuple(name for names in TABLES.values() for name in names)
+# What version 0.1 did not have, and what follows from codes, weights and size: see complete.
+DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
+ENTRIES = (*MOMENTS, *SCALARS)
+CHUNK = 1 << 20  # elements that are read at once where a sum is derived
+
+
+class Store:
+    """Tables with a row per tensor and a column per scalar; row 0 is padding.
+
+    A state whose entries are not this store's views (after loading or unpickling, or when someone replaced one, or its
+    memory) is read in again. 48 bytes per tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.columns: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []  # of rows 1, 2, ...
+        self.entries: list[tuple[Tensor, ...]] = []  # what each state held when it was read, in the order of ENTRIES
+        self.addresses: list[list[int]] = []
+        self.versions: list[tuple[int, ...]] = []  # of the moments: who else writes to them is found out
+        self.rows: dict[int, int] = {}  # id of a state (which is kept alive) -> row
+
+    def holds(self, states: Iterable[dict[str, Any]]) -> bool:
+        """Whether nothing of these states has been replaced, nor given other memory."""
+        rows, entries, addresses, versions = self.rows, self.entries, self.addresses, self.versions
+        for state in states:
+            row = rows.get(id(state))
+            if row is None or not all(map(is_, map(state.get, ENTRIES), entries[row - 1])):
+                return False
+            if _addresses(entries[row - 1]) != addresses[row - 1] or _versions(entries[row - 1]) != versions[row - 1]:
+                return False
+        return True
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> list[int]:
+        """Make every state's scalars views of the tables; returns their rows."""
+        if not self.holds(states):
+            for state in states:
+                if id(state) not in self.rows:
+                    self.states.append(state)
+                    self.rows[id(state)] = len(self.states)
+            self._read()
+        return [self.rows[id(state)] for state in states]
+
+    def _read(self) -> None:
+        self.columns, views = [], []
+        for dtype, names in TABLES.items():
+            table = torch.zeros(len(self.states) + 1, len(names), dtype=dtype, device=self.device)
+            for k, name in enumerate(names):
+                values = [torch.as_tensor(s[name], dtype=dtype, device=self.device).view(()) for s in self.states]
+                torch.stack(values, out=table[1:, k])
+            self.columns += table.unbind(1)
+            views += [column[1:].unbind(0) for column in table.unbind(1)]
+        for state, scalars in zip(self.states, zip(*views, strict=True), strict=True):
+            state.update(zip(SCALARS, scalars, strict=True))
+        self.entries = [tuple(state[name] for name in ENTRIES) for state in self.states]
+        self.addresses = [_addresses(entries) for entries in self.entries]
+        self.versions = [_versions(entries) for entries in self.entries]
+
+    def stepped(self, rows: Iterable[int]) -> None:
+        """Note that the moments of these rows have been written to by a step."""
+        for row in rows:
+            self.versions[row - 1] = _versions(self.entries[row - 1])
+
+    def state(self, home: Tensor) -> State:
+        """The tables for the step functions; ``home`` int64 says which rows."""
+        return State._make([*self.columns, home])
+
+
+def _addresses(entries: tuple[Tensor, ...]) -> list[int]:
+    shards = [local(x) for x in entries[:2]]
+    return [x.data_ptr() for x in (*shards, *entries[2:])] + [x.numel() for x in shards]
+
+
+def _versions(entries: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(0 if x.is_inference() else x._version for x in map(local, entries[:2]))
+
+
+def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
+    """The state of a parameter before its first step; codes and moments are contiguous and spread as it is.
+
+    The sum of the weights is that of this rank's part.
+    """
+    scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
+    dtypes = MOMENT_DTYPES["float8" if float8 else "float32"]
+    device, shape = param.device, local(param).shape
+    moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes]
+    state: dict[str, Any] = {
+        "step": torch.zeros((), dtype=torch.int32, device=device),
+        "exp_avg": moments[0],
+        "exp_avg_norm": torch.tensor(scales[0], dtype=torch.float32, device=device),
+        "exp_avg_sq": moments[1],
+        "exp_avg_sq_norm": torch.tensor(scales[1], dtype=torch.float32, device=device),
+        "salt": torch.tensor(salt - (salt >> 31 << 32), dtype=torch.int32, device=device),
+        "exp_avg_max": torch.zeros((), device=device),
+        "exp_avg_sq_max": torch.zeros((), device=device),
+    }
+    complete(param, state)
+    return state
+
+
+def complete(param: Tensor, state: dict[str, Any]) -> bool:
+    """Add the entries that a state of version 0.1 has not; returns whether the sum of the weights was added."""
+    numel, device = param.numel(), param.device
+    if not {"exp_avg_max", "exp_avg_sq_max"} <= set(state):
+        find_largest(state)
+    for name, value in (("update_sum", numel << 20), ("mask_count", numel)):
+        if name not in state:
+            state[name] = torch.tensor(value, dtype=torch.int64, device=device)
+    if "weight_sum" in state:
+        return False
+    state["weight_sum"] = weight_sum(local(param))
+    return True
+
+
+def find_largest(state: dict[str, Any]) -> None:
+    """Set the maxima to those of the codes (or float32 moments) that the state holds, of this rank's part."""
+    for name, fmt in zip(MOMENTS, (E4M3, E5M2), strict=True):
+        moment = local(state[name]).reshape(-1)
+        largest = torch.zeros((), device=moment.device)
+        for part in torch.split(moment, CHUNK):
+            if part.numel():
+                top = part.abs().max() if part.dtype == torch.float32 else (part.view(torch.uint8) & 0x7F).max()
+                largest = torch.maximum(largest, top if part.dtype == torch.float32 else fp8.decode(top, fmt))
+        state[f"{name}_max"] = largest
+
+
+def weight_sum(weights: Tensor) -> Tensor:
+    """Σ clamp(p², 0.01, 1) in units of 2^-20, 0-d int64."""
+    total = torch.zeros((), dtype=torch.int64, device=weights.device)
+    for part in torch.split(weights.detach().reshape(-1), CHUNK):
+        part = part.float()
+        total += update.units(part * part, update.WEIGHT_FLOOR_BITS).sum(dtype=torch.int64)
+    return total
