@@ -99,7 +99,7 @@ def test_no_code_exceeds_the_bound_of_its_scale(compile: bool, case: Case) -> No
             for name, largest in (("exp_avg", E4M3_MAX), ("exp_avg_sq", E5M2_MAX)):
                 decoded = state[name].float().abs().max()
                 assert decoded <= largest
-                assert (decoded * state[f"{name}_norm"] == state[f"{name}_max"]) | (g == 0).all()
+                assert decoded == state[f"{name}_max"] or not (g.any() or m.any())
 
 
 def test_a_scale_of_half_the_bound_is_exceeded() -> None:

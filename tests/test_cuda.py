@@ -17,7 +17,7 @@ from lamb16 import compiled
 from lamb16.cli import main
 from lamb16.cli.shapes import SETS
 from lamb16.compiled import GRAPHS, Graph, Kind
-from lamb16.cuda import fake, kernels, report
+from lamb16.cuda import fake, report
 from lamb16.cuda.kernels import Launch
 
 STEP = (
@@ -32,6 +32,18 @@ LARGE = [(512, 512), (1000, 300), (64, 2048), (2, 3, 50_000), (70_000,)] * 4  # 
 def code() -> report.Code:
     """Generated once for all tests, for sm_90; a minute."""
     return report.Code(90)
+
+
+@pytest.fixture(scope="module")
+def ungrouped() -> report.Code:
+    return report.Code(80)
+
+
+@pytest.fixture
+def alone(ungrouped: report.Code, monkeypatch: pytest.MonkeyPatch) -> report.Code:
+    """Code for sm_80 with one tensor per call, which is generated sooner."""
+    monkeypatch.setattr(Kind, "group", 1)
+    return ungrouped
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +123,14 @@ def test_every_kernel_compiles_for_other_architectures(code: report.Code, capabi
     ],
     ids=["bfloat16", "float16", "float32 moments", "caution"],
 )
-def test_other_kinds_compile(kind: Kind, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor per call, for sm_80; g is read twice, p, m and v are read and written once."""
-    monkeypatch.setattr(Kind, "group", 1)
+def test_other_kinds_compile(alone: report.Code, kind: Kind, least: int) -> None:
+    """g is read twice, p, m and v are read and written once."""
     moved, rows = 0, 3
     for graph in GRAPHS:
-        program = kernels.program(graph, kind, 80)
+        program = alone.program(graph, kind)
         assert program.fallbacks == []
-        with fake.device(80):
-            needs = [kernel.resources(80) for kernel in program.kernels.values()]
-        assert all(need.spills == 0 for need in needs), graph
-        assert all(need.registers <= 128 for need in needs), graph
+        needs = [alone.resources(kernel) for kernel in program.kernels.values()]
+        assert all(need.spills == 0 and need.registers <= 128 for need in needs), (graph, needs)
         if graph in (Graph("inspect"), Graph("update")):
             launches = program(*compiled.example_inputs(graph, kind._replace(device=META)))
             moved += sum(launch.bytes_read + launch.bytes_written for launch in launches)
@@ -129,10 +138,8 @@ def test_other_kinds_compile(kind: Kind, least: int, monkeypatch: pytest.MonkeyP
     assert least <= (moved - columns) / (rows * 1024) <= least + 0.5
 
 
-def test_bytes_are_those_that_inductor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor per call; Inductor counts what is overwritten as read too."""
-    monkeypatch.setattr(Kind, "group", 1)
-    alone = report.Code(90)
+def test_bytes_are_those_that_inductor_counts(alone: report.Code) -> None:
+    """Inductor counts what is overwritten as read too."""
     for graph in (Graph("inspect"), Graph("update"), Graph("inspect", packed=True), Graph("update", packed=True)):
         program = alone.program(graph)
         launches = program(*compiled.example_inputs(graph, alone.kind._replace(device=META)))
@@ -195,18 +202,15 @@ def test_the_command_prints_one_object(
     assert "| sm_90 | tiny-tensors | 400 |" in capsys.readouterr().out
 
 
-def test_the_kernels_compute_the_references_bits(
-    code: report.Code, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernels_compute_the_references_bits(code: report.Code, alone: report.Code, tmp_path: Path) -> None:
     """In Triton's interpreter, in a process of its own; see interpreted.py."""
     generated = {(graph, graph.kind(code.kind), 16): code.program(graph).generated for graph in STEP}
-    monkeypatch.setattr(Kind, "group", 1)
     cautious = fake.kind(caution=True)
     for graph in GRAPHS:
         kind = graph.kind(cautious)
         same = (graph, kind, 16) in generated and (graph.packed or graph == Graph("scale"))
         if not (same or graph.spread):
-            generated[graph, kind, 1] = fake.generate(graph, kind, 90)
+            generated[graph, kind, 1] = alone.program(graph, kind).generated
     file = tmp_path / "generated.pickle"
     file.write_bytes(pickle.dumps(generated))
     done = subprocess.run(

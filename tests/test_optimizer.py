@@ -264,7 +264,8 @@ def test_the_seed_changes_the_rounding_and_nothing_else() -> None:
         take_steps(optimizer, [0])
     first, again, other = (snapshot(optimizer) for optimizer in runs)
     assert_same(first, again)
-    assert differing(first, other) == sorted(f"{i}.{key}" for i in range(3) for key in (*CODES, *MAXIMA, "salt"))
+    changed = {f"{i}.{key}" for i in range(3) for key in (*CODES, "salt")}
+    assert changed <= set(differing(first, other)) <= changed | {f"{i}.{key}" for i in range(3) for key in MAXIMA}
 
 
 # -- learning rates ----------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from . import update
 from .hyper import NUMBERS
-from .inductor import options, vector_casts
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
 
 log = logging.getLogger(__name__)
@@ -215,6 +214,8 @@ def _compiled(graph: Graph, kind: Kind, one_loop: bool) -> Code:
 
 def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: bool = True) -> Code:
     """Compile a graph on these :func:`example_inputs`, which it is called with."""
+    from .inductor import options, vector_casts  # which imports Inductor
+
     flat = flatten(arguments)
     found: list[Code] = []
 

@@ -69,7 +69,10 @@ def vector_casts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fused_reductions() -> Iterator[None]:
-    """A context in which Inductor's CPU code may have several reductions in the loop that computes what they read."""
+    """A context in which Inductor's CPU code may have several reductions in the loop that computes what they read.
+
+    Its fusion of outer loops alone is switched off: it cannot handle what comes of that.
+    """
     from torch._inductor.codegen.cpp import CppScheduling
 
     original: Any = CppScheduling.can_fuse_vertical
@@ -82,7 +85,9 @@ def fused_reductions() -> Iterator[None]:
             and not _needs_reduction(node1.get_nodes(), node2)
         )
 
-    with mock.patch.object(CppScheduling, "can_fuse_vertical", can_fuse_vertical):
+    with mock.patch.multiple(
+        CppScheduling, can_fuse_vertical=can_fuse_vertical, can_fuse_vertical_outer_loop=lambda *_: False
+    ):
         yield
 
 

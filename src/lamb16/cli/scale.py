@@ -1,7 +1,7 @@
 """`lamb16 scale`: what a step costs on large meshes, on paper: collectives, communicated bytes, state a rank holds.
 
 From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 8 and 32 bytes a tensor;
-state of 2 bytes for every element of a shard, and 16 for every tensor on every rank. Nothing runs.
+state of 2 bytes for every element of a shard, and 48 for every tensor on every rank. Nothing runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lamb16.cli.shapes import Shape
 from lamb16.cli.study.report import table
 from lamb16.sharding import REDUCED_BYTES
 
-TENSOR_BYTES = 16  # two norms, step, salt
+TENSOR_BYTES = 48  # the scalar state
 BLOCK = 256  # elements that share a float32 scale in 8-bit AdamW, for each of two moments
 
 
