@@ -89,13 +89,13 @@ def main(file: str) -> None:
     for name, function in functions.items():
         mock.patch(f"{library}.{name}", numpys(function)).start()
     with mock.patch.object(Kind, "group", 16):
-        for name, options in CASES.items():
-            report(name, lambda options=options: follow(executor, options))
         report("a non-finite gradient", lambda: skips(executor))
         report("many rows, more tensors than a group", lambda: many(executor))
+    with mock.patch.object(Kind, "group", 1):  # the interpreter is slow
+        for name, options in CASES.items():
+            report(name, lambda options=options: follow(executor, options))
         report("gradient scaling", lambda: scaled(executor))
         report("a wrong reference is noticed", lambda: wrong(executor))
-    with mock.patch.object(Kind, "group", 1):
         report("caution", lambda: follow(executor, {"caution": True, "weight_decay": 0.01}))
         report("caution, clipped gradients", lambda: clipped(executor))
 
@@ -128,15 +128,15 @@ def make(executor: Interpreted, options: dict[str, Any]) -> Lamb16:
 
 
 def follow(executor: Interpreted, options: dict[str, Any]) -> None:
-    """Three steps, bit for bit."""
-    assert_follows_reference(make(executor, options))
+    """Two steps, bit for bit."""
+    assert_follows_reference(make(executor, options), steps=2)
 
 
 def skips(executor: Interpreted) -> None:
     """A tensor of each kind with an inf or a NaN is left as it was; the others move; the next step goes on."""
     optimizer = make(executor, {"weight_decay": 0.1})
     params = optimizer.param_groups[0]["params"]
-    assert_follows_reference(optimizer)
+    assert_follows_reference(optimizer, steps=2)
     before = [p.detach().clone() for p in params]
     for i, (p, g) in enumerate(zip(params, gradients(params, 9), strict=True)):
         p.grad = g

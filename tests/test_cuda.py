@@ -205,6 +205,8 @@ def test_the_command_prints_one_object(
 def test_the_kernels_compute_the_references_bits(code: report.Code, alone: report.Code, tmp_path: Path) -> None:
     """In Triton's interpreter, in a process of its own; see interpreted.py."""
     generated = {(graph, graph.kind(code.kind), 16): code.program(graph).generated for graph in STEP}
+    for graph in (Graph("inspect"), Graph("update")):
+        generated[graph, graph.kind(code.kind), 1] = alone.program(graph).generated
     cautious = fake.kind(caution=True)
     for graph in GRAPHS:
         kind = graph.kind(cautious)

@@ -36,8 +36,9 @@ def test_results_of_an_earlier_rule_are_marked(study: str) -> None:
     assert [rule for rule in rules - {runs.digest("lamb16.reference")} if rule not in DOC] == []
 
 
-def test_the_fidelity_table_is_that_of_the_results() -> None:
-    content = json.loads((ROOT / "docs" / "results" / "fidelity.json").read_text())
+@pytest.mark.parametrize("name", ["fidelity", "fidelity-0.2"])
+def test_the_fidelity_tables_are_those_of_the_results(name: str) -> None:
+    content = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert fidelity.table(content["results"]) in DOC
 
 
@@ -48,6 +49,9 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
         for name in ("bench", "bench-1-thread", "cuda")
     )
     tables = [bench.table(rows) for content in (many, one) for rows in content["results"].values()]
+    h200 = json.loads((ROOT / "docs" / "results" / "bench-h200.json").read_text())
+    tables += [bench.table(rows) for rows in h200["results"].values()]
+    tables += [bench.pass_table(parts) for parts in h200["passes"].values()]
     tables += [bench.compile_table(many["compile_time"]), bench.pass_table(one["passes"]["mlp"])]
     tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
     assert [table for table in tables if table not in document] == []

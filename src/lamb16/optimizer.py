@@ -21,8 +21,8 @@ from .checks import (
     check_state,
     check_state_dict,
 )
-from .clipping import clip
 from .compiled import Compiled, Eager, Executor, Kind
+from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .plan import Plan, graphs_of
 from .sharding import (
