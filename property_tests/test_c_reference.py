@@ -258,7 +258,7 @@ CHANGES = {
         "fmaxf(x->exp_avg_max * x->exp_avg_norm, largest)",
     ),
     "bound of v": ("f.new2 * (largest * largest)", "largest * largest"),
-    "maximum before rounding": ("float m = fabsf(decode(code_m, &E4M3)) * scale_m", "float m = fabsf(e.m)"),
+    "maximum before rounding": ("float m = fabsf(decode(code_m, &E4M3))", "float m = fabsf(e.m) / scale_m"),
     "bias correction": ("f.root = (float)(1.0 / sqrt(c2));", "f.root = 1.0f;"),
     "bias correction of the next step": ("pow(h->beta1, t + 1.0)", "pow(h->beta1, t)"),
     "without nesterov": ("h->beta1 / c3 : 1.0 / c1", "h->beta1 / c3 : 1.0 / c3"),

@@ -31,11 +31,12 @@ from helpers import (
 )
 from helpers import follow as follow_reference
 from lamb16 import Lamb16, reference
-from lamb16.compiled import Graph, Kind
+from lamb16.compiled import Eager, Graph, Kind
 from lamb16.cuda import fake
 from lamb16.cuda.kernels import Program
 from lamb16.optimizer import tensor_salt
-from lamb16.update import PIECE
+from lamb16.plan import Rows
+from lamb16.update import PIECE, State, Sums
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no bias correction, maximize": {"bias_correction": False, "maximize": True, "lr": 0.3},
     "no clip, no bound": {"trust_clip": 100.0, "trust_scale": 1.0, "betas": (0.99, 0.9), "weight_decay": 0.01},
     "no nesterov": {"nesterov": False, "weight_decay": 0.01},
+    "caution": {"caution": True, "weight_decay": 0.01},
 }
 
 
@@ -88,16 +90,16 @@ def main(file: str) -> None:
     functions = {"pow": np.power, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x)}
     for name, function in functions.items():
         mock.patch(f"{library}.{name}", numpys(function)).start()
-    with mock.patch.object(Kind, "group", 16):
-        report("a non-finite gradient", lambda: skips(executor))
-        report("many rows, more tensors than a group", lambda: many(executor))
-    with mock.patch.object(Kind, "group", 1):  # the interpreter is slow
+    with mock.patch.object(Kind, "group", 1):  # of more the interpreter makes many times the work
         for name, options in CASES.items():
             report(name, lambda options=options: follow(executor, options))
+        report("a non-finite gradient", lambda: skips(executor))
         report("gradient scaling", lambda: scaled(executor))
+        report("clipped gradients", lambda: clipped(executor))
         report("a wrong reference is noticed", lambda: wrong(executor))
-        report("caution", lambda: follow(executor, {"caution": True, "weight_decay": 0.01}))
-        report("caution, clipped gradients", lambda: clipped(executor))
+        report("more rows than a chunk has", lambda: folded(executor))
+    with mock.patch.object(Kind, "group", 16):
+        report("more tensors than a group has", lambda: many(executor))
 
 
 def numpys(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,10 +151,34 @@ def skips(executor: Interpreted) -> None:
 
 
 def many(executor: Interpreted) -> None:
-    """Two groups of large tensors, one tensor of more rows than a chunk has."""
-    shapes = [(2, 1024)] * 17 + [(1030, 1024)]
-    optimizer = Lamb16(parameters(shapes), lr=0.01, weight_decay=0.1, compile=executor)
+    """Two groups of large tensors."""
+    optimizer = Lamb16(parameters([(2, 1024)] * 17), lr=0.01, weight_decay=0.1, compile=executor)
     assert_follows_reference(optimizer, steps=1)
+
+
+def folded(executor: Interpreted) -> None:
+    """The sums of a tensor with many rows, of one that keeps what it has and of one whose other rank keeps it."""
+    kind, sizes = Kind(torch.device("cpu")), [1030 * 1024, 5000, 300, 3000]
+    rows, generator = Rows(kind, sizes), torch.Generator().manual_seed(0)
+
+    def integers(*shape: int, below: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(below, shape, generator=generator, dtype=dtype)
+
+    found = [integers(rows.count, below=k, dtype=torch.int32) for k in (127, 125, 1 << 30, 1 << 30)]
+    tables = [torch.rand(5, 4, generator=generator), integers(5, 2, below=9, dtype=torch.int32)]
+    tables.append(integers(5, 3, below=1 << 40, dtype=torch.int64))
+    counted, first_rank = torch.tensor([True, False, False, True]), torch.tensor([1, 1, 0, 0])
+    results = []
+    for run in (executor.run, Eager().run):
+        own = [table.clone() for table in tables]
+        state = State(*(column for table in own for column in table.unbind(1)), torch.arange(1, 5))
+        run(Graph("fold"), kind, Sums(*found, None), rows.tree, counted, first_rank, state, True)
+        results.append([table[1:] for table in own])  # the first row is padding
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), results
+    before, after = tables[2][1:], results[0][2]
+    assert int(after[0, 0]) == int(found[2][rows.slices[0]].long().sum())
+    assert torch.equal(after[1], before[1]), "kept"
+    assert after[2, :2].tolist() == [0, 0], "kept by another rank"
 
 
 def scaled(executor: Interpreted) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 MOST = 4
-PATIENCE = 150  # seconds; a collective gives up before that
+PATIENCE = 600  # seconds; a collective gives up before that
 
 
 class Ranks:
@@ -71,7 +71,7 @@ def _serve(pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def group(rank: int, world: int, store: str | Path, seconds: int = 30) -> Iterator[None]:
+def group(rank: int, world: int, store: str | Path, seconds: int = 240) -> Iterator[None]:
     """The default process group, over gloo, with a file to meet at."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
