@@ -25,7 +25,7 @@ SCALARS = tuple(name for names in TABLES.values() for name in names)
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
 DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
 ENTRIES = (*MOMENTS, *SCALARS)
-CHUNK = 1 << 20  # elements that are read at once where a sum is derived
+CHUNK = 1 << 12  # elements that are read at once where something is derived, at least
 
 
 class Store:
@@ -141,7 +141,7 @@ def find_largest(state: dict[str, Any]) -> None:
     for name, fmt in zip(MOMENTS, (E4M3, E5M2), strict=True):
         moment = local(state[name]).reshape(-1)
         largest = torch.zeros((), device=moment.device)
-        for part in torch.split(moment, CHUNK):
+        for part in _parts(moment):
             if part.numel():
                 top = part.abs().max() if part.dtype == torch.float32 else (part.view(torch.uint8) & 0x7F).max()
                 largest = torch.maximum(largest, top if part.dtype == torch.float32 else fp8.decode(top, fmt))
@@ -151,7 +151,12 @@ def find_largest(state: dict[str, Any]) -> None:
 def weight_sum(weights: Tensor) -> Tensor:
     """Σ clamp(p², 0.01, 1) in units of 2^-20, 0-d int64."""
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
-    for part in torch.split(weights.detach().reshape(-1), CHUNK):
+    for part in _parts(weights.detach().reshape(-1)):
         part = part.float()
         total += update.units(part * part, update.WEIGHT_FLOOR_BITS).sum(dtype=torch.int64)
     return total
+
+
+def _parts(flat: Tensor) -> tuple[Tensor, ...]:
+    """A flat tensor in at most 2,048 parts, so that what is made of one is small beside it."""
+    return torch.split(flat, max(CHUNK, flat.numel() >> 11))
