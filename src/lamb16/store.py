@@ -41,7 +41,7 @@ class Store:
         self.states: list[dict[str, Any]] = []  # of rows 1, 2, ...
         self.entries: list[tuple[Tensor, ...]] = []  # what each state held when it was read, in the order of ENTRIES
         self.addresses: list[list[int]] = []
-        self.versions: list[tuple[int, ...]] = []  # of the moments: who else writes to them is found out
+        self.versions: list[list[int]] = []  # of the moments: who else writes to them is found out
         self.rows: dict[int, int] = {}  # id of a state (which is kept alive) -> row
 
     def holds(self, states: Iterable[dict[str, Any]]) -> bool:
@@ -90,13 +90,18 @@ class Store:
         return State._make([*self.columns, home])
 
 
+def _moments(entries: tuple[Tensor, ...]) -> list[Tensor]:
+    """This rank's part of both; a plain tensor needs no detached copy, of which hundreds would take time."""
+    return [x if type(x) is Tensor else local(x) for x in entries[:2]]
+
+
 def _addresses(entries: tuple[Tensor, ...]) -> list[int]:
-    shards = [local(x) for x in entries[:2]]
-    return [x.data_ptr() for x in (*shards, *entries[2:])] + [x.numel() for x in shards]
+    moments = _moments(entries)
+    return [x.data_ptr() for x in (*moments, *entries[2:])] + [x.numel() for x in moments]
 
 
-def _versions(entries: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(0 if x.is_inference() else x._version for x in map(local, entries[:2]))
+def _versions(entries: tuple[Tensor, ...]) -> list[int]:
+    return [0 if x.is_inference() else x._version for x in _moments(entries)]
 
 
 def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
