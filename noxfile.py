@@ -57,6 +57,15 @@ def thorough(session: nox.Session, device: str) -> None:
 
 
 @nox.session
+@nox.parametrize("capability", ["avx2", "avx512"])
+def isas(session: nox.Session, capability: str) -> None:
+    """The property tests with the code of either instruction set, and tests of that code; AVX-512 runs both."""
+    install(session, "2.14")
+    environment = {"ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": session.create_tmp()}
+    session.run("pytest", "property_tests", "tests/test_generated.py", *session.posargs, env=environment)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, and mypy in strict mode."""
     session.install(*TRAIN_PAIR)

@@ -36,6 +36,7 @@ def test_a_run_reports_every_contender(
     monkeypatch.setitem(bench.OWN, "broken", _broken)
     file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     options = ["--rounds", "2", "--passes", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
+    options += ["--sizes", "4000", "30", "--size-plot", str(tmp_path / "sizes.svg")]
     assert main(["bench", "--shapes", "mlp", *options]) == 0
     written = json.loads(file.read_text())
     rows = {row["name"]: row for row in written["results"]["mlp"]}
@@ -51,6 +52,10 @@ def test_a_run_reports_every_contender(
     assert {"inspect", "scale", "update", "update packed", "fold", "rest"} <= set(written["passes"]["mlp"])
     assert all(ns > 0 for ns in written["passes"]["mlp"].values())
     assert "<svg" in picture.read_text()
+    assert [row["numel"] for row in written["sizes"]] == [30, 4000]
+    assert all(row["ns_per_param"] > 0 and row["to_adamw"] > 0 for row in written["sizes"])
+    assert "| 4,000 |" in table
+    assert "<svg" in (tmp_path / "sizes.svg").read_text()
 
 
 def test_the_compiled_step_is_the_one_that_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +122,10 @@ def test_compile_times_are_taken_in_processes_of_their_own() -> None:
         ["--device", "meta"],
         ["--json", "/nowhere/b.json"],
         ["--plot", "/nowhere/b.svg"],
+        ["--sizes", "0"],
+        ["--size-plot", "sizes.svg"],
     ],
 )
 def test_wrong_values_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
-    assert options[1] in capsys.readouterr().err
+    assert options[0 if options[0] == "--size-plot" else 1] in capsys.readouterr().err

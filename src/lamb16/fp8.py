@@ -37,12 +37,16 @@ E4M3 = Format(dropped=20, rebias=120, min_exponent=-6, max_exponent=8, min_scale
 E5M2 = Format(dropped=21, rebias=112, min_exponent=-14, max_exponent=15, min_scale=17)
 
 SIGN_BIT = -(1 << 31)
+COLUMN_BITS = 10
+COLUMNS, LAST_ROW = 1 << COLUMN_BITS, (1 << (32 - COLUMN_BITS)) - 1  # as rounding words count
+MIXER = 0x9E3779B1 - (1 << 32)
 
 
 def decode(codes: Tensor, fmt: Format) -> Tensor:
     """float32 values of codes (uint8 or int32), unscaled. Second moments are not negative: E5M2's sign must be 0."""
     c = codes.to(torch.int32)
-    bits = ((c & 0x7F) << fmt.dropped) + (fmt.rebias << 23)
+    magnitude = c if fmt is E5M2 else c & 0x7F
+    bits = (magnitude << fmt.dropped) + (fmt.rebias << 23)
     # Right for normal codes. Twice that, less the smallest normal value, is right for subnormal ones; where the other
     # holds each is the smaller of the two.
     doubled = (bits + (1 << 23)).view(torch.float32) - fmt.smallest_normal()
@@ -52,24 +56,19 @@ def decode(codes: Tensor, fmt: Format) -> Tensor:
     return value.view(torch.float32)
 
 
-def to_bytes(codes: Tensor) -> Tensor:
-    """uint8 of int32 codes. On the CPU through float32: ATen's AVX2 headers have no other vector form."""
-    return (codes.float() if codes.device.type == "cpu" else codes).to(torch.uint8)
-
-
 def encode(magnitude: Tensor, word: Tensor, fmt: Format) -> Tensor:
     """Round float32 values in [0, format maximum] stochastically to int32 codes.
 
-    ``word`` is the int32 rounding word; its top ``dropped`` bits are added below the code's last bit, so a value
-    rounds up with probability equal to its distance from the lower neighbour, in the subnormal range too. A zero
-    word truncates; 2^31 (its top bit alone) rounds to nearest, ties up.
+    ``word`` is the rounding word less 2^31, as int32; the word's top ``dropped`` bits are added below the code's last
+    bit, so a value rounds up with probability equal to its distance from the lower neighbour, in the subnormal range
+    too. The word 0 (-2^31) truncates; 2^31 (0) rounds to nearest, ties up.
     """
     # Adding 2^-6 (2^-14) lines a subnormal's bits up with the grid, one exponent too high; where the other holds each
     # is the larger of the two.
     lifted = (magnitude + fmt.smallest_normal()).view(torch.int32) - (1 << 23)
     bits = torch.maximum(magnitude.view(torch.int32), lifted)
-    # The top bits as a number from 0: the sign flipped, an arithmetic shift, half the range added with the exponents.
-    noise = (word ^ SIGN_BIT) >> (32 - fmt.dropped)
+    # The top bits as a number from 0: an arithmetic shift, and half the range added with the exponents.
+    noise = word >> (32 - fmt.dropped)
     return (bits + (noise + ((1 << (fmt.dropped - 1)) - (fmt.rebias << 23)))) >> fmt.dropped
 
 
@@ -97,3 +96,13 @@ def hash32(x: Tensor) -> Tensor:
     x = x * -0x75C471A9  # 0x8A3B8E57
     x = x ^ ((x >> 14) & 0x3FFFF)
     return x * -0x5D362513  # 0xA2C9DAED
+
+
+def mix(column: Tensor, row: Tensor) -> Tensor:
+    """The rounding word of an element, but for its step, from the hashes of its column and its row (with the salt)."""
+    return (column ^ row) * MIXER
+
+
+def element_words(index: Tensor, salt: Tensor) -> Tensor:
+    """The rounding words of elements, but for their step, from their index modulo 2^32; int32."""
+    return mix(hash32(index & (COLUMNS - 1)), hash32(((index >> COLUMN_BITS) & LAST_ROW) + salt))

@@ -5,18 +5,27 @@
    pass :class:`ReductionsLast` moves the reductions behind the stores. The optimizer's graphs store to arguments that
    are the inputs' memory once more, so the one loop reads each element before it writes it; were it not one loop,
    reductions would see what is new. ``compiled.py`` therefore tries the code before it is used, and does without the
-   pass if it is wrong.
-2. **Bits.** ``Tensor.view(dtype)`` between float32 and int32 is generated for CPUs as an array copied lane by lane.
-   :func:`vector_casts` makes it ``at::vec::cast``, which is no instruction at all.
-3. **Stores in place.** The exported step stores into its inputs. What is computed from these and needed later, here by
+   help if it is wrong.
+2. **Lanes.** ``Tensor.view(dtype)`` between float32 and int32, a load of fewer bytes than a register has, and int32 to
+   uint8 are generated for CPUs as arrays copied lane by lane. :func:`cpu_code` makes them what they are: nothing, one
+   instruction, and a few.
+3. **Invariants.** What does not change along a row is loaded and broadcast again for each vector, since the compiler
+   must fear that a store of bytes changes it. :func:`cpu_code` moves such lines in front of the loop.
+4. **Stores in place.** The exported step stores into its inputs. What is computed from these and needed later, here by
    reductions, Inductor makes temporaries of, and then fuses one reduction with what computes them. With
    :func:`fused_reductions` it fuses all: the temporaries are never stored.
+
+docs/inductor.md has a minimal example of each, for PyTorch's tracker. What :func:`cpu_code` does it does to the text of
+the generated code: where a later Inductor writes another text, the code stays as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,6 +34,68 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 REDUCTIONS = {torch.ops.aten.amax.default, torch.ops.aten.sum.dim_IntList}
 VECTOR_TYPES = {torch.float32: "float", torch.int32: "int32_t"}
+INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+# C++ that generated code may call. `load` takes N elements, `stream` fetches what is a row of 1,024 ahead too, `bytes`
+# converts int32 to uint8 and `integers` back, `kept` is its argument, of which the compiler is not to know that it is a
+# constant: it would make it anew for each vector.
+HELPERS = """
+namespace lamb16 {
+using at::vec::Vectorized;
+template <typename T> using Two = at::vec::VectorizedN<T, 2>;
+template <typename T, int N> inline Vectorized<T> load(const T* p) {
+    constexpr int size = N * sizeof(T);
+    if constexpr (size == sizeof(Vectorized<T>)) return Vectorized<T>::loadu(p);
+#if defined(CPU_CAPABILITY_AVX512)
+    else if constexpr (size == 32) return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+    else if constexpr (size == 16) return _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+#elif defined(CPU_CAPABILITY_AVX2)
+    else if constexpr (size == 16) return _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    else if constexpr (size == 8) return _mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p));
+#endif
+    else return Vectorized<T>::loadu(p, N);
+}
+template <typename T, int N> inline Vectorized<T> stream(const T* p) {
+    __builtin_prefetch(p + 1024);
+    return load<T, N>(p);
+}
+template <typename T, int N> inline Two<T> load_two(const T* p) {
+    return {load<T, N / 2>(p), load<T, N / 2>(p + N / 2)};
+}
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vectorized<uint8_t> bytes(__m512i x) { return _mm512_castsi128_si512(_mm512_cvtepi32_epi8(x)); }
+inline Vectorized<uint8_t> bytes(const Two<int32_t>& x) {
+    auto low = _mm256_castsi128_si256(_mm512_cvtepi32_epi8(x[0]));
+    return _mm512_castsi256_si512(_mm256_inserti128_si256(low, _mm512_cvtepi32_epi8(x[1]), 1));
+}
+inline Two<int32_t> integers(__m512i x) {
+    return {_mm512_cvtepu8_epi32(_mm512_castsi512_si128(x)), _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(x, 1))};
+}
+inline Vectorized<float> kept(__m512 x) { asm("" : "+v"(x)); return x; }
+inline Vectorized<int32_t> kept(__m512i x) { asm("" : "+v"(x)); return x; }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline __m128i shorts(__m256i x) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+inline Vectorized<uint8_t> bytes(__m256i x) {
+    return _mm256_castsi128_si256(_mm_packus_epi16(shorts(x), shorts(x)));
+}
+inline Vectorized<uint8_t> bytes(const Two<int32_t>& x) {
+    return _mm256_castsi128_si256(_mm_packus_epi16(shorts(x[0]), shorts(x[1])));
+}
+inline Two<int32_t> integers(__m256i x) {
+    auto low = _mm256_castsi256_si128(x);
+    return {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8))};
+}
+inline Vectorized<float> kept(__m256 x) { asm("" : "+x"(x)); return x; }
+inline Vectorized<int32_t> kept(__m256i x) { asm("" : "+x"(x)); return x; }
+#else
+inline Vectorized<uint8_t> bytes(const Vectorized<int32_t>& x) { return at::vec::convert<uint8_t>(x); }
+inline Vectorized<uint8_t> bytes(const Two<int32_t>& x) { return at::vec::convert<uint8_t, 1, int32_t, 2>(x); }
+inline Two<int32_t> integers(const Vectorized<uint8_t>& x) { return at::vec::convert<int32_t, 2, uint8_t, 1>(x); }
+template <typename V> inline V kept(V x) { return x; }
+#endif
+}
+"""
 
 
 class ReductionsLast(CustomGraphPass):
@@ -39,8 +110,8 @@ class ReductionsLast(CustomGraphPass):
             output.prepend(node)
 
     def uuid(self) -> str:
-        """For the cache of compiled graphs, which holds what :func:`vector_casts` makes too."""
-        return "lamb16 2"
+        """For the cache of compiled graphs, which holds the code as :func:`cpu_code` left it."""
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 REDUCTIONS_LAST = ReductionsLast()  # one object, so that equal options are equal
@@ -97,6 +168,70 @@ def _needs_reduction(nodes: Any, reader: Any) -> bool:
     names = {dep.name for dep in reader.read_writes.reads}
     read = [node for node in nodes if names & set(node.get_buffer_names())]
     return any(reductions & ({node.get_name()} | set(node.ancestors)) for node in read)
+
+
+def cpu_code(code: str) -> str:
+    """Generated C++ with what is said above under 2 and 3."""
+    if INCLUDE not in code or "at::vec::" not in code:
+        return code
+    code = LOAD.sub(load, code)
+    code = TO_BYTES.sub("lamb16::bytes(", code)
+    code = code.replace("at::vec::convert<int32_t,2,uint8_t,1>(", "lamb16::integers(")
+    lines = code.split("\n")
+    for k in reversed(range(len(lines))):
+        if (loop := LOOP.match(lines[k])) and "#pragma" not in lines[k - 1]:
+            end = next(i for i in range(k, len(lines)) if lines[i] == f"{loop[1]}}}")
+            lines[k:end] = with_invariants_first(loop[2], lines[k:end])
+    return "\n".join(lines).replace(INCLUDE, INCLUDE + HELPERS, 1)
+
+
+def load(found: re.Match[str]) -> str:
+    """The call that loads a vector; of floats that are read once, and so depend on two variables, the next row too."""
+    kind, two, address, count = found.groups()
+    if two:
+        return f"lamb16::load_two<{kind}, {count}>({address})"
+    function = "stream" if kind == "float" and len(set(re.findall(r"\bx\d+\b", address))) > 1 else "load"
+    return f"lamb16::{function}<{kind}, {count}>({address})"
+
+
+LOAD = re.compile(
+    r"at::vec::VectorizedN?<(float|uint8_t|int32_t)(,2)?>::loadu\(([^,]*), static_cast<int64_t>\((\d+)\)\)"
+)
+TO_BYTES = re.compile(r"at::vec::convert<uint8_t(?:,1,int32_t,2)?>\(")
+LOOP = re.compile(r"( *)for\(int64_t (x\d+)=")
+STATEMENT = re.compile(r" *(?:auto (tmp\d+) = |TORCH_CHECK\()(.*);$")
+BROADCAST = re.compile(r"(at::vec::Vectorized<(?:float|int32_t)>\(\w+\));$")
+
+
+def with_invariants_first(variable: str, loop: list[str]) -> list[str]:
+    """The lines of an innermost loop over ``variable`` behind those of its statements that do not depend on it."""
+    if any(LOOP.match(line) for line in loop[1:]) or any("C10_UNLIKELY" in line for line in loop):
+        return loop
+    varying, first, rest = {variable}, [], []
+    shifts = {x for line in loop for x in re.findall(r"(?:<<|>>) (tmp\d+)", line)}  # which immediates are better for
+    for line in loop:
+        statement = STATEMENT.match(line)
+        names = set(re.findall(r"\b(?:tmp|x)\d+\b|\b(?:in_)?out_ptr", statement[2] if statement else line))
+        if statement and not names & varying and not any("out_ptr" in x for x in names):
+            first.append(line if statement[1] in shifts else BROADCAST.sub(r"lamb16::kept(\1);", line))
+            continue
+        varying |= set(re.findall(r"auto (tmp\d+) =", line))
+        rest.append(line)
+    return first + rest
+
+
+@contextlib.contextmanager
+def cpu_help() -> Iterator[None]:
+    """A context in which Inductor's code for CPUs goes through :func:`cpu_code`, and :func:`vector_casts` holds."""
+    from torch._inductor.codegen.cpp import KernelGroup
+
+    original: Any = KernelGroup.codegen_group
+
+    def codegen_group(self: Any, name: Any = None) -> str:
+        return cpu_code(original(self, name))
+
+    with mock.patch.object(KernelGroup, "codegen_group", codegen_group), vector_casts():
+        yield
 
 
 def options(device: torch.device, one_loop: bool = True) -> dict[str, Any]:

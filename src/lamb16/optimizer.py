@@ -7,6 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -214,7 +215,7 @@ class Lamb16(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         try:
             for plan in plans:
-                plan.inspect([grads[p] for p in plan.params])
+                plan.inspect([grads[id(p)] for p in plan.params])
             for reduction in reductions:
                 reduction.before()
             factor = None if grad_scale is None else grad_scale.double().reciprocal()
@@ -236,22 +237,25 @@ class Lamb16(Optimizer):
         self._last = plans
         return loss
 
-    def _current_plans(self) -> tuple[list[Plan], list[Reduction], dict[Tensor, Tensor]]:
-        """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts."""
-        grads: dict[Tensor, Tensor] = {}
+    def _current_plans(self) -> tuple[list[Plan], list[Reduction], dict[int, Tensor]]:
+        """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts.
+
+        Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it.
+        """
+        grads: dict[int, Tensor] = {}
         key: list[Any] = []
         sharded = sharded_types()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    grad = p.grad
+            params = group["params"]
+            for i, grad in enumerate(map(attrgetter("grad"), params)):
+                if grad is not None:
+                    p = params[i]
                     if grad.layout != torch.strided or grad.dtype != p.dtype:
                         check_gradient(grad, self._name(group, i))
-                    if isinstance(p, sharded) or isinstance(grad, sharded):
-                        grads[p] = local_gradient(p, grad, self._name(group, i))
-                    else:
-                        grads[p] = grad.detach()
+                    if sharded and (isinstance(p, sharded) or isinstance(grad, sharded)):
+                        grad = local_gradient(p, grad, self._name(group, i))
+                    grads[id(p)] = grad
                     key += (id(p), grad.dtype)
         frozen = tuple(key)
         cached = self._plans.get(frozen)
@@ -268,14 +272,14 @@ class Lamb16(Optimizer):
             plan.hyper.check()
         return cached.plans, cached.reductions, grads
 
-    def _make_plans(self, grads: dict[Tensor, Tensor]) -> list[Plan]:
+    def _make_plans(self, grads: dict[int, Tensor]) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
         missing: list[tuple[Tensor, dict[str, Any], str]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
-                if p in grads:
+                if id(p) in grads:
                     check_parameter(p, self._name(group, i))
                     check_layout(p, self._name(group, i))
                     if self.state.get(p):
@@ -283,7 +287,7 @@ class Lamb16(Optimizer):
                     else:
                         missing.append((p, group, self._name(group, i)))
                     float8 = group["moment_dtype"] == "float8"
-                    kind = Kind(p.device, p.dtype, grads[p].dtype, float8, group["caution"])
+                    kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
         executor = self._executor()
         for kind, pairs in members.items():

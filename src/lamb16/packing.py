@@ -1,7 +1,8 @@
 """Copying what is packed of many tensors into one buffer and back.
 
 On the CPU a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for every
-64 tensors of each; there one kernel copies all of them by a table of addresses (compiled steps only).
+64 tensors of each; there one kernel copies all of them by a table of addresses (compiled steps only). *Parts* are what
+is packed of p, g and the two moments: four lists with a tensor per tail.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Tail(NamedTuple):
     def rows(self) -> int:
         return -(-self.length // PIECE)
 
-    def of(self, flat: Tensor) -> Tensor:
-        """Its elements in the flat tensor."""
-        return flat[self.start : self.start + self.length]
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its elements in the contiguous tensor; the tensor itself where these are all."""
+        return tensor if self.start == 0 else tensor.view(-1)[self.start : self.start + self.length]
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(tensor, first element, length) of each of its rows."""
@@ -40,55 +41,48 @@ class Tail(NamedTuple):
 class ForeachPacking:
     """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
 
-    def __init__(self, tails: Sequence[Tail], block: Block, codes: Sequence[Sequence[Tensor]]) -> None:
-        """``block`` has the packed p, g and codes, [rows, PIECE]; ``codes`` are the flat codes of all tensors."""
-        self.tails = tails
-        flat = [x.view(-1) for x in block[:4]]
-        self.rows = [[x[t.row * PIECE : t.row * PIECE + t.length] for t in tails] for x in flat]
-        self.codes = [[t.of(codes[t.tensor][k]) for t in tails] for k in (0, 1)]
-        self.weights: list[Tensor] = []
+    def __init__(
+        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+    ) -> None:
+        """``block`` has the packed p, g and codes, [rows, PIECE]; shapes are those of the tails' parts.
 
-    def pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
-        """Copy into the buffer; takes all tensors' flat weights and gradients."""
-        self.weights = [t.of(flat_p[t.tensor]) for t in self.tails]
-        gradients = [t.of(flat_g[t.tensor]) for t in self.tails]
-        for rows, sources in zip(self.rows, (self.weights, gradients, *self.codes), strict=True):
-            torch._foreach_copy_(rows, sources)
+        The dtypes are those of the states' moments.
+        """
+        first = tails[0].row
+        dtypes = (block.p.dtype, block.g.dtype, *moments)
+        flat = [x.view(-1).view(dtype) for x, dtype in zip(block[:4], dtypes, strict=True)]
+        places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
+        self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
-    def unpack(self) -> None:
-        """Copy weights and codes back to where the last :meth:`pack` took them from."""
-        p, _, m, v = self.rows
-        for targets, rows in ((self.weights, p), (self.codes[0], m), (self.codes[1], v)):
-            torch._foreach_copy_(targets, rows)
-        self.weights = []
+    def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
+        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments."""
+        for k in kinds:
+            torch._foreach_copy_(self.rows[k], parts[k])
+
+    def unpack(self, parts: Sequence[list[Tensor]]) -> None:
+        """Copy weights and codes back."""
+        for k in (0, 2, 3):
+            torch._foreach_copy_(parts[k], self.rows[k])
 
 
 class TablePacking:
     """Copies with one launch each way, by tables of addresses; the tables are renewed when an address has changed."""
 
-    def __init__(
-        self,
-        tails: Sequence[Tail],
-        block: Block,
-        codes: Sequence[Sequence[Tensor]],
-        launch: Callable[..., None],
-    ) -> None:
+    def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
-        self.tails, self.block, self.device, self.launch = tails, block[:4], block.p.device, launch
-        pieces = [piece for tail in tails for piece in tail.pieces()]
-        self.owner, self.start = [i for i, _, _ in pieces], [start for _, start, _ in pieces]
+        self.block, self.device, self.launch = block[:4], block.p.device, launch
+        pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
+        self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
         self.addresses: list[list[int]] = [[], [], [], []]
         self.tables: list[Tensor] = [self.length] * 4
         self.kept: list[Tensor] = []
-        self._note(2, [m for m, _ in codes])
-        self._note(3, [v for _, v in codes])
 
-    def _note(self, k: int, flat: Sequence[Tensor]) -> None:
+    def _note(self, k: int, parts: Sequence[Tensor]) -> None:
         """Bring the table of one kind of tensors up to date."""
-        size = flat[0].element_size()
-        first = [x.data_ptr() for x in flat]
-        addresses = [first[i] + size * start for i, start in zip(self.owner, self.start, strict=True)]
+        size = parts[0].element_size()
+        first = [x.data_ptr() for x in parts]
+        addresses = [first[i] + size * start for i, start in zip(self.owner, self.step, strict=True)]
         if addresses != self.addresses[k]:
             table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             table = table.pin_memory() if self.device.type == "cuda" else table
@@ -100,13 +94,15 @@ class TablePacking:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept += tables
 
-    def pack(self, flat_p: list[Tensor], flat_g: list[Tensor]) -> None:
-        """As in :class:`ForeachPacking`."""
-        self._note(0, flat_p)
-        self._note(1, flat_g)
+    def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
+        """As in :class:`ForeachPacking`, but that one launch copies all kinds, when it is the gradients' turn."""
+        if 1 not in kinds:
+            return
+        for k, tensors in enumerate(parts):
+            self._note(k, tensors)
         self._keep(*self.tables)
         self.launch(*self.tables, *self.block, self.length, False)
 
-    def unpack(self) -> None:
+    def unpack(self, parts: Sequence[list[Tensor]]) -> None:
         """As in :class:`ForeachPacking`."""
         self.launch(*self.tables, *self.block, self.length, True)

@@ -8,18 +8,19 @@ one call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import update
 from .compiled import Executor, Graph, Kind
-from .hyper import NAMES, NUMBERS, check_hyperparameters, numbers_of
+from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import ForeachPacking, TablePacking, Tail
 from .sharding import MAX_JUMPS, Layout, is_sharded, layout, local
-from .store import Store
+from .store import MOMENTS, Store
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
 
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
@@ -48,10 +49,15 @@ def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
             f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
             "32 bits: split it, or pass compile=False"
         )
-    spread = any(layout(p).jumps for p in params)
+    spread = any(is_spread(layout(p)) for p in params)
     forms = [packed for packed, blocks in ((False, large), (True, tails)) if blocks]
     found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, spread) for packed in forms]
     return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
+
+
+def is_spread(where: Layout) -> bool:
+    """Whether the elements of a shard's rows are not those of rows of the whole tensor."""
+    return bool(where.jumps or where.base % ROW)
 
 
 class Rows:
@@ -157,7 +163,7 @@ class Shards:
         self.first_rank = torch.ones(count, dtype=torch.int64, device=device)
         self.first_rank[: len(layouts)] = torch.tensor([int(x.first) for x in layouts])
         self.spread = None
-        if any(x.jumps for x in layouts):
+        if any(map(is_spread, layouts)):
             inverses = table([[1 / run for run, _ in x.jumps] for x in layouts], torch.float64)
             self.spread = Spread(inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32))
 
@@ -181,20 +187,19 @@ class Plan:
     ) -> None:
         self.kind, self.params, self.states, self.store, self.executor = kind, params, states, store, executor
         self.distributed = any(is_sharded(p) for p in params)
-        self.weights = [local(p) for p in params]
         self.layouts = [layout(p) for p in params]
         self.sharded = any(x.groups for x in self.layouts)
-        self.memory = [_memory(w) for w in self.weights]
-        self.codes = [[flat_codes(local(s[name])) for name in ("exp_avg", "exp_avg_sq")] for s in states]
+        weights = self._weights()
+        self.memory = _memory(weights)
         device, count = kind.device, max(len(params), 2)  # graphs are compiled for two or more of everything
         self.homes = store.adopt(states)
         self.home = torch.tensor(self.homes + [0] * (count - len(self.homes)), device=device)
-        self.rows = Rows(kind, [w.numel() for w in self.weights])
+        self.rows = Rows(kind, [w.numel() for w in weights])
         self.hyper = HyperTable(groups, count, device)
         self.shards = Shards(self.layouts, count, device)
-        self._allocate(count)
+        self._allocate(count, weights)
 
-    def _allocate(self, count: int) -> None:
+    def _allocate(self, count: int, weights: Sequence[Tensor]) -> None:
         device, rows = self.kind.device, self.rows
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -215,12 +220,7 @@ class Plan:
         self.row_sums = [Sums._make(None if x is None else x[part] for x in self.sums) for part in rows.slices]
         self.scaled_from = self.largest, rows.tree
 
-        blocks = [zeros(rows.packed, PIECE, dtype=dtype) for dtype in self.kind.dtypes]
-        self.packed = Block._make([*blocks, *(blocks[k] for k in (0, 2, 3)), *rows.pieces(device)])
-        if rows.tails and self.executor.packs_by_table(device):
-            self.packing: Any = TablePacking(rows.tails, self.packed, self.codes, self.executor.copy)
-        else:
-            self.packing = ForeachPacking(rows.tails, self.packed, self.codes)
+        self.batches = self._batches(weights, zeros)
         p, g, m, v = (zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes)  # zeros stay zeros: one for all of them
         self.spare = [Block(p, g, m, v, p, m, v)] * rows.spare
         owners = [i for i, _ in rows.large]
@@ -236,38 +236,72 @@ class Plan:
             for group in (self.kind.group, self.kind.reading_group)
         )
 
+    def _batches(self, weights: Sequence[Tensor], zeros: Callable[..., Tensor]) -> list[Batch]:
+        """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
+        kind, rows, executor = self.kind, self.rows, self.executor
+        on_cpu, dtypes = kind.device.type == "cpu", kind.dtypes
+        most = rows.packed
+        if on_cpu:
+            largest = max(sum(w.numel() for w in weights) // 200, sum(tail.length for tail in rows.tails) * 2 // 3)
+            most = max(64, largest * dtypes[0].itemsize // (PIECE * sum(dtype.itemsize for dtype in dtypes)))
+        first = [0]  # packed rows of the batches; a block has at least two
+        for tail in rows.tails:
+            if tail.row + tail.rows - first[-1] > most and tail.row > first[-1] + 1 and rows.packed - tail.row > 1:
+                first.append(tail.row)
+        parts = [slice(a, b) for a, b in zip(first, [*first[1:], rows.packed], strict=True)] if rows.tails else []
+        buffers = [zeros(max((x.stop - x.start for x in parts), default=0), PIECE, dtype=dtype) for dtype in dtypes]
+        moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:]
+        begin, pieces, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.pieces(kind.device), []
+        for part in parts:
+            p, g, m, v = (x[: part.stop - part.start] for x in buffers)
+            block = Block(p, g, m, v, p, m, v, *(x[part] for x in pieces))
+            own = [k for k, tail in enumerate(rows.tails) if part.start <= tail.row < part.stop]
+            tails, where = rows.tails[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
+            if executor.packs_by_table(kind.device):
+                packing: Any = TablePacking(tails, block, executor.copy)
+            else:
+                shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
+                packing = ForeachPacking(tails, block, shapes, moments)
+            sums = Sums._make(None if x is None else x[where] for x in self.sums)
+            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, self.largest[where], sums))
+        return found
+
+    def _weights(self) -> list[Tensor]:
+        return [local(p) for p in self.params] if self.distributed else list(self.params)
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
-        weights = [local(p) if self.distributed else p.detach() for p in self.params]
-        if [_memory(w) for w in weights] != self.memory:
-            return False
-        if any(current.get(p) is not state for p, state in zip(self.params, self.states, strict=True)):
-            return False
-        self.weights = weights
-        return self.store.holds(self.states)
+        return (
+            _memory(self._weights()) == self.memory
+            and all(map(is_, map(current.get, self.params), self.states))
+            and self.store.holds(self.states)
+        )
 
     def inspect(self, grads: Sequence[Tensor]) -> None:
         """Read the gradients; changes no state. ``grads`` are the (local) gradients, in order, kept until the end."""
-        contiguous = [w if w.is_contiguous() else w.contiguous() for w in self.weights]
-        self.copies = [(w, c) for w, c in zip(self.weights, contiguous, strict=True) if w is not c]
-        flat_p, flat_g = [w.view(-1) for w in contiguous], [g.contiguous().view(-1) for g in grads]
-        self.blocks = [self._block(i, n, flat_p[i], flat_g[i]) for i, n in self.rows.large] + self.spare
-        if self.rows.tails:
-            self.packing.pack(flat_p, flat_g)
+        weights = self._weights()
+        contiguous = [w if w.is_contiguous() else w.contiguous() for w in weights]
+        self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
+        moments = [list(map(itemgetter(name), self.states)) for name in MOMENTS]
+        if self.distributed:
+            moments = [list(map(local, x)) for x in moments]
+        tensors = [contiguous, [g.contiguous() for g in grads], *moments]
+        self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
+        if self.kind.device.type != "cpu":
+            tensors[2:] = [list(map(as_bytes, x)) for x in moments]
+        self.parts = [[tail.of(x[tail.tensor]) for tail in self.rows.tails] for x in tensors]
         self._inspect([[x] for x in self.row_largest], None)
-
-    def _block(self, i: int, rows: int, p: Tensor, g: Tensor) -> Block:
-        """The rows of a large tensor."""
-        p, g, m, v = (x[: rows * ROW].view(rows, ROW) for x in (p, g, *self.codes[i]))
-        return Block(p, g, m, v, p, m, v)
 
     def _inspect(self, results: list[list[Tensor]], unit: Tensor | None) -> None:
         squares = unit is not None
-        if self.rows.tails:
-            graph = Graph("inspect", packed=True, squares=squares)
-            self.executor.run(graph, self.kind, [self.packed], results[-1:], unit)
+        packed = Graph("inspect", packed=True, squares=squares)
+        for batch in self.batches:
+            if unit is None or len(self.batches) > 1:
+                batch.pack(self.parts, [1])
+            found = [batch.largest] if unit is None else [batch.sums.weights, batch.sums.updates]
+            self.executor.run(packed, self.kind, [batch.block], [found], unit)
         for k in self.readings:
             self.executor.run(Graph("inspect", squares=squares), self.kind, self.blocks[k], results[k], unit)
 
@@ -313,15 +347,18 @@ class Plan:
                 Graph("update", spread=spread), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
                 self.columns, self.row_sums[k], places,
             )  # fmt: skip
-        if self.rows.tails:
-            places = None if self.shards.spread is None else [self.shards.spread]
+        places = None if self.shards.spread is None else [self.shards.spread]
+        for batch in self.batches:
+            batch.pack(self.parts, [0, 2, 3] if len(self.batches) == 1 else [0, 1, 2, 3])
             run(
-                Graph("update", True, spread), self.kind, [self.packed], [self.floats], [self.integers],
-                self.columns, self.row_sums[-1:], places,
+                Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
+                self.columns, [batch.sums], places,
             )  # fmt: skip
-            self.packing.unpack()
+            batch.unpack(self.parts)
         for w, c in self.copies:
             w.copy_(c)
+        written = [x for block in self.blocks[: len(self.rows.large)] for x in (block.p, block.m, block.v)]
+        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
         state = self.store.state(self.home)
         arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
@@ -329,14 +366,39 @@ class Plan:
 
     def let_go(self) -> None:
         """Forget the gradients, and copies of weights."""
-        self.blocks, self.copies, self.scaled_from = [], [], (self.largest, self.rows.tree)
+        self.blocks, self.parts, self.copies = [], [], []
+        self.scaled_from = self.largest, self.rows.tree
 
 
-def flat_codes(codes: Tensor) -> Tensor:
-    """Codes as a flat uint8 view (fp8 types do not compile before sm_89); float32 moments as they are."""
-    codes = codes.view(-1)
+class Batch(NamedTuple):
+    """Some of the packed tensors, and their rows of what is found in every row."""
+
+    tails: slice
+    packing: ForeachPacking | TablePacking
+    block: Block
+    largest: Tensor
+    sums: Sums
+
+    def pack(self, parts: list[list[Tensor]], kinds: list[int]) -> None:
+        """Copy these kinds of the plan's parts into the buffer."""
+        self.packing.pack([x[self.tails] for x in parts], kinds)
+
+    def unpack(self, parts: list[list[Tensor]]) -> None:
+        """Copy weights and codes back."""
+        self.packing.unpack([x[self.tails] for x in parts])
+
+
+def as_bytes(codes: Tensor) -> Tensor:
+    """Codes as a uint8 view (fp8 types do not compile before sm_89); float32 moments as they are."""
     return codes if codes.dtype == torch.float32 else codes.view(torch.uint8)
 
 
-def _memory(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
+    """The rows of a large tensor; of contiguous p, g and moments."""
+    p, g, m, v = (x.as_strided((rows, ROW), (ROW, 1)) for x in (*tensors[:2], *map(as_bytes, tensors[2:])))
+    return Block(p, g, m, v, p, m, v)
+
+
+def _memory(weights: Sequence[Tensor]) -> list[Any]:
+    kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
+    return [list(map(what, weights)) for what in kinds]

@@ -19,6 +19,8 @@ from torch import Tensor
 from .hyper import Hyper
 
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: the step of the rounding words from one optimizer step to the next
+MIXER = 0x9E3779B1  # an odd number near it, which mixes a row's and a column's hash
+COLUMNS = 1024  # elements of a row, as rounding words count
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 MIN_SCALE_M, MIN_SCALE_V = 2.0**-117, 2.0**-110  # smallest scales: every decoded moment is a normal float32
 WEIGHT_FLOOR = 0.01  # a weight counts in its tensor's norm with a square of at least this: biases start at 0
@@ -235,10 +237,15 @@ def hash32(x: Tensor) -> Tensor:
     return (x * 0xA2C9DAED) & mask
 
 
-def rounding_words(numel: int, salt: int, t: int) -> Tensor:
-    """The 32-bit random word of every element in step ``t``, int64: hash(index + salt) + t · GOLDEN mod 2^32."""
-    index = torch.arange(numel, dtype=torch.int64)
-    return (hash32((index + salt) & 0xFFFFFFFF) + t * GOLDEN) & 0xFFFFFFFF
+def rounding_words(numel: int, salt: int, t: int, first: int = 0) -> Tensor:
+    """The 32-bit random words in step ``t`` of ``numel`` elements from the one with index ``first`` on, int64.
+
+    (hash(index mod 1024) xor hash(index div 1024 + salt)) · MIXER + t · GOLDEN mod 2^32, so that whoever walks along a
+    row needs one multiplication. The sum of the two hashes would need none, but leave its structure in the errors.
+    """
+    index = torch.arange(first, first + numel, dtype=torch.int64) & 0xFFFFFFFF
+    row = hash32((index // COLUMNS + salt) & 0xFFFFFFFF)
+    return ((hash32(index % COLUMNS) ^ row) * MIXER + t * GOLDEN) & 0xFFFFFFFF
 
 
 def grid(dtype: torch.dtype) -> Tensor:

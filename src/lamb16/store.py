@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ SCALARS = tuple(name for names in TABLES.values() for name in names)
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
 DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
 ENTRIES = (*MOMENTS, *SCALARS)
+ALL_ENTRIES = itemgetter(*ENTRIES)
 CHUNK = 1 << 12  # elements that are read at once where something is derived, at least
 
 
@@ -39,21 +41,31 @@ class Store:
         self.device = device
         self.columns: list[Tensor] = []
         self.states: list[dict[str, Any]] = []  # of rows 1, 2, ...
-        self.entries: list[tuple[Tensor, ...]] = []  # what each state held when it was read, in the order of ENTRIES
-        self.addresses: list[list[int]] = []
-        self.versions: list[list[int]] = []  # of the moments: who else writes to them is found out
+        # What each state held when it was read, in the order of ENTRIES: the tensors, where their memory was, and what
+        # the last step left as the moments' versions, by which it is found out who else writes to them.
+        self.entries: list[tuple[Tensor, ...]] = []
+        self.memory: list[tuple[int, ...]] = []
+        self.versions: list[tuple[int, ...]] = []
         self.rows: dict[int, int] = {}  # id of a state (which is kept alive) -> row
 
     def holds(self, states: Iterable[dict[str, Any]]) -> bool:
         """Whether nothing of these states has been replaced, nor given other memory."""
-        rows, entries, addresses, versions = self.rows, self.entries, self.addresses, self.versions
-        for state in states:
-            row = rows.get(id(state))
-            if row is None or not all(map(is_, map(state.get, ENTRIES), entries[row - 1])):
-                return False
-            if _addresses(entries[row - 1]) != addresses[row - 1] or _versions(entries[row - 1]) != versions[row - 1]:
-                return False
-        return True
+        rows = list(map(self.rows.get, map(id, states)))
+        if None in rows:
+            return False
+        try:
+            entries = list(map(ALL_ENTRIES, states))
+        except KeyError:
+            return False
+
+        def seen(what: list[Any]) -> Iterable[Any]:
+            return (what[row - 1] for row in rows)  # type: ignore[operator]
+
+        return (
+            all(map(is_, chain.from_iterable(entries), chain.from_iterable(seen(self.entries))))
+            and _memory(entries) == list(seen(self.memory))
+            and _versions(entries) == list(seen(self.versions))
+        )
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> list[int]:
         """Make every state's scalars views of the tables; returns their rows."""
@@ -76,32 +88,46 @@ class Store:
             views += [column[1:].unbind(0) for column in table.unbind(1)]
         for state, scalars in zip(self.states, zip(*views, strict=True), strict=True):
             state.update(zip(SCALARS, scalars, strict=True))
-        self.entries = [tuple(state[name] for name in ENTRIES) for state in self.states]
-        self.addresses = [_addresses(entries) for entries in self.entries]
-        self.versions = [_versions(entries) for entries in self.entries]
+        self.entries = list(map(ALL_ENTRIES, self.states))
+        self.memory, self.versions = _memory(self.entries), _versions(self.entries)
 
-    def stepped(self, rows: Iterable[int]) -> None:
+    def stepped(self, rows: Sequence[int]) -> None:
         """Note that the moments of these rows have been written to by a step."""
-        for row in rows:
-            self.versions[row - 1] = _versions(self.entries[row - 1])
+        versions = _versions([self.entries[row - 1] for row in rows])
+        for row, found in zip(rows, versions, strict=True):
+            self.versions[row - 1] = found
 
     def state(self, home: Tensor) -> State:
         """The tables for the step functions; ``home`` int64 says which rows."""
         return State._make([*self.columns, home])
 
 
-def _moments(entries: tuple[Tensor, ...]) -> list[Tensor]:
-    """This rank's part of both; a plain tensor needs no detached copy, of which hundreds would take time."""
-    return [x if type(x) is Tensor else local(x) for x in entries[:2]]
+# Hundreds of states are looked at in every step: the loops of the following two functions are those of ``map``.
 
 
-def _addresses(entries: tuple[Tensor, ...]) -> list[int]:
+def _moments(entries: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    """This rank's parts of the states' two moments; a plain tensor needs no detached copy."""
+    found: list[list[Tensor]] = []
+    for k in range(len(MOMENTS)):
+        column = [own[k] for own in entries]
+        found.append(column if set(map(type, column)) <= {Tensor} else list(map(local, column)))
+    return found
+
+
+def _memory(entries: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, ...]]:
+    """Of each state the addresses of its entries and the moments' sizes."""
     moments = _moments(entries)
-    return [x.data_ptr() for x in (*moments, *entries[2:])] + [x.numel() for x in moments]
+    columns = [*moments, *list(zip(*entries, strict=True))[len(MOMENTS) :]]
+    return list(zip(*(map(Tensor.data_ptr, x) for x in columns), *(map(Tensor.numel, x) for x in moments), strict=True))
 
 
-def _versions(entries: tuple[Tensor, ...]) -> list[int]:
-    return [0 if x.is_inference() else x._version for x in _moments(entries)]
+def _versions(entries: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, ...]]:
+    """Of each state the moments' versions."""
+    moments = _moments(entries)
+    try:
+        return list(zip(*(map(attrgetter("_version"), x) for x in moments), strict=True))
+    except RuntimeError:  # inference tensors have none
+        return list(zip(*([0 if y.is_inference() else y._version for y in x] for x in moments), strict=True))
 
 
 def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
@@ -158,7 +184,8 @@ def weight_sum(weights: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
     for part in _parts(weights.detach().reshape(-1)):
         part = part.float()
-        total += update.units(part * part, update.WEIGHT_FLOOR_BITS).sum(dtype=torch.int64)
+        counted = update.units(part * part, update.WEIGHT_FLOOR_BITS) - update.EIGHT_BITS
+        total += counted.sum(dtype=torch.int64)
     return total
 
 

@@ -23,7 +23,7 @@ from . import fp8
 from .fp8 import E4M3, E5M2
 from .hyper import NUMBERS
 
-ROW = 1024  # columns of a large tensor's block
+ROW = fp8.COLUMNS  # of a large tensor's block
 PIECE = 256  # elements of a packed piece
 GOLDEN = 0x9E3779B9 - (1 << 32)
 MAGNITUDE = 0x7FFFFFFF  # of a float's bits
@@ -90,8 +90,9 @@ class Factors(NamedTuple):
     encode_v: Tensor
     step_size: Tensor  # lr · trust ratio
     # int32
-    offset: Tensor  # t · GOLDEN, which every element's rounding word gets
-    salt: Tensor  # and the index of a shard's first element
+    offset: Tensor  # t · GOLDEN - 2^31, which every element's rounding word gets
+    salt: Tensor
+    base: Tensor  # index of a shard's first element
     keep: Tensor  # 0 where all is to stay as it is, else -1
 
     @classmethod
@@ -101,7 +102,7 @@ class Factors(NamedTuple):
         return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
 
 
-INTEGERS = 3
+INTEGERS = 4
 FLOATS = len(Factors._fields) - INTEGERS
 
 
@@ -180,7 +181,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def units(square: Tensor, floor: Tensor | int) -> Tensor:
-    """clamp(square, floor, 1) in units of 2^-20, rounded half to even, int32; a NaN counts as 1.
+    """EIGHT_BITS and clamp(square, floor, 1) in units of 2^-20, rounded half to even, int32; a NaN counts as 1.
 
     ``floor`` is float32, or its bits. Adding 8 rounds to the multiples of 2^-20, and its bits count them.
     """
@@ -189,7 +190,7 @@ def units(square: Tensor, floor: Tensor | int) -> Tensor:
         clamped = torch.clamp(clamped, min=floor)
     else:
         clamped = torch.maximum(clamped, floor.view(torch.int32))
-    return (clamped.view(torch.float32) + 8.0).view(torch.int32) - EIGHT_BITS
+    return (clamped.view(torch.float32) + 8.0).view(torch.int32)
 
 
 # -- reading the gradients ----------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
         (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
         h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
-        (step + 1) * GOLDEN, state.salt[state.home] + inputs.base, torch.full_like(step, -1),
+        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.home], inputs.base, torch.full_like(step, -1),
     )  # fmt: skip
     # With gradients of zero codes decode, and encode, to themselves: -0 (zero times -1) keeps the sign of a zero.
     one = torch.ones_like(old_m)
@@ -354,72 +355,78 @@ def update(
     """One step over each block, in place.
 
     ``floats`` and ``integers`` are rows of the factor tables, one of each per block; for packed rows the tables.
-    ``columns`` [2, ROW] int32 holds 0..ROW-1 and zeros. Writes every row's ``sums``.
+    ``columns`` are what :func:`make_columns` makes. Without ``spread`` the shards of large tensors begin with a row of
+    the whole. Writes every row's ``sums``.
     """
     for k, block in enumerate(blocks):
-        f, start = factors(block, floats[k], integers[k], columns.device)
-        width = block.p.shape[1]
-        index = columns[0, :width] + start
-        if spread is not None:
-            where = spread[k] if block.tensor is None else Spread(*(x[block.tensor].T[:, :, None] for x in spread[k]))
-            index = global_index(index, where)
-        update_block(block, f, index + f.salt, columns[1, :width], sums[k])
+        height, width = block.p.shape
+        rows = torch.arange(height, dtype=torch.int32, device=columns.device)[:, None]
+        if block.tensor is None:
+            f = Factors.of(floats[k], integers[k])
+        else:
+            f = Factors.of(floats[k][block.tensor], integers[k][block.tensor])
+        if block.tensor is None and spread is None:
+            first = (f.base >> fp8.COLUMN_BITS) + rows
+            words = fp8.mix(columns[0], fp8.hash32((first & fp8.LAST_ROW) + f.salt))
+        else:
+            start = rows * ROW if block.start is None else block.start
+            index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
+            if spread is not None:
+                index = global_index(index, spread[k], block.tensor)
+            words = fp8.element_words(index + f.base, f.salt)
+        update_block(block, f, words, columns[1, :width], sums[k])
 
 
-def factors(block: Block, floats: Tensor, integers: Tensor, device: torch.device) -> tuple[Factors, Tensor]:
-    """A block's factors, and the index of every row's first element."""
-    if block.tensor is None:
-        rows = torch.arange(block.p.shape[0], dtype=torch.int32, device=device)
-        return Factors.of(floats, integers), rows[:, None] * ROW
-    assert block.start is not None
-    return Factors.of(floats[block.tensor], integers[block.tensor]), block.start
+def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor, sums: Sums) -> None:
+    """The rule over one block; ``words`` are the rounding words but for ``f.offset``, of the block's shape.
 
-
-def update_block(block: Block, f: Factors, index: Tensor, zeros: Tensor, sums: Sums) -> None:
-    """The rule over one block; ``index`` is element index + salt, int32, of the block's shape.
-
-    ``zeros`` has the block's columns: or-ed into ``keep`` they give all three stores loops of the same shape.
+    ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape.
     """
-    keep = zeros | f.keep
     weights = block.p.float()
-    g = masked(block.g.float() * f.grad_factor, keep)
+    g = masked(block.g.float() * f.grad_factor, f.keep)
     old_m = block.m if block.m.dtype == torch.float32 else fp8.decode(block.m, E4M3)
     old_v = block.v if block.v.dtype == torch.float32 else fp8.decode(block.v, E5M2)
     m = old_m * f.decode_m + g * f.new_m
     v = old_v * f.decode_v + (g * g) * f.new_v
     n = m * f.momentum + g * f.gradient
-    u = n / larger(sqrt(v) * f.rho + f.eps, n.abs() * f.bound)
+    u = n / larger(sqrt(v) * f.rho + f.eps, masked(n, magnitude) * f.bound)
     if sums.agree is not None:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
         u = torch.where(agrees, u * f.share, 0.0)
-        sums.agree.copy_(counted_of(agrees.int(), block).sum(1, dtype=sums.agree.dtype))
+        sums.agree.copy_(sum_of_rows(agrees.int(), block, 0, sums.agree.dtype))
     u = u + weights * f.weight_decay
-    new_p = (weights - masked(u * f.step_size, keep)).to(block.p.dtype)
+    new_p = (weights - masked(u * f.step_size, f.keep)).to(block.p.dtype)
     block.new_p.copy_(new_p)
     if block.m.dtype == torch.float32:
         max_m, max_v = bits(m), bits(v)
         block.new_m.copy_(m)
         block.new_v.copy_(v)
     else:
-        word = fp8.hash32(index) + f.offset
-        max_m = fp8.encode(m.abs() * f.encode_m, word, E4M3)
-        max_v = fp8.encode(v * f.encode_v, word, E5M2)
+        words = words + f.offset
+        max_m = fp8.encode(m.abs() * f.encode_m, words, E4M3)
+        max_v = fp8.encode(v * f.encode_v, words, E5M2)
         max_v = torch.maximum(max_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
-        block.new_m.copy_(fp8.to_bytes(max_m | ((m.view(torch.int32) >> 24) & 0x80)))
-        block.new_v.copy_(fp8.to_bytes(max_v))
+        block.new_m.copy_((max_m | ((m.view(torch.int32) >> 24) & 0x80)).to(torch.uint8))
+        block.new_v.copy_(max_v.to(torch.uint8))
     sums.max_m.copy_(max_m.amax(1))
     sums.max_v.copy_(max_v.amax(1))
     new_p = new_p.float()
     squares = units(new_p * new_p, WEIGHT_FLOOR_BITS)
-    sums.weights.copy_(counted_of(squares, block).sum(1, dtype=sums.weights.dtype))
-    sums.updates.copy_(counted_of(units(u * u, f.eps), block).sum(1, dtype=sums.updates.dtype))
+    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
+    sums.updates.copy_(sum_of_rows(units(u * u, f.eps), block, EIGHT_BITS, sums.updates.dtype))
 
 
-def counted_of(x: Tensor, block: Block) -> Tensor:
-    """x, but 0 in a packed row's padding."""
+def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tensor:
+    """Σ (x - zero) of every row, without a packed row's padding. In int32 the sum of x alone may wrap around."""
     if block.length is None:
-        return x
-    return torch.where(torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length, x, 0)
+        return x.sum(1, dtype=dtype) - wrapped(x.shape[1] * zero, dtype)
+    inside = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length
+    return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
+
+
+def wrapped(x: int, dtype: torch.dtype) -> int:
+    """x, for int32 modulo 2^32."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31) if dtype == torch.int32 else x
 
 
 def larger(a: Tensor, b: Tensor) -> Tensor:
@@ -427,18 +434,21 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
 
 
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """x where keep is -1, 0 where it is 0; ``where`` costs the CPU four instructions in place of one."""
-    return (x.view(torch.int32) & keep).view(torch.float32)
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x with the bits of the mask; -1 keeps all. ``where`` costs the CPU four instructions in place of one."""
+    return (x.view(torch.int32) & mask).view(torch.float32)
 
 
-def global_index(index: Tensor, spread: Spread) -> Tensor:
+def global_index(index: Tensor, spread: Spread, tensor: Tensor | None) -> Tensor:
     """Where local elements lie in a whole tensor that is split along inner dimensions, int32, modulo 2^32.
 
     After every run of so many local elements that many elements of other ranks are jumped over: ``jumps`` [2, ...]
     int32 and the runs' ``inverses`` [2, ...] float64, 0 where there is no such run. The division is exact: the half
-    keeps it from the integers by more than float64's error, for up to 2^31 elements.
+    keeps it from the integers by more than float64's error, for up to 2^31 elements. ``tensor`` says which row of
+    ``spread`` each row of elements belongs to.
     """
+    if tensor is not None:
+        spread = Spread(*(x[tensor].T[:, :, None] for x in spread))
     middle = index.double() + 0.5
     for inverse, jump in zip(spread.inverses, spread.jumps, strict=True):
         index = index + (middle * inverse).to(torch.int32) * jump
@@ -446,6 +456,6 @@ def global_index(index: Tensor, spread: Spread) -> Tensor:
 
 
 def make_columns(device: torch.device) -> Tensor:
-    """The columns' indices and zeros, int32 [2, ROW]; loading them costs the CPU less than making them."""
-    columns = torch.arange(ROW, dtype=torch.int32, device=device)
-    return torch.stack([columns, torch.zeros_like(columns)])
+    """The hash of every column, and MAGNITUDE, int32 [2, ROW]; loading them costs less than making them."""
+    hashes = fp8.hash32(torch.arange(ROW, dtype=torch.int32, device=device))
+    return torch.stack([hashes, torch.full_like(hashes, MAGNITUDE)])

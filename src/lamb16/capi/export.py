@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from lamb16 import inductor, update
+from lamb16 import fp8, inductor, update
 from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, describe, inputs, write
 from lamb16.hyper import Hyper, numbers_of
 from lamb16.store import TABLES, init_state
@@ -143,11 +143,11 @@ def _rows(table: Tensor, block: Block) -> list[Tensor]:
 def _update(part: update.Block, block: Block, factors: tuple[Tensor, Tensor], caution: bool) -> list[Tensor]:
     """The step over a block, in place; gives its :class:`Sums`, of whole tensors."""
     f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
-    index = torch.arange(block.numel, dtype=torch.int32, device=f.salt.device) + f.salt
+    words = fp8.element_words(torch.arange(block.numel, dtype=torch.int32, device=f.salt.device), f.salt)
     dtypes = [torch.int32] * 2 + [torch.int64] * (2 + caution)
     found = [torch.zeros(len(block.tensors), dtype=dtype, device=f.salt.device) for dtype in dtypes]
-    zeros = torch.zeros(1, dtype=torch.int32, device=f.salt.device)
-    update.update_block(part, f, index, zeros, Sums(*found, *[None] * (5 - len(found))))
+    magnitude = torch.full((1,), update.MAGNITUDE, dtype=torch.int32, device=f.salt.device)
+    update.update_block(part, f, words, magnitude, Sums(*found, *[None] * (5 - len(found))))
     return found
 
 
@@ -191,7 +191,7 @@ def export(shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.de
     options = inductor_options(device, threads)
     with tempfile.TemporaryDirectory(prefix="lamb16-export-") as scratch:
         package = Path(scratch) / PACKAGE
-        with torch.no_grad(), _kernels_shared(), inductor.vector_casts(), inductor.fused_reductions():
+        with torch.no_grad(), _kernels_shared(), inductor.cpu_help(), inductor.fused_reductions():
             program = torch.export.export(ExportedStep(shapes, hyper), first_inputs(shapes, device))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
         plain = {name: x for name, x in options.items() if not isinstance(x, CustomGraphPass)}

@@ -22,6 +22,8 @@ _Static_assert(sizeof(float) == 4 && FLT_MANT_DIG == 24 && FLT_MAX_EXP == 128, "
 _Static_assert(sizeof(double) == 8 && DBL_MANT_DIG == 53 && DBL_MAX_EXP == 1024, "double is IEEE binary64");
 
 static const uint32_t GOLDEN = 0x9E3779B9u; /* 2^32 / golden ratio: the step of the rounding words from step to step */
+static const uint32_t MIXER = 0x9E3779B1u;  /* an odd number near it, which mixes a row's and a column's hash */
+static const uint32_t COLUMNS = 1024;       /* elements of a row, as rounding words count */
 static const float WEIGHT_FLOOR = 0.01f;    /* a weight's square counts with at least this: biases start at 0 */
 static const double SUM_UNITS = 0x1p20;     /* of the sums: squares of at most 1 are rounded to multiples of 2^-20 */
 static const double NORM_UNITS = 0x1p40;    /* of the gradients' norm */
@@ -54,7 +56,8 @@ uint32_t lamb16_hash(uint32_t x)
 
 uint32_t lamb16_word(uint64_t index, uint32_t salt, int32_t t)
 {
-    return lamb16_hash((uint32_t)index + salt) + (uint32_t)t * GOLDEN;
+    uint32_t i = (uint32_t)index;
+    return (lamb16_hash(i % COLUMNS) ^ lamb16_hash(i / COLUMNS + salt)) * MIXER + (uint32_t)t * GOLDEN;
 }
 
 lamb16_status lamb16_words(uint64_t first, uint32_t salt, int32_t t, uint32_t *words, size_t count)

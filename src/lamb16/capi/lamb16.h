@@ -117,7 +117,7 @@ void lamb16_default_hyper(lamb16_hyper *hyper);
 uint32_t lamb16_hash(uint32_t x);
 
 /* The rounding word of element `index` of a tensor with this salt in step t (1 for the first):
- * hash(index + salt) + t * 0x9E3779B9, modulo 2^32. */
+ * (hash(index % 1024) ^ hash(index / 1024 + salt)) * 0x9E3779B1 + t * 0x9E3779B9, modulo 2^32, the index too. */
 uint32_t lamb16_word(uint64_t index, uint32_t salt, int32_t t);
 
 /* The words of elements first .. first + count - 1 into words[count]. LAMB16_NULL_POINTER where count > 0 and words is

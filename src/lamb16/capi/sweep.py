@@ -108,7 +108,7 @@ class Sweep:
 def step_codes(x: Tensor, words: Tensor, fmt: fp8.Format, largest: float) -> Tensor:
     """uint8 codes of float32 ``x`` of any sign and size, rounded by ``fp8.encode`` as the step calls it."""
     sign = (x.view(torch.int32) >> 24) & 0x80
-    return (fp8.encode(x.abs().clamp(max=largest), words, fmt) | sign).to(torch.uint8)
+    return (fp8.encode(x.abs().clamp(max=largest), words ^ fp8.SIGN_BIT, fmt) | sign).to(torch.uint8)
 
 
 def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -125,16 +125,16 @@ def word_form(library: Library, value: int | None, first: int, count: int) -> Te
 
 def sweep_encoders(sweep: Sweep, chunks: Iterable[tuple[int, Tensor]]) -> None:
     """Compare the encoders and the hash on chunks: (position of the first pattern, int32 patterns)."""
-    codes_compiled, hash_compiled = compile_function(step_codes), compile_function(fp8.hash32)
+    codes_compiled, words_compiled = compile_function(step_codes), compile_function(fp8.element_words)
     for first, patterns in chunks:
         x, nan = patterns.view(torch.float32), torch.isnan(patterns.view(torch.float32))
         for form, value in WORDS.items():
             words = word_form(sweep.library, value, first, len(patterns))
             if value is None:
-                index = torch.arange(len(patterns), dtype=torch.int32) + wrap(first + SALT)
-                offset = wrap(STEP * 0x9E3779B9)
-                for name, function in (("eager", fp8.hash32), ("compiled", hash_compiled)):
-                    sweep.compare("hash", "-", name, index, words, function(index) + offset)
+                index = torch.arange(len(patterns), dtype=torch.int32) + wrap(first)
+                salt, offset = torch.tensor(SALT, dtype=torch.int32), wrap(STEP * 0x9E3779B9)
+                for name, function in (("eager", fp8.element_words), ("compiled", words_compiled)):
+                    sweep.compare("words", "-", name, index, words, function(index, salt) + offset)
             for encoding in ENCODINGS:
                 mine = sweep.library.encode(x, words, encoding.name)
                 for name, function in (("eager", step_codes), ("compiled", codes_compiled)):

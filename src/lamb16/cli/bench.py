@@ -85,8 +85,10 @@ def add_parser(subparsers: Any) -> None:
         help="also the first step of 37 and of 405 tensors in fresh processes (CPU)",
     )
     parser.add_argument("--passes", action="store_true", help="also the parts of the compiled step, one by one")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="also one tensor of so many elements each")
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (SVG)")
+    parser.add_argument("--size-plot", metavar="FILE", help="write a chart of the time against --sizes (SVG)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +99,11 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= most:
         raise CommandError(f"--threads must be from 1 to {most}, the processors there are, not {args.threads}")
     device = _device(args.device)
-    for file in (args.json, args.plot):  # said now, not after minutes
+    if args.sizes and min(args.sizes) < 1:
+        raise CommandError(f"--sizes must be at least 1, not {min(args.sizes)}")
+    if args.size_plot and not args.sizes:
+        raise CommandError("--size-plot needs --sizes")
+    for file in (args.json, args.plot, args.size_plot):  # said now, not after minutes
         if file and not Path(file).resolve().parent.is_dir():
             raise CommandError(f"cannot write {file}: {Path(file).resolve().parent} is no folder")
     if args.threads:
@@ -116,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
             passes = timing.pass_times(shapes, DTYPES[args.dtype], device, args.rounds)
             written.setdefault("passes", {})[name] = {key: seconds / numel * 1e9 for key, seconds in passes.items()}
             print("\n" + pass_table(written["passes"][name]))
+    if args.sizes:
+        written["sizes"] = [size_row(n, DTYPES[args.dtype], device, args.rounds) for n in sorted(args.sizes)]
+        print("\none tensor\n\n" + size_table(written["sizes"]))
     if args.compile_time:
         written["compile_time"] = timing.compile_times(COMPILE_LAYERS, COMPILE_WIDTH, args.dtype, threads)
         print("\nfirst step on the CPU, in a process of its own\n\n" + compile_table(written["compile_time"]))
@@ -123,7 +132,17 @@ def run(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
     if args.plot:
         plot(written["results"], Path(args.plot))
+    if args.size_plot:
+        plot_sizes(written["sizes"], Path(args.size_plot))
     return 0
+
+
+def size_row(numel: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
+    """Nanoseconds per parameter of Lamb16 and of the yardstick on one tensor, and the median of their ratios."""
+    rows = {row["name"]: row for row in measure([(numel,)], dtype, device, rounds, {COMPILED: OWN[COMPILED]})}
+    own, other = rows[COMPILED], rows[YARDSTICK]
+    times = {"ns_per_param": own["ns_per_param"], "adamw_ns_per_param": other["ns_per_param"]}
+    return {"numel": numel, **times, "to_adamw": own["to_adamw"]}
 
 
 def _device(name: str) -> torch.device:
@@ -162,7 +181,7 @@ HEADER = [
     "",
     "step, median",
     "range",
-    "ns a parameter",
+    "ns per parameter",
     "to AdamW fused",
     "to copy",
     "first step",
@@ -192,8 +211,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def pass_table(passes: dict[str, float]) -> str:
-    """ns a parameter of the parts of the step, as Markdown."""
-    return report.table(["ns a parameter", *passes], [[COMPILED, *(f"{ns:.3f}" for ns in passes.values())]])
+    """ns per parameter of the parts of the step, as Markdown."""
+    return report.table(["ns per parameter", *passes], [[COMPILED, *(f"{ns:.3f}" for ns in passes.values())]])
 
 
 def compile_table(rows: list[Row]) -> str:
@@ -203,8 +222,26 @@ def compile_table(rows: list[Row]) -> str:
     return report.table(["tensors", "parameters", "empty cache", "full cache"], cells)
 
 
+def size_table(rows: list[Row]) -> str:
+    """The rows of :func:`size_row` as Markdown."""
+    forms = {"numel": "{:,}", "ns_per_param": "{:.2f}", "adamw_ns_per_param": "{:.2f}", "to_adamw": "{:.2f}"}
+    cells = [[form.format(row[key]) for key, form in forms.items()] for row in rows]
+    return report.table(["elements", "ns per parameter", f"{YARDSTICK}, ns per parameter", "ratio"], cells)
+
+
+def plot_sizes(rows: list[Row], path: Path) -> None:
+    """Nanoseconds per parameter against the size of the one tensor."""
+    with report.figure(path, 1) as (axes,):
+        for key, label, colour in (("ns_per_param", COMPILED, "lamb16"), ("adamw_ns_per_param", YARDSTICK, "adamw")):
+            lines = [row["numel"] for row in rows], [row[key] for row in rows]
+            axes.plot(*lines, marker="o", markersize=3, label=label, color=report.COLOURS[colour])
+        axes.set(xlabel="elements of the tensor", ylabel="ns per parameter", xscale="log", yscale="log")
+        axes.legend()
+    print(f"\nwrote {path}")
+
+
 def plot(results: dict[str, list[Row]], path: Path) -> None:
-    """Bars of ns a parameter, a panel a set of shapes; the copy is a line."""
+    """Bars of ns per parameter, a panel a set of shapes; the copy is a line."""
     with report.figure(path, len(results)) as panels:
         for axes, (name, rows) in zip(panels, results.items(), strict=True):
             bars = [row for row in rows if "median_s" in row and row["name"] != COPY]
@@ -212,5 +249,5 @@ def plot(results: dict[str, list[Row]], path: Path) -> None:
             axes.barh([row["name"] for row in bars], [row["ns_per_param"] for row in bars], color=colours)
             axes.axvline(next(row["ns_per_param"] for row in rows if row["name"] == COPY), color="0.3", linestyle=":")
             axes.invert_yaxis()
-            axes.set(title=name, xlabel="ns a parameter; dotted: memory copy", xscale="log")
+            axes.set(title=name, xlabel="ns per parameter; dotted: memory copy", xscale="log")
     print(f"\nwrote {path}")

@@ -108,8 +108,7 @@ class Variant(Optimizer):
         """The int32 rounding word of every element."""
         if self._parts.rounding == "nearest":
             return torch.full(p.shape, NEAREST, dtype=torch.int32)
-        index = ((torch.arange(p.numel()) + salt) & 0xFFFFFFFF).to(torch.int32).view(p.shape)
-        words = fp8.hash32(index) + torch.tensor(t * reference.GOLDEN & 0xFFFFFFFF).to(torch.int32)
+        words = reference.rounding_words(p.numel(), salt, t).to(torch.int32).view(p.shape)
         return fp8.hash32(words) if self._parts.words == "independent" else words
 
     def _weight_sum(self, p: Tensor) -> int:
@@ -144,7 +143,7 @@ def _store(x: Tensor, largest: Tensor, word: Tensor, fmt: Format, parts: Parts) 
     else:
         scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
     # Dividing by an exact norm, and rounding to nearest, may end above the largest code by a hair.
-    codes = fp8.encode((x.abs() / scale).clamp(max=LARGEST[fmt]), word, fmt).clamp(max=LARGEST_CODE[fmt])
+    codes = fp8.encode((x.abs() / scale).clamp(max=LARGEST[fmt]), word ^ fp8.SIGN_BIT, fmt).clamp(max=LARGEST_CODE[fmt])
     if fmt is E5M2:
         codes = torch.where(x > 0, codes.clamp(min=1), codes) if parts.never_zero else codes
         return codes.to(torch.uint8).view(torch.float8_e5m2), scale
