@@ -1,4 +1,4 @@
-"""The C++ that Inductor generates for the step, for either instruction set, on any machine: nothing is compiled or run."""
+"""The C++ that Inductor generates for the step, for either instruction set: nothing is compiled or run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def generate(graph: Graph, kind: Kind, isa: str, *, helped: bool = True, one_loo
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(GraphLowering, "compile_to_module", compile_to_module))
-        stack.enter_context(mock.patch.object(cpu_vec_isa, "pick_vec_isa", lambda: ISAS[isa]()))
+        stack.enter_context(mock.patch.object(cpu_vec_isa, "pick_vec_isa", return_value=ISAS[isa]()))
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         if not helped:

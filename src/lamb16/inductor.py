@@ -39,6 +39,8 @@ INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 # converts int32 to uint8 and `integers` back, `kept` is its argument, of which the compiler is not to know that it is a
 # constant: it would make it anew for each vector.
 HELPERS = """
+#ifndef LAMB16
+#define LAMB16
 namespace lamb16 {
 using at::vec::Vectorized;
 template <typename T> using Two = at::vec::VectorizedN<T, 2>;
@@ -95,6 +97,7 @@ inline Two<int32_t> integers(const Vectorized<uint8_t>& x) { return at::vec::con
 template <typename V> inline V kept(V x) { return x; }
 #endif
 }
+#endif
 """
 
 

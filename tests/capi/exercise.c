@@ -109,8 +109,9 @@ static void words(void)
 {
     uint32_t found[5];
     CHECK(lamb16_hash(1) != lamb16_hash(2));
-    CHECK(lamb16_word(0, 7, 0) == lamb16_hash(7));
-    CHECK(lamb16_word(3, UINT32_MAX, 2) == lamb16_hash(2) + 2 * 0x9E3779B9u);
+    CHECK(lamb16_word(0, 7, 0) == (lamb16_hash(0) ^ lamb16_hash(7)) * 0x9E3779B1u);
+    CHECK(lamb16_word(4099, UINT32_MAX, 2) == (lamb16_hash(3) ^ lamb16_hash(3)) * 0x9E3779B1u + 2 * 0x9E3779B9u);
+    CHECK(lamb16_word(2049, 9, 0) == (lamb16_hash(1) ^ lamb16_hash(11)) * 0x9E3779B1u);
     CHECK(lamb16_word((1ull << 32) + 5, 0, 1) == lamb16_word(5, 0, 1)); /* indices wrap around */
     CHECK(lamb16_words(10, 3, 2147483647, found, 5) == LAMB16_OK);
     for (uint32_t i = 0; i < 5; i++)

@@ -83,10 +83,10 @@ def generate(graph: Graph, of: Kind, capability: int) -> Generated:
             arguments = compiled.example_inputs(graph, of)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            origins = compiled.compile_on(arguments, graph, of).origins
+            compiled_code = compiled.compile_on(arguments, graph, of)
     torch._dynamo.reset()
-    assert origins is not None
-    return Generated(*code[0], origins, [isinstance(x, Tensor) and is_aligned(x) for x in received])
+    assert isinstance(compiled_code, compiled.Code)
+    return Generated(*code[0], compiled_code.origins, [isinstance(x, Tensor) and is_aligned(x) for x in received])
 
 
 def is_aligned(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lamb16.compiled import Graph, Kind
 
-from . import fake
+from . import fake, sass
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,38 @@ class Resources:
     ptx_lines: int
 
 
+@dataclass(frozen=True)
+class Binary:
+    """A kernel compiled for an architecture."""
+
+    resources: Resources
+    cubin: bytes
+    threads: int  # of a block
+
+    @functools.cached_property
+    def code(self) -> sass.Function:
+        """Its machine code."""
+        return sass.disassemble(self.cubin)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Issue slots of a launch, in lanes: a warp instruction has 32.
+
+    ``exact``: whether the way of every block is known. Otherwise all take the longest, and loops may count too often.
+    """
+
+    by_pipe: dict[str, float]
+    exact: bool
+
+
 class Kernel:
     """A Triton kernel with the block sizes that Inductor starts from."""
 
     def __init__(self, name: str, tuner: Any) -> None:
         self.name, self.tuner = name, tuner
         self.config = tuner.configs[0]
+        self.binaries: dict[int, Binary] = {}
 
     def bind(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         """The positional arguments of a launch by their names."""
@@ -77,18 +104,53 @@ class Kernel:
         x, y, z = (int(eval(str(g), {}, values)) for g in (expression.x_grid, expression.y_grid, expression.z_grid))
         return x, y, z
 
+    def parts(self, arguments: dict[str, Any]) -> list[int]:
+        """How many blocks Inductor would launch for each of the kernels that are combined in this one."""
+        blocks = math.prod(self.grid(arguments))
+        meta = self.tuner.inductor_meta.get("combo_grid_meta")
+        if meta is None:
+            return [blocks]
+        parts = []
+        for k in range(meta["num_kernels"]):
+            rows = meta[f"xnumel_{k}"] or arguments[f"xnumel_{k}"]
+            block = self.config.kwargs.get(f"XBLOCK_{k}", self.config.kwargs.get("XBLOCK", 1))
+            parts.append(rows if meta[f"no_x_dim_{k}"] else -(-rows // block))
+        return parts if sum(parts) == blocks else [blocks]
+
+    def slots(self, arguments: dict[str, Any], capability: int) -> Slots:
+        """Issue slots of a launch. To be called within :func:`fake.device`.
+
+        A reduction's loops are gone through as often as its length and its block size say, which is more often than
+        they are where the assembler made several rounds of the source's loop one.
+        """
+        binary = self.binary(capability)
+        loops = sass.loops(binary.code)
+        lengths = [x for name, x in arguments.items() if name.startswith("r0_numel")]
+        rounds = -(-max(lengths, default=1) // self.config.kwargs.get("R0_BLOCK", 1))
+        parts = self.parts(arguments)
+        ways = sass.paths(binary.code, [rounds] * loops)
+        exact = len(ways) == len(parts) and not loops
+        each = sass.per_thread(ways, parts if len(ways) == len(parts) else [sum(parts)])
+        return Slots({pipe: n * binary.threads * sum(parts) for pipe, n in each.items()}, exact)
+
     def resources(self, capability: int) -> Resources:
-        """Compile it to PTX and to a cubin with the bundled ptxas; to be called within :func:`fake.device`."""
-        meta = self.tuner._create_compile_meta(self.config)
-        options = self.tuner._create_compile_options(self.config, meta)
-        return assemble(
-            self.tuner.fn,
-            meta["signature"],
-            meta["constants"],
-            capability,
-            attributes=meta["configs"][0],
-            options=options,
-        )
+        """What it needs on an architecture; to be called within :func:`fake.device`."""
+        return self.binary(capability).resources
+
+    def binary(self, capability: int) -> Binary:
+        """Compile it to PTX and to a cubin with the bundled ptxas, once; to be called within :func:`fake.device`."""
+        if capability not in self.binaries:
+            meta = self.tuner._create_compile_meta(self.config)
+            options = self.tuner._create_compile_options(self.config, meta)
+            self.binaries[capability] = assemble(
+                self.tuner.fn,
+                meta["signature"],
+                meta["constants"],
+                capability,
+                attributes=meta["configs"][0],
+                options=options,
+            )
+        return self.binaries[capability]
 
 
 def assemble(
@@ -98,8 +160,8 @@ def assemble(
     capability: int,
     attributes: Any = None,
     options: dict[str, Any] | None = None,
-) -> Resources:
-    """Compile a Triton function; what it needs. To be called within :func:`fake.device`."""
+) -> Binary:
+    """Compile a Triton function. To be called within :func:`fake.device`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -108,7 +170,8 @@ def assemble(
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert binary.asm["cubin"]
     registers, spills = _ptxas(binary.asm["ptx"], capability)
-    return Resources(registers, spills, int(binary.metadata.shared), binary.asm["ptx"].count("\n"))
+    needs = Resources(registers, spills, int(binary.metadata.shared), binary.asm["ptx"].count("\n"))
+    return Binary(needs, binary.asm["cubin"], 32 * int(binary.metadata.num_warps))
 
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from lamb16 import Lamb16
 from lamb16.compiled import Graph, Kind
 from lamb16.update import PIECE
 
-from . import fake
-from .kernels import Kernel, Launch, Program, Resources, assemble, program
+from . import fake, gpus, sass
+from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
 
 FOREACH_TENSORS = 64  # of a launch of a two-list torch._foreach_* kernel
 COPIES = "copies"  # in place of a graph's name
@@ -60,6 +60,7 @@ class Report:
     params: int
     launches: int
     bytes_per_param: float
+    slots_per_param: float  # issue slots
     spills: int
     fallbacks: list[str]
     eager: list[dict[str, Any]]
@@ -73,7 +74,7 @@ class Code:
         self.capability = capability
         self.kind = fake.kind()
         self.programs: dict[tuple[Graph, Kind], Program] = {}
-        self._resources: dict[Kernel | None, Resources] = {}
+        self._copying: dict[bool, Binary] = {}
 
     def program(self, graph: Graph, kind: Kind | None = None) -> Program:
         """A graph's code for tensors of a kind on CUDA, generated when it is first asked for."""
@@ -84,21 +85,30 @@ class Code:
 
     def resources(self, kernel: Kernel | None) -> Resources:
         """What a kernel, or the copying one (None), needs, compiled when first asked for."""
-        if kernel not in self._resources:
-            with fake.device(self.capability):
-                needs = kernel.resources(self.capability) if kernel else copy_resources(self.capability)
-                self._resources[kernel] = needs
-        return self._resources[kernel]
+        with fake.device(self.capability):
+            if kernel:
+                return kernel.resources(self.capability)
+            return max((self.copying(k).resources for k in (False, True)), key=lambda needs: needs.registers)
 
+    def copying(self, unpack: bool) -> Binary:
+        """The copying kernel, to be called within :func:`fake.device`."""
+        if unpack not in self._copying:
+            from .copying import copy_pieces
 
-def copy_resources(capability: int) -> Resources:
-    """What the copying kernel needs, to be called within :func:`fake.device`."""
-    from .copying import copy_pieces
+            types = ["*i64"] * 4 + ["*fp32", "*fp32", "*u8", "*u8", "*i32"]
+            signature = dict(zip(copy_pieces.arg_names, [*types, "constexpr", "constexpr"], strict=True))
+            constants = {"UNPACK": unpack, "PIECE": PIECE}
+            self._copying[unpack] = assemble(copy_pieces, signature, constants, self.capability)
+        return self._copying[unpack]
 
-    types = ["*i64"] * 4 + ["*fp32", "*fp32", "*u8", "*u8", "*i32"]
-    signature = dict(zip(copy_pieces.arg_names, [*types, "constexpr", "constexpr"], strict=True))
-    both = [assemble(copy_pieces, signature, {"UNPACK": k, "PIECE": PIECE}, capability) for k in (False, True)]
-    return max(both, key=lambda needs: needs.registers)
+    def slots(self, kernel: Kernel | None, launch: Launch) -> Slots:
+        """The issue slots of a launch of a kernel, or of the copying one (None)."""
+        with fake.device(self.capability):
+            if kernel:
+                return kernel.slots(launch.arguments, self.capability)
+            binary, rows = self.copying(launch.arguments["UNPACK"]), launch.arguments["in_ptr_p"].shape[0]
+        each = sass.per_thread(sass.paths(binary.code))
+        return Slots({pipe: n * binary.threads * rows for pipe, n in each.items()}, True)
 
 
 class Recorder:
@@ -179,6 +189,7 @@ def report(code: Code, title: str, shapes: Sequence[tuple[int, ...]]) -> Report:
         params=params,
         launches=len(launched) + sum(operation.launches for operation in steps.eager),
         bytes_per_param=moved / params,
+        slots_per_param=sum(sum(kernel["slots"].values()) for kernel in kernels) / params,
         spills=sum(kernel["spills"] for kernel in kernels),
         fallbacks=[f"{name}: {call}" for name, used in steps.recorder.used.items() for call in used.fallbacks],
         eager=[asdict(operation) for operation in steps.eager],
@@ -187,15 +198,31 @@ def report(code: Code, title: str, shapes: Sequence[tuple[int, ...]]) -> Report:
 
 
 def _kernels(recorder: Recorder, launched: list[tuple[str, Launch]]) -> list[dict[str, Any]]:
-    """One row per kernel: how often it is launched in the step, what it moves, what it needs."""
+    """One row per kernel: how often it is launched in the step, what it moves, what it executes, what it needs."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, launch in launched:
         key = name, launch.kernel
+        kernel = None if name == COPIES else recorder.used[name].kernels[launch.kernel]
         if key not in rows:
-            kernel = None if name == COPIES else recorder.used[name].kernels[launch.kernel]
             needs = asdict(recorder.code.resources(kernel))
-            rows[key] = {"graph": name, "kernel": launch.kernel, "launches": 0, "read": 0, "written": 0, **needs}
-        rows[key]["launches"] += 1
-        rows[key]["read"] += launch.bytes_read
-        rows[key]["written"] += launch.bytes_written
+            rows[key] = {
+                "graph": name, "kernel": launch.kernel, "launches": 0, "read": 0, "written": 0, **needs,
+                "slots": {}, "exact": True,
+            }  # fmt: skip
+        row, slots = rows[key], recorder.code.slots(kernel, launch)
+        row["launches"] += 1
+        row["read"] += launch.bytes_read
+        row["written"] += launch.bytes_written
+        row["slots"] = sass.add(row["slots"], slots.by_pipe)
+        row["exact"] &= slots.exact
     return list(rows.values())
+
+
+def work(found: Mapping[str, Any]) -> list[gpus.Work]:
+    """What every kernel of a report does per parameter of the step, and the operations outside the graphs."""
+    params = found["params"]
+    kernels = [
+        gpus.Work((row["read"] + row["written"]) / params, {k: x / params for k, x in row["slots"].items()})
+        for row in found["kernels"]
+    ]
+    return kernels + [gpus.Work(row["bytes_moved"] / params, {}) for row in found["eager"]]
