@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -26,7 +26,7 @@ SCALARS = tuple(name for names in TABLES.values() for name in names)
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
 DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
 ENTRIES = (*MOMENTS, *SCALARS)
-ALL_ENTRIES = itemgetter(*ENTRIES)
+ALL_ENTRIES, WIDTH = itemgetter(*ENTRIES), len(ENTRIES)
 CHUNK = 1 << 12  # elements that are read at once where something is derived, at least
 
 
@@ -41,31 +41,33 @@ class Store:
         self.device = device
         self.columns: list[Tensor] = []
         self.states: list[dict[str, Any]] = []  # of rows 1, 2, ...
-        # What each state held when it was read, in the order of ENTRIES: the tensors, where their memory was, and what
-        # the last step left as the moments' versions, by which it is found out who else writes to them.
-        self.entries: list[tuple[Tensor, ...]] = []
-        self.memory: list[tuple[int, ...]] = []
-        self.versions: list[tuple[int, ...]] = []
+        # What the states held when they were read, WIDTH entries of each; where that was in memory; and what the last
+        # step left as the moments' versions, by which it is found out who else writes to them.
+        self.entries: list[Tensor] = []
+        self.addresses: list[int] = []
+        self.sizes: list[int] = []
+        self.versions: list[int] = []
         self.rows: dict[int, int] = {}  # id of a state (which is kept alive) -> row
 
-    def holds(self, states: Iterable[dict[str, Any]]) -> bool:
+    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether nothing of these states has been replaced, nor given other memory."""
         rows = list(map(self.rows.get, map(id, states)))
         if None in rows:
             return False
         try:
-            entries = list(map(ALL_ENTRIES, states))
+            entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
         except KeyError:
             return False
+        everything = rows == list(self.rows.values())
 
-        def seen(what: list[Any]) -> Iterable[Any]:
-            return (what[row - 1] for row in rows)  # type: ignore[operator]
+        def seen(what: list[Any], width: int = len(MOMENTS)) -> list[Any]:
+            if everything:
+                return what
+            return [x for row in rows if row for x in what[(row - 1) * width : row * width]]
 
-        return (
-            all(map(is_, chain.from_iterable(entries), chain.from_iterable(seen(self.entries))))
-            and _memory(entries) == list(seen(self.memory))
-            and _versions(entries) == list(seen(self.versions))
-        )
+        if not all(map(is_, entries, seen(self.entries, WIDTH))):
+            return False
+        return _memory(entries) == (seen(self.addresses, WIDTH), seen(self.sizes), seen(self.versions))
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> list[int]:
         """Make every state's scalars views of the tables; returns their rows."""
@@ -88,46 +90,43 @@ class Store:
             views += [column[1:].unbind(0) for column in table.unbind(1)]
         for state, scalars in zip(self.states, zip(*views, strict=True), strict=True):
             state.update(zip(SCALARS, scalars, strict=True))
-        self.entries = list(map(ALL_ENTRIES, self.states))
-        self.memory, self.versions = _memory(self.entries), _versions(self.entries)
+        self.entries = list(chain.from_iterable(map(ALL_ENTRIES, self.states)))
+        self.addresses, self.sizes, self.versions = _memory(self.entries)
 
     def stepped(self, rows: Sequence[int]) -> None:
         """Note that the moments of these rows have been written to by a step."""
-        versions = _versions([self.entries[row - 1] for row in rows])
-        for row, found in zip(rows, versions, strict=True):
-            self.versions[row - 1] = found
+        width = len(MOMENTS)
+        found = _versions(
+            _plain([x for row in rows for x in self.entries[(row - 1) * WIDTH : (row - 1) * WIDTH + width]])
+        )
+        for k, row in enumerate(rows):
+            self.versions[(row - 1) * width : row * width] = found[k * width : (k + 1) * width]
 
     def state(self, home: Tensor) -> State:
         """The tables for the step functions; ``home`` int64 says which rows."""
         return State._make([*self.columns, home])
 
 
-# Hundreds of states are looked at in every step: the loops of the following two functions are those of ``map``.
+# Hundreds of states are looked at in every step: the loops of these functions are those of ``map``.
 
 
-def _moments(entries: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
-    """This rank's parts of the states' two moments; a plain tensor needs no detached copy."""
-    found: list[list[Tensor]] = []
-    for k in range(len(MOMENTS)):
-        column = [own[k] for own in entries]
-        found.append(column if set(map(type, column)) <= {Tensor} else list(map(local, column)))
-    return found
+def _plain(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's parts; plain tensors need no detached copies."""
+    return tensors if set(map(type, tensors)) <= {Tensor} else list(map(local, tensors))
 
 
-def _memory(entries: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, ...]]:
-    """Of each state the addresses of its entries and the moments' sizes."""
-    moments = _moments(entries)
-    columns = [*moments, *list(zip(*entries, strict=True))[len(MOMENTS) :]]
-    return list(zip(*(map(Tensor.data_ptr, x) for x in columns), *(map(Tensor.numel, x) for x in moments), strict=True))
+def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """The addresses of the states' entries, and the moments' sizes and versions."""
+    tensors = _plain(entries)
+    moments = list(chain.from_iterable(zip(*(tensors[k::WIDTH] for k in range(len(MOMENTS))), strict=True)))
+    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, moments)), _versions(moments)
 
 
-def _versions(entries: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, ...]]:
-    """Of each state the moments' versions."""
-    moments = _moments(entries)
+def _versions(moments: list[Tensor]) -> list[int]:
     try:
-        return list(zip(*(map(attrgetter("_version"), x) for x in moments), strict=True))
+        return list(map(attrgetter("_version"), moments))
     except RuntimeError:  # inference tensors have none
-        return list(zip(*([0 if y.is_inference() else y._version for y in x] for x in moments), strict=True))
+        return [0 if x.is_inference() else x._version for x in moments]
 
 
 def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:

@@ -355,25 +355,21 @@ def update(
     """One step over each block, in place.
 
     ``floats`` and ``integers`` are rows of the factor tables, one of each per block; for packed rows the tables.
-    ``columns`` are what :func:`make_columns` makes. Without ``spread`` the shards of large tensors begin with a row of
-    the whole. Writes every row's ``sums``.
+    ``columns`` are what :func:`make_columns` makes. Without ``spread`` shards begin with a row of the whole tensor, and
+    packed rows with a quarter of one. Writes every row's ``sums``.
     """
     for k, block in enumerate(blocks):
-        height, width = block.p.shape
-        rows = torch.arange(height, dtype=torch.int32, device=columns.device)[:, None]
-        if block.tensor is None:
-            f = Factors.of(floats[k], integers[k])
+        f = Factors.of(*(x[k] if block.tensor is None else x[k][block.tensor] for x in (floats, integers)))
+        width = block.p.shape[1]
+        rows = torch.arange(block.p.shape[0], dtype=torch.int32, device=columns.device)[:, None]
+        start = rows * ROW if block.start is None else block.start
+        if spread is None:
+            row = (start >> fp8.COLUMN_BITS) + (f.base >> fp8.COLUMN_BITS)
+            hashes = columns[0] if block.start is None else columns[0].view(-1, PIECE)[(block.start[:, 0] >> 8) & 3]
+            words = fp8.mix(hashes, fp8.hash32((row & fp8.LAST_ROW) + f.salt))
         else:
-            f = Factors.of(floats[k][block.tensor], integers[k][block.tensor])
-        if block.tensor is None and spread is None:
-            first = (f.base >> fp8.COLUMN_BITS) + rows
-            words = fp8.mix(columns[0], fp8.hash32((first & fp8.LAST_ROW) + f.salt))
-        else:
-            start = rows * ROW if block.start is None else block.start
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
-            if spread is not None:
-                index = global_index(index, spread[k], block.tensor)
-            words = fp8.element_words(index + f.base, f.salt)
+            words = fp8.element_words(global_index(index, spread[k], block.tensor) + f.base, f.salt)
         update_block(block, f, words, columns[1, :width], sums[k])
 
 
