@@ -48,7 +48,12 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
         json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
         for name in ("bench", "bench-1-thread", "cuda")
     )
-    tables = [bench.table(rows) for content in (many, one) for rows in content["results"].values()]
+    avx2, avx2_one = (
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+        for name in ("bench-avx2", "bench-avx2-1-thread")
+    )
+    tables = [bench.table(rows) for content in (many, one, avx2, avx2_one) for rows in content["results"].values()]
+    tables.append(bench.size_table(many["sizes"]))
     h200 = json.loads((ROOT / "docs" / "results" / "bench-h200.json").read_text())
     tables += [bench.table(rows) for rows in h200["results"].values()]
     tables += [bench.pass_table(parts) for parts in h200["passes"].values()]

@@ -335,7 +335,7 @@ def flatten(arguments: Any) -> list[Any]:
     """What nested lists and tuples hold, in order."""
     flat: list[Any] = []
     for x in arguments:
-        if isinstance(x, (list, tuple)):
+        if type(x) is not Tensor and isinstance(x, (list, tuple)):
             flat += flatten(x)
         else:
             flat.append(x)

@@ -113,8 +113,11 @@ class ReductionsLast(CustomGraphPass):
             output.prepend(node)
 
     def uuid(self) -> str:
-        """For the cache of compiled graphs, which holds the code as :func:`cpu_code` left it."""
-        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        """For the cache of compiled graphs, which holds the code as :func:`cpu_code` left it.
+
+        With the instruction set, for which the cache alone does not ask: code for AVX-512 crashes as AVX2's.
+        """
+        return torch.backends.cpu.get_cpu_capability() + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 REDUCTIONS_LAST = ReductionsLast()  # one object, so that equal options are equal

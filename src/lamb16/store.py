@@ -27,7 +27,7 @@ SCALARS = tuple(name for names in TABLES.values() for name in names)
 DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
 ENTRIES = (*MOMENTS, *SCALARS)
 ALL_ENTRIES, WIDTH = itemgetter(*ENTRIES), len(ENTRIES)
-CHUNK = 1 << 12  # elements that are read at once where something is derived, at least
+CHUNK = 1 << 13  # elements that are read at once where something is derived, at least
 
 
 class Store:
