@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from generated import ISAS, generate, innermost, kernel, nests
-from lamb16 import inductor
+from lamb16 import compiled, inductor
 from lamb16.compiled import GRAPHS, Graph, Kind
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +64,25 @@ def test_the_help_is_needed(isa: str) -> None:
     assert re.search(r"in_ptr\d+\[", body)
     in_parts = nests(kernel(generate(update, KINDS["float32"], isa, one_loop=False)))
     assert sum(bool(re.search(r"1024L\*x0", nest)) for nest in in_parts) > 1
+
+
+def test_without_the_pass_the_code_is_right_too() -> None:
+    """What is compiled where one loop turns out to be wrong."""
+    graph, kind = Graph("update"), KINDS["float32"]
+    code = compiled.compile_on(compiled.example_inputs(graph, kind), graph, kind, one_loop=False)
+    first, second = (compiled._random_inputs(graph, kind) for _ in range(2))
+    code(first)
+    compiled.update.update(*second)
+    blocks = [[x for block in given[0] for x in block[:4]] for given in (first, second)]
+    assert all(torch.equal(x, y) for x, y in zip(*blocks, strict=True))
+
+
+def test_nothing_is_moved_between_collapsed_loops() -> None:
+    loop = "for(int64_t x1=0; x1<8; x1+=1)\n{\n    auto tmp0 = 1;\n}"
+    plain = "at::vec::\n#pragma omp for\nfor(int64_t x0=0; x0<8; x0+=1)\n{\n" + loop + "\n}"
+    assert inductor.cpu_code(inductor.INCLUDE + plain) != inductor.INCLUDE + inductor.HELPERS + plain
+    collapsed = plain.replace("omp for", "omp for collapse(2)")
+    assert inductor.cpu_code(inductor.INCLUDE + collapsed) == inductor.INCLUDE + inductor.HELPERS + collapsed
 
 
 def test_what_is_not_understood_stays() -> None:

@@ -30,7 +30,7 @@ from helpers import (
     snapshot,
     take_steps,
 )
-from lamb16 import Lamb16, reference
+from lamb16 import Lamb16, plan, reference
 from lamb16.reference import Hyper
 from lamb16.store import ENTRIES, SCALARS
 
@@ -911,3 +911,64 @@ def test_kinds_side_by_side_change_kind_and_keep_their_state(compile_mode: bool)
     take_steps(optimizer, [3])
     assert [int(optimizer.state[p]["step"]) for p in params] == [4, 4, 4]
     assert [p.dtype for p in params] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_what_is_packed_in_batches_does_not_mix(compile_mode: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small tensors of very different gradients, one of them not finite, give the bits of one optimizer each."""
+    monkeypatch.setattr(plan, "BATCH", rows)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1 + 613 * k % 1999 for k in range(60)]
+    starts = [torch.randn(n, generator=generator) for n in sizes]
+    together, alone = ([nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    names = [str(k) for k in range(len(sizes))]
+    options = {"lr": 0.01, "max_grad_norm": math.inf, "compile": compile_mode}
+    one = Lamb16(list(zip(names, together, strict=True)), **options)
+    each = [Lamb16([(name, p)], **options) for name, p in zip(names, alone, strict=True)]
+    for step in range(3):
+        grads = [torch.randn(n, generator=generator) * 10.0 ** (k % 7 - 3) for k, n in enumerate(sizes)]
+        if step == 1:
+            grads[7][-1] = math.inf
+        for p, q, grad in zip(together, alone, grads, strict=True):
+            p.grad, q.grad = grad, grad.clone()
+        one.step()
+        for optimizer in each:
+            optimizer.step()
+        finite = torch.cat([grad for grad in grads if grad.isfinite().all()])
+        assert float(one.grad_norm) == pytest.approx(float(finite.double().norm()), rel=1e-6)
+    assert len(one._last[0].batches) > 1
+    assert one.skipped == 1
+    for p, q, optimizer in zip(together, alone, each, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(_bits_of(one.state[p][k]), _bits_of(optimizer.state[q][k])) for k in ENTRIES)
+
+
+def _bits_of(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+@pytest.mark.parametrize("shape", [(3000,), (5,)])
+def test_a_gradient_of_another_shape_is_refused(compile_mode: bool, shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = Lamb16([("w", p)], compile=compile_mode)
+    p.grad = torch.ones(1 + shape[0])[:-1]
+    p.data = torch.ones(2 * shape[0])
+    with pytest.raises(RuntimeError, match=r"parameter w has shape .* its gradient .* None"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones_like(p))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("numel", [3000, 2048, 5])
+def test_a_step_marks_weights_as_changed(compile_mode: bool, numel: int) -> None:
+    """As autograd needs to know, and as in-place operations do."""
+    p = nn.Parameter(torch.ones(numel))
+    optimizer = Lamb16([p], compile=compile_mode)
+    p.grad = torch.ones(numel)
+    optimizer.step()
+    before = p._version
+    loss = (p * p).sum()
+    optimizer.step()
+    assert p._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -51,7 +51,7 @@ class _Baseline(Optimizer):
                 name = names[i] if names else str(position)
                 position += 1
                 if p.grad is not None and p.numel():
-                    check_gradient(p.grad, name)
+                    check_gradient(p, p.grad, name)
                     grad = -p.grad.float() if group["maximize"] else p.grad.float()
                     self._stats[name] = self._update(p, grad, self.state[p], group)
         return loss

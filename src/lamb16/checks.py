@@ -32,7 +32,7 @@ def check_parameter(param: Tensor, name: str) -> None:
         )
 
 
-def check_gradient(grad: Tensor, name: str) -> None:
+def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     """Raise RuntimeError for a gradient that cannot be used."""
     if grad.layout != torch.strided:
         raise RuntimeError(
@@ -42,6 +42,11 @@ def check_gradient(grad: Tensor, name: str) -> None:
     if grad.dtype not in PARAM_DTYPES:
         raise RuntimeError(
             f"Lamb16: the gradient of parameter {name} has dtype {grad.dtype}; expected float32, bfloat16 or float16"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"Lamb16: parameter {name} has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}; set the "
+            "gradient to None when you change a parameter's shape"
         )
 
 

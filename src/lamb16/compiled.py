@@ -149,16 +149,18 @@ def _graph(graph: Graph, kind: Kind) -> _Lazy:
     return _Lazy(graph, kind)
 
 
+COMPILING = threading.RLock()  # one at a time: torch's classes are patched meanwhile
+
+
 class _Lazy:
     """One graph, compiled when it is first :meth:`prepared <prepare>` or called."""
 
     def __init__(self, graph: Graph, kind: Kind) -> None:
         self.graph, self.kind = graph, kind
-        self.lock = threading.Lock()
         self.code: Callable[[tuple[Any, ...]], Any] | None = None
 
     def prepare(self) -> None:
-        with self.lock:
+        with COMPILING:
             if self.code is None:
                 self._compile()
 
@@ -239,7 +241,9 @@ def compile_on(
             with generated_calls() as calls:
                 result = code(*received)
             try:
-                ((generated, inputs),) = calls
+                ((generated, inputs, returned),) = calls
+                if returned:  # which AOTAutograd is to make something of
+                    raise ValueError
                 found.append(Code(generated, inputs, flat, boxed=True))
             except ValueError:  # this version of torch calls it in another way
                 found.append(Code(code, received, flat, boxed=False))
@@ -257,20 +261,22 @@ def compile_on(
 
 
 @contextlib.contextmanager
-def generated_calls() -> Iterator[list[tuple[Callable[..., Any], list[Any]]]]:
-    """Collects the calls of generated code: what is called, and the list of its arguments.
+def generated_calls() -> Iterator[list[tuple[Callable[..., Any], list[Any], Any]]]:
+    """Collects the calls of generated code: what is called, the list of its arguments, what it returns.
 
     Called directly it takes a quarter of the time that it takes through AOTAutograd, which does for us only one thing
     more: it marks what is written to as changed. That is left to the plan.
     """
     from torch._inductor.output_code import CompiledFxGraph
 
-    calls: list[tuple[Callable[..., Any], list[Any]]] = []
+    calls: list[tuple[Callable[..., Any], list[Any], Any]] = []
     original = CompiledFxGraph.__call__
 
     def call(self: Any, inputs: Any) -> Any:
-        calls.append((self, list(inputs)))
-        return original(self, inputs)
+        given = list(inputs)
+        returned = original(self, inputs)
+        calls.append((self, given, returned))
+        return returned
 
     with mock.patch.object(CompiledFxGraph, "__call__", call):
         yield calls

@@ -117,10 +117,21 @@ class ReductionsLast(CustomGraphPass):
 
         With the instruction set, for which the cache alone does not ask: code for AVX-512 crashes as AVX2's.
         """
-        return torch.backends.cpu.get_cpu_capability() + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        return (
+            type(self).__name__
+            + torch.backends.cpu.get_cpu_capability()
+            + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        )
 
 
-REDUCTIONS_LAST = ReductionsLast()  # one object, so that equal options are equal
+class Unchanged(ReductionsLast):
+    """Leaves the order, and gives the cache its key."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Nothing to do."""
+
+
+REDUCTIONS_LAST, UNCHANGED = ReductionsLast(), Unchanged()  # one object of each, so that equal options are equal
 
 
 @contextlib.contextmanager
@@ -185,7 +196,8 @@ def cpu_code(code: str) -> str:
     code = code.replace("at::vec::convert<int32_t,2,uint8_t,1>(", "lamb16::integers(")
     lines = code.split("\n")
     for k in reversed(range(len(lines))):
-        if (loop := LOOP.match(lines[k])) and "#pragma" not in lines[k - 1]:
+        pragma = next((line for line in reversed(lines[:k]) if "#pragma" in line), "")
+        if (loop := LOOP.match(lines[k])) and pragma is not lines[k - 1] and "collapse(" not in pragma:
             end = next(i for i in range(k, len(lines)) if lines[i] == f"{loop[1]}}}")
             lines[k:end] = with_invariants_first(loop[2], lines[k:end])
     return "\n".join(lines).replace(INCLUDE, INCLUDE + HELPERS, 1)
@@ -205,6 +217,7 @@ LOAD = re.compile(
 )
 TO_BYTES = re.compile(r"at::vec::convert<uint8_t(?:,1,int32_t,2)?>\(")
 LOOP = re.compile(r"( *)for\(int64_t (x\d+)=")
+WRITTEN = re.compile(r"out_ptr|tmp_acc|\bx\d+_|\[&\]")  # what may vary beside names that are assigned
 STATEMENT = re.compile(r" *(?:auto (tmp\d+) = |TORCH_CHECK\()(.*);$")
 BROADCAST = re.compile(r"(at::vec::Vectorized<(?:float|int32_t)>\(\w+\));$")
 
@@ -213,12 +226,14 @@ def with_invariants_first(variable: str, loop: list[str]) -> list[str]:
     """The lines of an innermost loop over ``variable`` behind those of its statements that do not depend on it."""
     if any(LOOP.match(line) for line in loop[1:]) or any("C10_UNLIKELY" in line for line in loop):
         return loop
+    if any("[&]" in line and not line.endswith(";") for line in loop):  # what is in there may not be for all to do
+        return loop
     varying, first, rest = {variable}, [], []
     shifts = {x for line in loop for x in re.findall(r"(?:<<|>>) (tmp\d+)", line)}  # which immediates are better for
     for line in loop:
         statement = STATEMENT.match(line)
-        names = set(re.findall(r"\b(?:tmp|x)\d+\b|\b(?:in_)?out_ptr", statement[2] if statement else line))
-        if statement and not names & varying and not any("out_ptr" in x for x in names):
+        names = set(re.findall(r"\b(?:tmp|x)\d+\b", statement[2] if statement else line))
+        if statement and not names & varying and not WRITTEN.search(statement[2]):
             first.append(line if statement[1] in shifts else BROADCAST.sub(r"lamb16::kept(\1);", line))
             continue
         varying |= set(re.findall(r"auto (tmp\d+) =", line))
@@ -244,7 +259,7 @@ def options(device: torch.device, one_loop: bool = True) -> dict[str, Any]:
     """Inductor's options for this kind of device."""
     # A bfloat16 weight's square is the rounded one's; and on CUDA no contraction of a multiply and an add.
     found: dict[str, Any] = {"emulate_precision_casts": True}
-    found |= {"post_grad_custom_post_pass": REDUCTIONS_LAST} if one_loop else {}
+    found["post_grad_custom_post_pass"] = REDUCTIONS_LAST if one_loop else UNCHANGED
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")

@@ -251,8 +251,8 @@ class Lamb16(Optimizer):
             for i, grad in enumerate(map(attrgetter("grad"), params)):
                 if grad is not None:
                     p = params[i]
-                    if grad.layout != torch.strided or grad.dtype != p.dtype:
-                        check_gradient(grad, self._name(group, i))
+                    if grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+                        check_gradient(p, grad, self._name(group, i))
                     if sharded and (isinstance(p, sharded) or isinstance(grad, sharded)):
                         grad = local_gradient(p, grad, self._name(group, i))
                     grads[id(p)] = grad

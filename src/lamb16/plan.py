@@ -23,6 +23,7 @@ from .sharding import MAX_JUMPS, Layout, is_sharded, layout, local
 from .store import MOMENTS, Store
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
 
+BATCH = 64  # packed rows that are stepped together, at least
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
 
 
@@ -243,7 +244,7 @@ class Plan:
         most = rows.packed
         if on_cpu:
             largest = max(sum(w.numel() for w in weights) // 200, sum(tail.length for tail in rows.tails) * 2 // 3)
-            most = max(64, largest * dtypes[0].itemsize // (PIECE * sum(dtype.itemsize for dtype in dtypes)))
+            most = max(BATCH, largest * dtypes[0].itemsize // (PIECE * sum(dtype.itemsize for dtype in dtypes)))
         first = [0]  # packed rows of the batches; a block has at least two
         for tail in rows.tails:
             if tail.row + tail.rows - first[-1] > most and tail.row > first[-1] + 1 and rows.packed - tail.row > 1:
@@ -263,7 +264,7 @@ class Plan:
                 shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
                 packing = ForeachPacking(tails, block, shapes, moments)
             sums = Sums._make(None if x is None else x[where] for x in self.sums)
-            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, self.largest[where], sums))
+            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, self.largest[where], sums, len(parts) > 1))
         return found
 
     def _weights(self) -> list[Tensor]:
@@ -378,9 +379,13 @@ class Batch(NamedTuple):
     block: Block
     largest: Tensor
     sums: Sums
+    shared: bool  # whether other batches use the buffer too
 
     def pack(self, parts: list[list[Tensor]], kinds: list[int]) -> None:
-        """Copy these kinds of the plan's parts into the buffer."""
+        """Copy these kinds of the plan's parts into the buffer, where the padding is 0."""
+        if self.shared:
+            buffers = self.block.p, self.block.g, self.block.m, self.block.v
+            torch._foreach_zero_([buffers[k] for k in kinds])
         self.packing.pack([x[self.tails] for x in parts], kinds)
 
     def unpack(self, parts: list[list[Tensor]]) -> None:

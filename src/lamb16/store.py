@@ -112,7 +112,7 @@ class Store:
 
 def _plain(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's parts; plain tensors need no detached copies."""
-    return tensors if set(map(type, tensors)) <= {Tensor} else list(map(local, tensors))
+    return tensors if set(map(type, tensors)) <= {Tensor} else [x if type(x) is Tensor else local(x) for x in tensors]
 
 
 def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
