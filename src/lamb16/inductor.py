@@ -226,8 +226,6 @@ def with_invariants_first(variable: str, loop: list[str]) -> list[str]:
     """The lines of an innermost loop over ``variable`` behind those of its statements that do not depend on it."""
     if any(LOOP.match(line) for line in loop[1:]) or any("C10_UNLIKELY" in line for line in loop):
         return loop
-    if any("[&]" in line and not line.endswith(";") for line in loop):  # what is in there may not be for all to do
-        return loop
     varying, first, rest = {variable}, [], []
     shifts = {x for line in loop for x in re.findall(r"(?:<<|>>) (tmp\d+)", line)}  # which immediates are better for
     for line in loop:
