@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import edited_c_source
-from lamb16 import capi, hyper, reference
+from lamb16 import capi, fp8, hyper, reference
 from lamb16.capi import sweep
 from lamb16.hyper import Hyper
 
@@ -311,7 +311,7 @@ def test_the_sample_holds_what_it_promises() -> None:
         for near in range(-2, 3):
             pattern = sweep.bits_of(value) + near
             if pattern >= 0:
-                assert {pattern, sweep.wrap(pattern | 1 << 31)} <= boundaries, (value, near)
+                assert {pattern, fp8.wrapped(pattern | 1 << 31)} <= boundaries, (value, near)
 
 
 def test_all_patterns_are_all() -> None:

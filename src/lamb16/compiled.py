@@ -27,6 +27,8 @@ from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread
 
 log = logging.getLogger(__name__)
 
+Call = Callable[[tuple[Any, ...]], Any]  # of a step function, with its arguments
+
 
 class Kind(NamedTuple):
     """What compiled code is specialised on."""
@@ -157,7 +159,7 @@ class _Lazy:
 
     def __init__(self, graph: Graph, kind: Kind) -> None:
         self.graph, self.kind = graph, kind
-        self.code: Callable[[tuple[Any, ...]], Any] | None = None
+        self.code: Call | None = None
 
     def prepare(self) -> None:
         with COMPILING:
@@ -204,7 +206,7 @@ class Code:
             self.function(*inputs)
 
 
-def compile_once(graph: Graph, kind: Kind) -> Callable[[tuple[Any, ...]], Any]:
+def compile_once(graph: Graph, kind: Kind) -> Call:
     """Compile a graph on example inputs.
 
     The code is called without torch.compile's guards: kinds are told apart where plans are made, and nothing that may
@@ -220,13 +222,11 @@ def compile_once(graph: Graph, kind: Kind) -> Callable[[tuple[Any, ...]], Any]:
     return code
 
 
-def _compiled(graph: Graph, kind: Kind, one_loop: bool) -> Callable[[tuple[Any, ...]], Any]:
+def _compiled(graph: Graph, kind: Kind, one_loop: bool) -> Call:
     return compile_on(example_inputs(graph, kind), graph, kind, one_loop)
 
 
-def compile_on(
-    arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: bool = True
-) -> Callable[[tuple[Any, ...]], Any]:
+def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: bool = True) -> Call:
     """Compile a graph on these :func:`example_inputs`, which it is called with."""
     from .inductor import cpu_help, options  # which imports Inductor
 
@@ -282,7 +282,7 @@ def generated_calls() -> Iterator[list[tuple[Callable[..., Any], list[Any], Any]
         yield calls
 
 
-def _is_right(code: Callable[[tuple[Any, ...]], Any], graph: Graph, kind: Kind) -> bool:
+def _is_right(code: Call, graph: Graph, kind: Kind) -> bool:
     """Whether the code of an update does to random inputs, in place, what the function itself does."""
     first, second = (_random_inputs(graph, kind) for _ in range(2))
     code(first)

@@ -98,6 +98,11 @@ def hash32(x: Tensor) -> Tensor:
     return x * -0x5D362513  # 0xA2C9DAED
 
 
+def wrapped(x: int) -> int:
+    """x modulo 2^32, as an int32."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 def mix(column: Tensor, row: Tensor) -> Tensor:
     """The rounding word of an element, but for its step, from the hashes of its column and its row (with the salt)."""
     return (column ^ row) * MIXER

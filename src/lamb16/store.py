@@ -144,7 +144,7 @@ def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
         "exp_avg_norm": torch.tensor(scales[0], dtype=torch.float32, device=device),
         "exp_avg_sq": moments[1],
         "exp_avg_sq_norm": torch.tensor(scales[1], dtype=torch.float32, device=device),
-        "salt": torch.tensor(salt - (salt >> 31 << 32), dtype=torch.int32, device=device),
+        "salt": torch.tensor(fp8.wrapped(salt), dtype=torch.int32, device=device),
         "exp_avg_max": torch.zeros((), device=device),
         "exp_avg_sq_max": torch.zeros((), device=device),
     }

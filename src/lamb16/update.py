@@ -24,7 +24,8 @@ from .fp8 import E4M3, E5M2
 from .hyper import NUMBERS
 
 ROW = fp8.COLUMNS  # of a large tensor's block
-PIECE = 256  # elements of a packed piece
+PIECE_BITS = 8
+PIECE = 1 << PIECE_BITS  # elements of a packed piece
 GOLDEN = 0x9E3779B9 - (1 << 32)
 MAGNITUDE = 0x7FFFFFFF  # of a float's bits
 INF_BITS = 0x7F800000
@@ -365,7 +366,9 @@ def update(
         start = rows * ROW if block.start is None else block.start
         if spread is None:
             row = (start >> fp8.COLUMN_BITS) + (f.base >> fp8.COLUMN_BITS)
-            hashes = columns[0] if block.start is None else columns[0].view(-1, PIECE)[(block.start[:, 0] >> 8) & 3]
+            hashes = columns[0]
+            if block.start is not None:
+                hashes = hashes.view(-1, PIECE)[(block.start[:, 0] >> PIECE_BITS) & (ROW // PIECE - 1)]
             words = fp8.mix(hashes, fp8.hash32((row & fp8.LAST_ROW) + f.salt))
         else:
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
@@ -415,14 +418,10 @@ def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor, sum
 def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tensor:
     """Σ (x - zero) of every row, without a packed row's padding. In int32 the sum of x alone may wrap around."""
     if block.length is None:
-        return x.sum(1, dtype=dtype) - wrapped(x.shape[1] * zero, dtype)
+        zeros = x.shape[1] * zero
+        return x.sum(1, dtype=dtype) - (fp8.wrapped(zeros) if dtype == torch.int32 else zeros)
     inside = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length
     return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
-
-
-def wrapped(x: int, dtype: torch.dtype) -> int:
-    """x, for int32 modulo 2^32."""
-    return (x + (1 << 31)) % (1 << 32) - (1 << 31) if dtype == torch.int32 else x
 
 
 def larger(a: Tensor, b: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ def sweep_encoders(sweep: Sweep, chunks: Iterable[tuple[int, Tensor]]) -> None:
         for form, value in WORDS.items():
             words = word_form(sweep.library, value, first, len(patterns))
             if value is None:
-                index = torch.arange(len(patterns), dtype=torch.int32) + wrap(first)
-                salt, offset = torch.tensor(SALT, dtype=torch.int32), wrap(STEP * 0x9E3779B9)
+                index = torch.arange(len(patterns), dtype=torch.int32) + fp8.wrapped(first)
+                salt, offset = torch.tensor(SALT, dtype=torch.int32), fp8.wrapped(STEP * 0x9E3779B9)
                 for name, function in (("eager", fp8.element_words), ("compiled", words_compiled)):
                     sweep.compare("words", "-", name, index, words, function(index, salt) + offset)
             for encoding in ENCODINGS:
@@ -143,11 +143,6 @@ def sweep_encoders(sweep: Sweep, chunks: Iterable[tuple[int, Tensor]]) -> None:
                     sweep.compare(f"encode {encoding.name}", form, name, patterns, mine, theirs)
                 if value == NEAREST:
                     compare_with_cast(sweep, encoding, patterns, mine)
-
-
-def wrap(x: int) -> int:
-    """x modulo 2^32 as an int32."""
-    return (x + 2**31) % 2**32 - 2**31
 
 
 def nan_codes(patterns: Tensor) -> Tensor:
@@ -169,7 +164,7 @@ def compare_with_cast(sweep: Sweep, encoding: Encoding, patterns: Tensor, mine: 
 def check_ties(sweep: Sweep, encoding: Encoding) -> None:
     """At the end: every known pattern, of both signs, was among the inputs, and the cast did differ there."""
     magnitudes = known_patterns(encoding)
-    known = torch.cat([magnitudes, magnitudes | wrap(1 << 31)])
+    known = torch.cat([magnitudes, magnitudes | fp8.wrapped(1 << 31)])
     met = torch.isin(known, torch.cat(sweep.ties[encoding.name])).int()
     sweep.compare(f"encode {encoding.name}", "nearest", "torch's cast, ties", known, torch.ones_like(met), met)
 
@@ -235,7 +230,7 @@ def all_patterns() -> Iterator[tuple[int, Tensor]]:
     """The 2^32 patterns in chunks."""
     lanes = torch.arange(CHUNK, dtype=torch.int32)
     for first in range(0, 1 << 32, CHUNK):
-        yield first, lanes + wrap(first)
+        yield first, lanes + fp8.wrapped(first)
 
 
 def sample_patterns() -> Iterator[tuple[int, Tensor]]:
@@ -260,7 +255,7 @@ def boundary_patterns() -> Tensor:
         starts += torch.cat([grid, middles]).view(torch.int32).tolist() + known_patterns(encoding).tolist()
     near = {start + k for start in starts for k in range(-2, 3)}
     magnitudes = torch.tensor(sorted(x for x in near if 0 <= x < 1 << 31), dtype=torch.int32)
-    return torch.cat([magnitudes, magnitudes | wrap(1 << 31)])
+    return torch.cat([magnitudes, magnitudes | fp8.wrapped(1 << 31)])
 
 
 def with_progress(chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
