@@ -29,7 +29,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: Tensor, theirs: State) -> None:
     """Weights, codes, scales and step counts agree bit for bit."""
     assert same_bits(p, weights), f"{where}: weights differ"
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in ("exp_avg_codes", "exp_avg_sq_codes"):
         codes = mine[name] if mine[name].dtype == torch.float32 else mine[name].view(torch.uint8)
         assert same_bits(codes, getattr(theirs, name)), f"{where}: {name} differs"
     for name in set(SCALARS) - {"salt"}:

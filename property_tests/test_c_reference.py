@@ -103,11 +103,11 @@ def test_a_first_moment_that_decodes_to_infinity_is_skipped() -> None:
     codes = torch.tensor([0, 1, 0x7E], dtype=torch.uint8)  # 448 times 2^120 is above float32
     state = replace(
         reference.init(weights, 0),
-        exp_avg=codes,
-        exp_avg_norm=2.0**120,
+        exp_avg_codes=codes,
+        exp_avg_scale=2.0**120,
         exp_avg_max=448.0,
-        exp_avg_sq=codes.clamp(max=0x7B),
-        exp_avg_sq_norm=1.0,
+        exp_avg_sq_codes=codes.clamp(max=0x7B),
+        exp_avg_sq_scale=1.0,
         exp_avg_sq_max=57344.0,
         step=5,
     )
@@ -254,8 +254,8 @@ CHANGES = {
     "beta2": ("f.beta2 = (float)h->beta2;", "f.beta2 = (float)h->beta2 * 0.9999f;"),
     "1 - beta in float": ("f.new1 = (float)(1.0 - h->beta1);", "f.new1 = 1.0f - (float)h->beta1;"),
     "bound of m": (
-        "f.beta1 * (x->exp_avg_max * x->exp_avg_norm) + f.new1 * largest",
-        "fmaxf(x->exp_avg_max * x->exp_avg_norm, largest)",
+        "f.beta1 * (x->exp_avg_max * x->exp_avg_scale) + f.new1 * largest",
+        "fmaxf(x->exp_avg_max * x->exp_avg_scale, largest)",
     ),
     "bound of v": ("f.new2 * (largest * largest)", "largest * largest"),
     "maximum before rounding": ("float m = fabsf(decode(code_m, &E4M3))", "float m = fabsf(e.m) / scale_m"),

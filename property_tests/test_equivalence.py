@@ -144,11 +144,11 @@ def _first_norm_stays(p, grad, state, h):
 def _scale_from_the_maximum(p, grad, state, h):
     """Of one moment that is known to be smaller than its bound: half the scale, and codes for it."""
     p, new, stats = reference.step(p, grad, state, h)
-    return p, replace(new, exp_avg_norm=new.exp_avg_norm / 2), stats
+    return p, replace(new, exp_avg_scale=new.exp_avg_scale / 2), stats
 
 
 def _bound_from_the_scale(p, grad, state, h):
-    return reference.step(p, grad, replace(state, exp_avg_max=state.exp_avg_norm * 448), h)
+    return reference.step(p, grad, replace(state, exp_avg_max=state.exp_avg_scale * 448), h)
 
 
 def _truncated(original):
@@ -197,10 +197,10 @@ def test_the_bound_is_exercised(compile: bool) -> None:
 @pytest.mark.parametrize(
     ("moment_dtype", "key", "damage"),
     [
-        ("float32", "exp_avg", math.nan),
-        ("float32", "exp_avg_sq", math.nan),
-        ("float32", "exp_avg_sq", math.inf),
-        ("float8", "exp_avg_norm", 2.0**121),  # the largest code, 208 and more, then decodes to infinity
+        ("float32", "exp_avg_codes", math.nan),
+        ("float32", "exp_avg_sq_codes", math.nan),
+        ("float32", "exp_avg_sq_codes", math.inf),
+        ("float8", "exp_avg_scale", 2.0**121),  # the largest code, 208 and more, then decodes to infinity
     ],
 )
 def test_a_damaged_moment_is_skipped(compile: bool, moment_dtype: str, key: str, damage: float) -> None:

@@ -20,7 +20,7 @@ DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16;
 
 # A packed piece, a tensor of rows and a tail, a tensor of rows only.
 SHAPES = ((7, 3), (2100,), (64, 48))
-CODES = ("exp_avg", "exp_avg_sq")
+CODES = ("exp_avg_codes", "exp_avg_sq_codes")
 HYPER_NAMES = [field.name for field in fields(reference.Hyper)]
 
 

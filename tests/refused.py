@@ -76,10 +76,10 @@ def one_rank_has_a_damaged_state(placement: str) -> str:
     optimizer = optimizer_on(placement)
     state_dict = optimizer.state_dict()
     if torch.distributed.get_rank() == 1:
-        codes = state_dict["state"][2]["exp_avg"]
+        codes = state_dict["state"][2]["exp_avg_codes"]
         damaged = codes.to_local().clone()
         damaged[0, 0] = 0x7F
-        state_dict["state"][2]["exp_avg"] = sharding.like(codes, damaged)
+        state_dict["state"][2]["exp_avg_codes"] = sharding.like(codes, damaged)
     before = snapshot_of(optimizer)
     found = message(optimizer.load_state_dict, state_dict)
     assert_same(snapshot_of(optimizer), before)
@@ -113,11 +113,11 @@ def whole_state_into_shards() -> tuple[sharded.Found, sharded.Found]:
     params = optimizer.param_groups[0]["params"]
     state_dict = optimizer.state_dict()
     for state in state_dict["state"].values():
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg_codes", "exp_avg_sq_codes"):
             state[key] = state[key].full_tensor()
     before = sharded.found(params, optimizer)
     for p in params:
-        optimizer.state[p]["exp_avg"].to_local().view(torch.uint8).zero_()
+        optimizer.state[p]["exp_avg_codes"].to_local().view(torch.uint8).zero_()
     optimizer.load_state_dict(state_dict)
     return before, sharded.found(params, optimizer)
 

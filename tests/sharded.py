@@ -108,7 +108,7 @@ def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict
         collectives.append(seen.count)
         sent.append(seen.bytes)
     local = [p.to_local() for p in params]
-    assert [optimizer.state[p]["exp_avg"].to_local().shape for p in params] == [x.shape for x in local]
+    assert [optimizer.state[p]["exp_avg_codes"].to_local().shape for p in params] == [x.shape for x in local]
     had = {
         "elements": sum(x.numel() for x in local),
         "bytes": sum(optimizer.state[p][key].to_local().untyped_storage().nbytes() for p in params for key in CODES),

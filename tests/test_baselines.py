@@ -40,9 +40,9 @@ def published_formula(p: Tensor, grads: list[Tensor], sign: int = 1) -> Tensor:
         norms = [(x * x).clamp(eps, 1).double().sum().sqrt() for x in (p, u)]
         p = p - 0.01 * min((norms[0] / norms[1] * 1e-3 / 0.01).item() ** 0.382, 2.0) * u
         v = v.clamp(0, 10)
-        norm_m, norm_v = ((x * x).clamp(0, 10).sum().sqrt() / x.numel() + eps for x in (m, v))
-        m = (m / norm_m).clamp(-15, 15).to(torch.float8_e4m3fn).float() * norm_m
-        v = (v / norm_v).clamp(max=57344).to(torch.float8_e5m2).float() * norm_v
+        scale_m, scale_v = ((x * x).clamp(0, 10).sum().sqrt() / x.numel() + eps for x in (m, v))
+        m = (m / scale_m).clamp(-15, 15).to(torch.float8_e4m3fn).float() * scale_m
+        v = (v / scale_v).clamp(max=57344).to(torch.float8_e5m2).float() * scale_v
     return p
 
 

@@ -53,8 +53,8 @@ def test_it_builds_without_a_warning_and_gives_the_references_bits(
         mine, theirs = library.step(mine[0], grad, mine[1], HYPER), reference.step(theirs[0], grad, theirs[1], HYPER)
     assert torch.equal(mine[0], theirs[0])
     assert not torch.equal(mine[0], p)
-    assert torch.equal(mine[1].exp_avg, theirs[1].exp_avg)
-    assert torch.equal(mine[1].exp_avg_sq, theirs[1].exp_avg_sq)
+    assert torch.equal(mine[1].exp_avg_codes, theirs[1].exp_avg_codes)
+    assert torch.equal(mine[1].exp_avg_sq_codes, theirs[1].exp_avg_sq_codes)
     for name in capi.CTensor.SCALARS:
         assert getattr(mine[1], name) == getattr(theirs[1], name), name
     assert library.grad_norm([grad, p]) == reference.grad_norm([grad, p])
@@ -125,8 +125,8 @@ def test_the_header_is_for_cpp_too(tmp_path: Path) -> None:
         "    x.numel = 5;\n"
         "    x.param = p.data();\n"
         "    x.grad = g.data();\n"
-        "    x.exp_avg = m.data();\n"
-        "    x.exp_avg_sq = v.data();\n"
+        "    x.exp_avg_codes = m.data();\n"
+        "    x.exp_avg_sq_codes = v.data();\n"
         "    x.salt = 1u;\n"
         "    double norm;\n"
         "    lamb16_hyper h;\n"
@@ -202,8 +202,8 @@ def test_statuses_reach_python(library: capi.Library) -> None:
     with pytest.raises(capi.StatusError, match=r"status 8: eps is invalid; it must be in \[2\^-100, 1\]") as found:
         library.step(p, grad, state, replace(HYPER, eps=2.0))
     assert found.value.status == 8
-    damaged = replace(state, exp_avg=torch.full((5,), 0xFF, dtype=torch.uint8))
-    with pytest.raises(capi.StatusError, match="exp_avg holds NaN codes"):
+    damaged = replace(state, exp_avg_codes=torch.full((5,), 0xFF, dtype=torch.uint8))
+    with pytest.raises(capi.StatusError, match="exp_avg_codes holds NaN codes"):
         library.step_list([(p, grad, state), (p, grad, damaged)], HYPER)
     with pytest.raises(capi.StatusError, match="grad_factor is invalid; it must be finite and >= 0"):
         library.step(p, grad, state, HYPER, grad_factor=-1.0)
@@ -220,7 +220,10 @@ def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
             r"weights of tensor 0 is torch.float64 \(5,\) on cpu; it must be torch.float32 \(5,\)",
         ),
         ((p, grad[:4], state), r"gradient of tensor 0 is torch.float32 \(4,\) on cpu"),
-        ((p, grad, replace(state, exp_avg_sq=state.exp_avg_sq[:4])), r"exp_avg_sq of tensor 0 is torch.uint8 \(4,\)"),
+        (
+            (p, grad, replace(state, exp_avg_sq_codes=state.exp_avg_sq_codes[:4])),
+            r"exp_avg_sq_codes of tensor 0 is torch.uint8 \(4,\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             library.step(*arguments, HYPER)
@@ -237,14 +240,14 @@ def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
 def test_the_binding_changes_nothing_in_place(library: capi.Library) -> None:
     p, grad = torch.randn(2, 4, 3).transpose(1, 2)  # not contiguous
     state = library.init(p, 2**32 - 1)
-    before = p.clone(), grad.clone(), state.exp_avg.clone()
+    before = p.clone(), grad.clone(), state.exp_avg_codes.clone()
     new_p, new_state, _ = library.step(p, grad, state, HYPER)
     assert torch.equal(p, before[0])
     assert torch.equal(grad, before[1])
-    assert torch.equal(state.exp_avg, before[2])
+    assert torch.equal(state.exp_avg_codes, before[2])
     expected, expected_state, _ = reference.step(p.contiguous(), grad.contiguous(), reference.init(p, 2**32 - 1), HYPER)
     assert torch.equal(new_p, expected)
-    assert torch.equal(new_state.exp_avg, expected_state.exp_avg)
+    assert torch.equal(new_state.exp_avg_codes, expected_state.exp_avg_codes)
 
 
 def test_the_default_hyperparameters_are_the_references(library: capi.Library) -> None:

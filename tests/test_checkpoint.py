@@ -31,10 +31,10 @@ from helpers import (
     take_steps,
 )
 from lamb16 import Lamb16, reference
-from lamb16.store import DERIVED, ENTRIES
+from lamb16.store import DERIVED, ENTRIES, MAXIMA, MOMENTS, renamed
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
-FP8 = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float8_e5m2}
+FP8 = {"exp_avg_codes": torch.float8_e4m3fn, "exp_avg_sq_codes": torch.float8_e5m2}
 
 
 def trained(steps: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> Lamb16:
@@ -227,7 +227,7 @@ def test_groups_with_exact_moments_round_trip() -> None:
     for optimizer in (source, target):
         take_steps(optimizer, range(2, 4))
     assert_same(snapshot(source), snapshot(target))
-    assert target.state[target.param_groups[1]["params"][0]]["exp_avg"].dtype == torch.float32
+    assert target.state[target.param_groups[1]["params"][0]]["exp_avg_codes"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -341,7 +341,7 @@ def test_state_dict_hooks_see_and_change_the_state_dict() -> None:
     optimizer.register_state_dict_post_hook(lambda o, state_dict: state_dict | {"extra": len(state_dict["state"])})
     saved = optimizer.state_dict()
     assert saved["extra"] == 3
-    assert saved["state"][0]["exp_avg"].dtype == torch.uint8
+    assert saved["state"][0]["exp_avg_codes"].dtype == torch.uint8
 
 
 def test_load_hooks_are_called_around_loading() -> None:
@@ -375,7 +375,7 @@ def test_replaced_scalars_are_honoured(compile_mode: bool) -> None:
     """A new tensor, an in-place change and a number do the same."""
 
     def replace(state: dict[str, Any], how: int) -> None:
-        for key, value in (("step", 41), ("exp_avg_norm", 2.0**-9)):
+        for key, value in (("step", 41), ("exp_avg_scale", 2.0**-9)):
             if how == 0:
                 state[key] = torch.tensor(value)
             elif how == 1:
@@ -481,19 +481,22 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         lambda saved: saved | {"param_groups": [saved["param_groups"][0] | {"moment_dtype": "float32"}]},
         "moment_dtype",
     ),
-    "another shape": (setting("exp_avg", lambda codes: codes[:7]), "shape"),
-    "the same size in another shape": (setting("exp_avg_sq", lambda codes: codes.view(100, 21)), "shape"),
-    "moments in float32": (setting("exp_avg", lambda codes: codes.float()), "float32"),
-    "moments cast to float16": (setting("exp_avg_sq", lambda codes: codes.half()), "float16"),
-    "the moments' formats exchanged": (setting("exp_avg", lambda codes: codes.view(torch.float8_e5m2)), "float8_e5m2"),
-    "a list for codes": (setting("exp_avg", lambda codes: codes.tolist()), "list"),
-    "a norm of 0": (setting("exp_avg_norm", 0.0), "exp_avg_norm"),
-    "a norm of NaN": (setting("exp_avg_sq_norm", math.nan), "exp_avg_sq_norm"),
-    "a norm of inf": (setting("exp_avg_norm", torch.tensor(math.inf)), "exp_avg_norm"),
-    "a negative norm": (setting("exp_avg_norm", -(2.0**-9)), "exp_avg_norm"),
-    "a norm that is no power of two": (setting("exp_avg_norm", torch.tensor(0.3)), "exp_avg_norm"),
-    "a norm cast to float16": (setting("exp_avg_sq_norm", lambda norm: norm.half()), "exp_avg_sq_norm"),
-    "a norm an element": (setting("exp_avg_norm", lambda norm: norm.expand(2100)), "exp_avg_norm"),
+    "another shape": (setting("exp_avg_codes", lambda codes: codes[:7]), "shape"),
+    "the same size in another shape": (setting("exp_avg_sq_codes", lambda codes: codes.view(100, 21)), "shape"),
+    "moments in float32": (setting("exp_avg_codes", lambda codes: codes.float()), "float32"),
+    "moments cast to float16": (setting("exp_avg_sq_codes", lambda codes: codes.half()), "float16"),
+    "the moments' formats exchanged": (
+        setting("exp_avg_codes", lambda codes: codes.view(torch.float8_e5m2)),
+        "float8_e5m2",
+    ),
+    "a list for codes": (setting("exp_avg_codes", lambda codes: codes.tolist()), "list"),
+    "a norm of 0": (setting("exp_avg_scale", 0.0), "exp_avg_scale"),
+    "a norm of NaN": (setting("exp_avg_sq_scale", math.nan), "exp_avg_sq_scale"),
+    "a norm of inf": (setting("exp_avg_scale", torch.tensor(math.inf)), "exp_avg_scale"),
+    "a negative norm": (setting("exp_avg_scale", -(2.0**-9)), "exp_avg_scale"),
+    "a norm that is no power of two": (setting("exp_avg_scale", torch.tensor(0.3)), "exp_avg_scale"),
+    "a norm cast to float16": (setting("exp_avg_sq_scale", lambda norm: norm.half()), "exp_avg_sq_scale"),
+    "a norm an element": (setting("exp_avg_scale", lambda norm: norm.expand(2100)), "exp_avg_scale"),
     "a negative step": (setting("step", -1), "step"),
     "a step of inf": (setting("step", torch.tensor(math.inf)), "step"),
     "a step of NaN": (setting("step", math.nan), "step"),
@@ -529,7 +532,7 @@ def test_faults_name_the_parameter() -> None:
     optimizer = Lamb16(network.named_parameters(), **BASE, compile=False)
     take_steps(optimizer, [0])
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][2]["exp_avg_norm"] = 0.0
+    saved["state"][2]["exp_avg_scale"] = 0.0
     with pytest.raises(ValueError, match=r"parameter 2\.weight"):
         optimizer.load_state_dict(saved)
 
@@ -543,7 +546,7 @@ def test_another_optimizers_loader_is_found_out_at_the_next_step() -> None:
 
 
 def damaged_scalar(state_dict: dict[str, Any]) -> None:
-    state_dict["state"][0]["exp_avg_norm"] = torch.tensor([0.3])
+    state_dict["state"][0]["exp_avg_scale"] = torch.tensor([0.3])
 
 
 def nan_codes(key: str, code: int) -> Any:
@@ -563,9 +566,9 @@ def nan_codes(key: str, code: int) -> Any:
         (lambda s: s.update(param_groups=None), "no list 'param_groups'"),
         (lambda s: s["state"].update({7: s["state"][0]}), "7, which no parameter group names"),
         (damaged_scalar, "power of two"),
-        (nan_codes("exp_avg", 0x7F), "NaN codes"),
-        (nan_codes("exp_avg", 0xFF), "NaN codes"),
-        (nan_codes("exp_avg_sq", 0x7C), "NaN codes"),
+        (nan_codes("exp_avg_codes", 0x7F), "NaN codes"),
+        (nan_codes("exp_avg_codes", 0xFF), "NaN codes"),
+        (nan_codes("exp_avg_sq_codes", 0x7C), "NaN codes"),
     ],
 )
 def test_malformed_state_dicts_get_one_error_and_change_nothing(damage: Any, message: str) -> None:
@@ -583,7 +586,7 @@ def test_scalars_of_shape_one_are_read() -> None:
     take_steps(optimizer, [0])
     before, state_dict = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
     for state in state_dict["state"].values():
-        for key in ("step", "exp_avg_norm", "exp_avg_sq_norm", "salt"):
+        for key in ("step", "exp_avg_scale", "exp_avg_sq_scale", "salt"):
             state[key] = state[key].view(1)
     optimizer.load_state_dict(state_dict)
     assert_same(before, snapshot(optimizer))
@@ -603,14 +606,21 @@ def test_a_checkpoint_of_version_0_1_loads_and_goes_on(compile_mode: bool) -> No
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["nesterov"]) == (0.01, True)
     hyper = hyper_of(optimizer.param_groups[0])
     states = []
-    for p, (_, old) in zip(params, saved["optimizer"]["state"].items(), strict=True):
+    for p, old in zip(params, map(renamed, saved["optimizer"]["state"].values()), strict=True):
         fresh = reference.init(p.detach(), int(old["salt"]) & 0xFFFFFFFF)
         largest = {
-            f"{key}_max": reference.decode(old[key], FP8[key]).abs().max().item() for key in ("exp_avg", "exp_avg_sq")
+            maximum: reference.decode(old[key], FP8[key]).abs().max().item()
+            for key, maximum in zip(MOMENTS, MAXIMA, strict=True)
         }
-        scalars = {key: old[key].item() for key in ("exp_avg_norm", "exp_avg_sq_norm", "step")}
+        scalars = {key: old[key].item() for key in ("exp_avg_scale", "exp_avg_sq_scale", "step")}
         states.append(
-            dataclasses.replace(fresh, exp_avg=old["exp_avg"], exp_avg_sq=old["exp_avg_sq"], **scalars, **largest)
+            dataclasses.replace(
+                fresh,
+                exp_avg_codes=old["exp_avg_codes"],
+                exp_avg_sq_codes=old["exp_avg_sq_codes"],
+                **scalars,
+                **largest,
+            )
         )
         assert scalars["step"] == 3
     for t in (3, 4):
@@ -664,7 +674,7 @@ def test_a_state_entry_with_new_memory_is_seen_at_the_next_step(compile_mode: bo
     old = raw(moved.state[all_params(moved)[1]][key])
     take_steps(moved, [4])
     if key not in ("salt", "mask_count"):
-        assert not torch.equal(old, raw(moved.state[all_params(moved)[1]][key])) or key.endswith(("norm", "max"))
+        assert not torch.equal(old, raw(moved.state[all_params(moved)[1]][key])) or key.endswith(("scale", "max"))
 
 
 def test_larger_codes_written_in_place_are_seen(compile_mode: bool) -> None:
@@ -672,11 +682,11 @@ def test_larger_codes_written_in_place_are_seen(compile_mode: bool) -> None:
     by_hand, replaced = (trained(2, compile=compile_mode) for _ in range(2))
     for optimizer in (by_hand, replaced):
         state = optimizer.state[all_params(optimizer)[1]]
-        codes = torch.full_like(state["exp_avg"].view(torch.uint8), 0x7E).view(torch.float8_e4m3fn)
+        codes = torch.full_like(state["exp_avg_codes"].view(torch.uint8), 0x7E).view(torch.float8_e4m3fn)
         if optimizer is by_hand:
-            state["exp_avg"].view(torch.uint8).copy_(codes.view(torch.uint8))
+            state["exp_avg_codes"].view(torch.uint8).copy_(codes.view(torch.uint8))
         else:
-            state["exp_avg"] = codes
+            state["exp_avg_codes"] = codes
         take_steps(optimizer, [2])
-        assert torch.isfinite(state["exp_avg"].float()).all()
+        assert torch.isfinite(state["exp_avg_codes"].float()).all()
     assert_same(snapshot(by_hand), snapshot(replaced))

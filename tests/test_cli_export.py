@@ -29,11 +29,11 @@ def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
     assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][:4] == [
         ("param.0", "float32", [70, 31]),
         ("grad.0", "float32", [70, 31]),
-        ("exp_avg.0", "uint8", [70, 31]),
-        ("exp_avg_sq.0", "uint8", [70, 31]),
+        ("exp_avg_codes.0", "uint8", [70, 31]),
+        ("exp_avg_sq_codes.0", "uint8", [70, 31]),
     ]
     assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][-5:] == [
-        ("norms", "float32", [5, 4]),
+        ("scales", "float32", [5, 4]),
         ("counters", "int32", [5, 2]),
         ("sums", "int64", [5, 3]),
         ("lr", "float64", [1]),

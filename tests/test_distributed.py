@@ -120,7 +120,7 @@ def test_partial_gradients_are_summed(ranks: Ranks) -> None:
 @pytest.mark.parametrize("placement", ["rows over 2", "replicated over 2", "HSDP"])
 def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks, placement: str) -> None:
     found = ranks.run(math.prod(sharded.PLACEMENTS[placement][0]), refused.one_rank_has_a_damaged_state, placement)
-    assert "exp_avg of parameter 2 holds NaN codes" in found.pop(1)
+    assert "exp_avg_codes of parameter 2 holds NaN codes" in found.pop(1)
     assert all("another rank found its part of the state at fault" in text for text in found)
 
 

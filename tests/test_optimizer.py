@@ -227,7 +227,7 @@ def test_zero_lr_moves_the_moments_only(compile_mode: bool) -> None:
     for p, old in zip(all_params(optimizer), before, strict=True):
         assert torch.equal(raw(p), old)
         assert optimizer.state[p]["step"] == 2
-        assert raw(optimizer.state[p]["exp_avg"]).any()
+        assert raw(optimizer.state[p]["exp_avg_codes"]).any()
 
 
 # -- rounding salts ----------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_parameters_without_names_round_by_position() -> None:
     grad = gradients(a, 0)[0]
     a[0].grad = b[0].grad = grad
     optimizer.step()
-    codes = [raw(optimizer.state[p]["exp_avg"]) for p in (a[0], b[0])]
+    codes = [raw(optimizer.state[p]["exp_avg_codes"]) for p in (a[0], b[0])]
     assert 0.2 < float((codes[0] != codes[1]).float().mean()) < 0.8  # other words, hence other neighbours
 
 
@@ -592,7 +592,7 @@ def test_zero_grad_in_both_forms() -> None:
     assert all(p.grad is g and not g.any() for p, g in zip(all_params(optimizer), grads, strict=True))
     before = snapshot(optimizer)
     optimizer.step()  # zero gradients still decay the moments
-    assert "0.exp_avg" in differing(before, snapshot(optimizer))
+    assert "0.exp_avg_codes" in differing(before, snapshot(optimizer))
     optimizer.zero_grad()
     assert all(p.grad is None for p in all_params(optimizer))
     before = snapshot(optimizer)
@@ -770,9 +770,9 @@ def test_the_state_is_plain_tensors() -> None:
             assert set(state) == set(ENTRIES)
             assert all(type(value) is torch.Tensor and not value.requires_grad for value in state.values())
             assert [state[key].shape for key in CODES] == [p.shape, p.shape]
-            assert state["exp_avg"].dtype == (torch.float32 if exact else torch.float8_e4m3fn)
-            assert state["exp_avg_sq"].dtype == (torch.float32 if exact else torch.float8_e5m2)
-            assert state["exp_avg_norm"].dtype == state["exp_avg_sq_norm"].dtype == torch.float32
+            assert state["exp_avg_codes"].dtype == (torch.float32 if exact else torch.float8_e4m3fn)
+            assert state["exp_avg_sq_codes"].dtype == (torch.float32 if exact else torch.float8_e5m2)
+            assert state["exp_avg_scale"].dtype == state["exp_avg_sq_scale"].dtype == torch.float32
             assert all(state[key].shape == () for key in SCALARS)
 
 
@@ -782,7 +782,7 @@ def test_codes_times_norm_are_close_to_the_moments() -> None:
     take_steps(optimizer, [0])
     grad, state = gradients([p], 0)[0], optimizer.state[p]
     for key, moment in (("exp_avg", 0.1 * grad), ("exp_avg_sq", 0.001 * grad**2)):
-        stored = state[key].float() * state[f"{key}_norm"]
+        stored = state[f"{key}_codes"].float() * state[f"{key}_scale"]
         assert float((stored - moment).norm() / moment.norm()) < 0.1
 
 
@@ -832,7 +832,7 @@ def test_replaced_parameters_do_not_keep_their_states_alive() -> None:
     dropped = []
     for t in range(1, 5):
         old = optimizer.param_groups[0]["params"][0]
-        dropped.append(weakref.ref(optimizer.state.pop(old)["exp_avg"]))
+        dropped.append(weakref.ref(optimizer.state.pop(old)["exp_avg_codes"]))
         optimizer.param_groups[0]["params"][0] = parameters([(30 + t,)])[0]
         take_steps(optimizer, [t])
     del old

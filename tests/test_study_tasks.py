@@ -148,10 +148,11 @@ def test_probes_see_what_the_bound_is_for() -> None:
         shadow = Shadow(optimizer, bounded)
         shadow.before_step(probe=False)
         optimizer.step()
-        optimizer.state[p]["exp_avg_sq"].view(torch.uint8)[0] = 0
+        optimizer.state[p]["exp_avg_sq_codes"].view(torch.uint8)[0] = 0
         p.grad = torch.tensor([0.0, 1.0])
         m, v = (
-            optimizer.state[p][key].float() * optimizer.state[p][f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq")
+            optimizer.state[p][f"{key}_codes"].float() * optimizer.state[p][f"{key}_scale"]
+            for key in ("exp_avg", "exp_avg_sq")
         )
         m, v = 0.9 * m + torch.tensor([0.0, 0.1]), 0.999 * v + torch.tensor([0.0, 1e-3])
         u, exact = (
@@ -174,8 +175,8 @@ def test_probes_see_saturated_and_vanished_moments() -> None:
     shadow.before_step(probe=False)
     optimizer.step()
     state = optimizer.state[p]
-    state["exp_avg"].view(torch.uint8).copy_(torch.tensor([126, 126 | 128, 0, 8], dtype=torch.uint8))
-    state["exp_avg_sq"].view(torch.uint8).copy_(torch.tensor([0, 1, 60, 60], dtype=torch.uint8))
+    state["exp_avg_codes"].view(torch.uint8).copy_(torch.tensor([126, 126 | 128, 0, 8], dtype=torch.uint8))
+    state["exp_avg_sq_codes"].view(torch.uint8).copy_(torch.tensor([0, 1, 60, 60], dtype=torch.uint8))
     shadow.before_step(probe=True)
     layer = shadow.summary()["layers"]["p"]
     assert (layer["m_saturated"], layer["m_zero"]) == (0.5, 0.25)

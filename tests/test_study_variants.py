@@ -84,7 +84,7 @@ def test_every_exchanged_part_makes_a_difference(name: str) -> None:
 
 def test_a_scale_a_row_has_the_shape_of_rows() -> None:
     _, states = _run(Variant, parts=Parts(scope="row"))
-    assert [tuple(state["exp_avg_norm"].shape) for state in states] == [(33, 1), (5, 1, 1, 1), (), ()]
+    assert [tuple(state["exp_avg_scale"].shape) for state in states] == [(33, 1), (5, 1, 1, 1), (), ()]
 
 
 @pytest.mark.parametrize(("scale_from", "scale"), [("bound", 2.0**-9), ("maximum", 2.0**-10)])
@@ -95,7 +95,7 @@ def test_a_scale_comes_from_the_bound_or_from_the_maximum(scale_from: str, scale
     for grad in (1.0, -4.0):
         p.grad = torch.tensor([grad])
         optimizer.step()
-    assert optimizer.state[p]["exp_avg_norm"] == scale
+    assert optimizer.state[p]["exp_avg_scale"] == scale
 
 
 @pytest.mark.parametrize(("ratio_norms", "ratio"), [("last", 0.5), ("this", 0.25)])
@@ -115,7 +115,7 @@ def test_v_may_become_zero_only_where_asked() -> None:
     zeros = []
     for never_zero in (True, False):
         _, states = _run(Variant, parts=Parts(never_zero=never_zero, rounding="nearest"))
-        zeros.append(sum(int((state["exp_avg_sq"].view(torch.uint8) == 0).sum()) for state in states))
+        zeros.append(sum(int((state["exp_avg_sq_codes"].view(torch.uint8) == 0).sum()) for state in states))
     assert zeros[1] > zeros[0]
 
 

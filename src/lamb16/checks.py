@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
-from .store import DERIVED, ENTRIES, MOMENTS, SCALARS
+from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,14 +81,14 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, but the parameter "
                 f"has shape {tuple(param.shape)}: the checkpoint belongs to another model"
             )
-    for key in (key for key in SCALARS if key in state and key not in ("exp_avg_max", "exp_avg_sq_max")):
+    for key in (key for key in SCALARS if key in state and key not in MAXIMA):
         value = state[key]
         if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} is {value!r}, expected one number")
         if not math.isfinite(float(value)):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} is {float(value)!r}")
-    for key in ("exp_avg_norm", "exp_avg_sq_norm"):
-        _check_norm(float(state[key]), key, name)
+    for key in ("exp_avg_scale", "exp_avg_sq_scale"):
+        _check_scale(float(state[key]), key, name)
     if not 0 <= int(state["step"]) < 2**31:
         raise ValueError(
             f"Lamb16.load_state_dict: step of parameter {name} is {int(state['step'])}, expected 0..2^31-1"
@@ -105,7 +105,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
             )
 
 
-def _check_norm(value: float, key: str, name: str) -> None:
+def _check_scale(value: float, key: str, name: str) -> None:
     if not (2.0**-126 <= value < math.inf and math.frexp(value)[0] == 0.5):
         raise ValueError(
             f"Lamb16.load_state_dict: {key} of parameter {name} is {value!r}, expected a positive power of two: the "
@@ -116,7 +116,7 @@ def _check_norm(value: float, key: str, name: str) -> None:
 def _has_nan(codes: Tensor, key: str) -> bool:
     """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
     magnitude = codes.view(torch.uint8) & 0x7F
-    return bool((magnitude > (0x7E if key == "exp_avg" else 0x7B)).any())
+    return bool((magnitude > (0x7E if key == "exp_avg_codes" else 0x7B)).any())
 
 
 def check_state_dict(state_dict: Any) -> None:

@@ -38,7 +38,7 @@ from .sharding import (
     sharded_types,
     whole_sums,
 )
-from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state
+from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 VERSION_2 = {"nesterov", "caution"}  # hyperparameters that a state of version 0.1 has not
@@ -97,10 +97,10 @@ class Lamb16(Optimizer):
             may hand in an :class:`lamb16.compiled.Executor`.
         seed: enters the rounding words, with each parameter's name or position.
 
-    State of a parameter, plain tensors: ``exp_avg`` (float8_e4m3fn) and ``exp_avg_sq`` (float8_e5m2) of the
-    parameter's shape, contiguous, and 0-d: ``exp_avg_norm``, ``exp_avg_sq_norm``, ``exp_avg_max``,
+    State of a parameter, plain tensors: ``exp_avg_codes`` (float8_e4m3fn) and ``exp_avg_sq_codes`` (float8_e5m2) of the
+    parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
     ``exp_avg_sq_max`` (float32), ``step``, ``salt`` (int32), ``weight_sum``, ``update_sum``, ``mask_count`` (int64).
-    The moments are the codes times their norms; no code is above the maximum (of a shard, its own; without the norm);
+    The moments are the codes times their scales; no code is above the maximum (of a shard, its own; without the scale);
     the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``state_dict()`` hands the codes
     out as uint8 views. An entry may be replaced, or given other memory, between steps.
 
@@ -325,7 +325,8 @@ class Lamb16(Optimizer):
 
     def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
         """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
-        name, float8, state = self._name(group, i), group["moment_dtype"] == "float8", self.state[p]
+        name, float8 = self._name(group, i), group["moment_dtype"] == "float8"
+        state = self.state[p] = renamed(self.state[p])
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
@@ -412,7 +413,7 @@ class Lamb16(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; codes as uint8 or fp8, kept bit for bit, as are the float32 norms.
+        """Load what :meth:`state_dict` gave; codes as uint8 or fp8, kept bit for bit, as are the float32 scales.
 
         For DTensor parameters all ranks must call this, with codes that are DTensors of any placements or whole.
 
@@ -427,6 +428,7 @@ class Lamb16(Optimizer):
                 if replaced is not None:
                     state_dict = replaced
             groups = self._checked_groups(state_dict)
+            state_dict["state"] = {key: renamed(state) for key, state in state_dict["state"].items()}
             known = self._checked_owners(state_dict, groups)
         except Exception as found:
             error = found
@@ -508,7 +510,7 @@ class Lamb16(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.get("_skipped", self.__dict__.get("_skipped", {}))
         states = state["state"]
-        new = {k: (_map_codes(v, _as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
+        new = {k: (_map_codes(renamed(v), _as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
         super().__setstate__(state | {"state": defaultdict(dict, new)})
         for group in self.param_groups:
             for name in NAMES:

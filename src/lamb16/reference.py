@@ -35,11 +35,11 @@ class State:
     The two sums are integers in units of 2^-20, see :func:`clamped_sum`.
     """
 
-    exp_avg: Tensor
-    exp_avg_norm: float
-    exp_avg_max: float  # the largest magnitude in exp_avg: what its codes decode to, without the norm, or more
-    exp_avg_sq: Tensor
-    exp_avg_sq_norm: float
+    exp_avg_codes: Tensor
+    exp_avg_scale: float
+    exp_avg_max: float  # the largest magnitude in exp_avg_codes: what its codes decode to, without the scale, or more
+    exp_avg_sq_codes: Tensor
+    exp_avg_sq_scale: float
     exp_avg_sq_max: float
     weight_sum: int  # of the weights as the last step that counted left them
     update_sum: int  # of the last step's update
@@ -65,9 +65,9 @@ def init(param: Tensor, salt: int, moment_dtype: str = "float8") -> State:
     """The state before the first step. An update is taken to be ±1 everywhere, as Adam's first one is."""
     fp8, n = moment_dtype == "float8", param.numel()
     moments = [torch.zeros(param.shape, dtype=torch.uint8 if fp8 else torch.float32) for _ in range(2)]
-    norms = (MIN_SCALE_M, MIN_SCALE_V) if fp8 else (1.0, 1.0)
+    scales = (MIN_SCALE_M, MIN_SCALE_V) if fp8 else (1.0, 1.0)
     weight_sum = clamped_sum(param.float(), WEIGHT_FLOOR)
-    return State(moments[0], norms[0], 0.0, moments[1], norms[1], 0.0, weight_sum, n << 20, n, 0, salt)
+    return State(moments[0], scales[0], 0.0, moments[1], scales[1], 0.0, weight_sum, n << 20, n, 0, salt)
 
 
 def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0) -> tuple[Tensor, State, Stats]:
@@ -85,7 +85,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     largest_g = largest(g.abs())
     max_m, max_v = state.exp_avg_max, state.exp_avg_sq_max
     if fp8:
-        max_m, max_v = f32(max_m * state.exp_avg_norm), f32(max_v * state.exp_avg_sq_norm)
+        max_m, max_v = f32(max_m * state.exp_avg_scale), f32(max_v * state.exp_avg_sq_scale)
     bound_m = f32(f32(f32(beta1) * max_m) + f32(f32(1 - beta1) * largest_g))
     bound_v = f32(f32(f32(beta2) * max_v) + f32(f32(1 - beta2) * f32(largest_g * largest_g)))
     if not (math.isfinite(largest_g) and math.isfinite(bound_m) and bound_v < OVERFLOW_V):  # a NaN compares as false
@@ -93,8 +93,10 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     t = state.step + 1
 
     # The moments, in float32. Scales are powers of two, so multiplying by one is exact.
-    old_m = decode(state.exp_avg, torch.float8_e4m3fn) * state.exp_avg_norm if fp8 else state.exp_avg
-    old_v = decode(state.exp_avg_sq, torch.float8_e5m2) * state.exp_avg_sq_norm if fp8 else state.exp_avg_sq
+    old_m = decode(state.exp_avg_codes, torch.float8_e4m3fn) * state.exp_avg_scale if fp8 else state.exp_avg_codes
+    old_v = (
+        decode(state.exp_avg_sq_codes, torch.float8_e5m2) * state.exp_avg_sq_scale if fp8 else state.exp_avg_sq_codes
+    )
     m = f32(beta1) * old_m + f32(1 - beta1) * g
     v = f32(beta2) * old_v + f32(1 - beta2) * (g * g)
 
@@ -126,10 +128,12 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
         codes_m = round_stochastically(m / scale_m, words >> 12, 20, torch.float8_e4m3fn)
         codes_v = round_stochastically(v / scale_v, words >> 11, 21, torch.float8_e5m2)
         codes_v = torch.where(v > 0, codes_v.clamp(min=1), codes_v)  # never 0 where v > 0: 1/sqrt(0) ruins the layer
-        state = replace(state, exp_avg=codes_m, exp_avg_norm=scale_m, exp_avg_sq=codes_v, exp_avg_sq_norm=scale_v)
+        state = replace(
+            state, exp_avg_codes=codes_m, exp_avg_scale=scale_m, exp_avg_sq_codes=codes_v, exp_avg_sq_scale=scale_v
+        )
         m, v = decode(codes_m, torch.float8_e4m3fn), decode(codes_v, torch.float8_e5m2)
     else:
-        state = replace(state, exp_avg=m, exp_avg_sq=v)
+        state = replace(state, exp_avg_codes=m, exp_avg_sq_codes=v)
     if bound_m == 0 and bound_v == 0:  # all moments are 0 and stay so: no step to count
         return new_p, state, stats
     return (

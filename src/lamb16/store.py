@@ -16,16 +16,24 @@ from .hyper import MOMENT_DTYPES
 from .sharding import like, local
 from .update import State
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 TABLES: dict[torch.dtype, tuple[str, ...]] = {
-    torch.float32: ("exp_avg_norm", "exp_avg_sq_norm", "exp_avg_max", "exp_avg_sq_max"),
+    torch.float32: ("exp_avg_scale", "exp_avg_sq_scale", "exp_avg_max", "exp_avg_sq_max"),
     torch.int32: ("step", "salt"),
     torch.int64: ("weight_sum", "update_sum", "mask_count"),
 }
 SCALARS = tuple(name for names in TABLES.values() for name in names)
-# What version 0.1 did not have, and what follows from codes, weights and size: see complete.
-DERIVED = ("exp_avg_max", "exp_avg_sq_max", "weight_sum", "update_sum", "mask_count")
 ENTRIES = (*MOMENTS, *SCALARS)
+MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
+# What version 0.1 did not have, and what follows from codes, weights and size: see complete.
+DERIVED = (*MAXIMA, "weight_sum", "update_sum", "mask_count")
+# What versions before 0.2 called the entries, as torch's Adam calls its moments, which these are not.
+OLD_NAMES = {
+    "exp_avg": "exp_avg_codes",
+    "exp_avg_sq": "exp_avg_sq_codes",
+    "exp_avg_norm": "exp_avg_scale",
+    "exp_avg_sq_norm": "exp_avg_sq_scale",
+}
 ALL_ENTRIES, WIDTH = itemgetter(*ENTRIES), len(ENTRIES)
 CHUNK = 1 << 13  # elements that are read at once where something is derived, at least
 
@@ -140,10 +148,10 @@ def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
     moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes]
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.int32, device=device),
-        "exp_avg": moments[0],
-        "exp_avg_norm": torch.tensor(scales[0], dtype=torch.float32, device=device),
-        "exp_avg_sq": moments[1],
-        "exp_avg_sq_norm": torch.tensor(scales[1], dtype=torch.float32, device=device),
+        "exp_avg_codes": moments[0],
+        "exp_avg_scale": torch.tensor(scales[0], dtype=torch.float32, device=device),
+        "exp_avg_sq_codes": moments[1],
+        "exp_avg_sq_scale": torch.tensor(scales[1], dtype=torch.float32, device=device),
         "salt": torch.tensor(fp8.wrapped(salt), dtype=torch.int32, device=device),
         "exp_avg_max": torch.zeros((), device=device),
         "exp_avg_sq_max": torch.zeros((), device=device),
@@ -152,10 +160,17 @@ def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
     return state
 
 
+def renamed(state: Any) -> Any:
+    """A state by today's names; one that another optimizer made is left as it is."""
+    if not isinstance(state, dict) or "exp_avg_norm" not in state:
+        return state
+    return {OLD_NAMES.get(key, key): value for key, value in state.items()}
+
+
 def complete(param: Tensor, state: dict[str, Any]) -> bool:
     """Add the entries that a state of version 0.1 has not; returns whether the sum of the weights was added."""
     numel, device = param.numel(), param.device
-    if not {"exp_avg_max", "exp_avg_sq_max"} <= set(state):
+    if not set(MAXIMA) <= set(state):
         find_largest(state)
     for name, value in (("update_sum", numel << 20), ("mask_count", numel)):
         if name not in state:
@@ -168,14 +183,14 @@ def complete(param: Tensor, state: dict[str, Any]) -> bool:
 
 def find_largest(state: dict[str, Any]) -> None:
     """Set the maxima to those of the codes (or float32 moments) that the state holds, of this rank's part."""
-    for name, fmt in zip(MOMENTS, (E4M3, E5M2), strict=True):
+    for name, maximum, fmt in zip(MOMENTS, MAXIMA, (E4M3, E5M2), strict=True):
         moment = local(state[name]).reshape(-1)
         largest = torch.zeros((), device=moment.device)
         for part in _parts(moment):
             if part.numel():
                 top = part.abs().max() if part.dtype == torch.float32 else (part.view(torch.uint8) & 0x7F).max()
                 largest = torch.maximum(largest, top if part.dtype == torch.float32 else fp8.decode(top, fmt))
-        state[f"{name}_max"] = largest
+        state[maximum] = largest
 
 
 def weight_sum(weights: Tensor) -> Tensor:

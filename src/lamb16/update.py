@@ -110,8 +110,8 @@ FLOATS = len(Factors._fields) - INTEGERS
 class State(NamedTuple):
     """The scalar state of all tensors, by columns, and which rows are meant."""
 
-    norm_m: Tensor  # float32 [slots]
-    norm_v: Tensor
+    scale_m: Tensor  # float32 [slots]
+    scale_v: Tensor
     max_m: Tensor
     max_v: Tensor
     step: Tensor  # int32 [slots]
@@ -318,8 +318,8 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         column.copy_(x)
     outputs.counted.copy_(counted)
     outputs.skipped.add_((skip & (state.home != 0)).sum())
-    state.norm_m[state.home] = torch.where(skip, old_m, fresh_m)
-    state.norm_v[state.home] = torch.where(skip, old_v, fresh_v)
+    state.scale_m[state.home] = torch.where(skip, old_m, fresh_m)
+    state.scale_v[state.home] = torch.where(skip, old_v, fresh_v)
     state.step[state.home] = step + counted.int()
 
 
@@ -373,13 +373,14 @@ def update(
         else:
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
             words = fp8.element_words(global_index(index, spread[k], block.tensor) + f.base, f.salt)
-        update_block(block, f, words, columns[1, :width], sums[k])
+        magnitude = columns[1, :width] if columns.device.type == "cpu" else None
+        update_block(block, f, words, magnitude, sums[k])
 
 
-def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor, sums: Sums) -> None:
+def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor | None, sums: Sums) -> None:
     """The rule over one block; ``words`` are the rounding words but for ``f.offset``, of the block's shape.
 
-    ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape.
+    ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape on CPUs.
     """
     weights = block.p.float()
     g = masked(block.g.float() * f.grad_factor, f.keep)
@@ -388,7 +389,8 @@ def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor, sum
     m = old_m * f.decode_m + g * f.new_m
     v = old_v * f.decode_v + (g * g) * f.new_v
     n = m * f.momentum + g * f.gradient
-    u = n / larger(sqrt(v) * f.rho + f.eps, masked(n, magnitude) * f.bound)
+    size = n.abs() if magnitude is None else masked(n, magnitude)
+    u = n / larger(sqrt(v) * f.rho + f.eps, size * f.bound)
     if sums.agree is not None:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
         u = torch.where(agrees, u * f.share, 0.0)

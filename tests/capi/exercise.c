@@ -45,11 +45,11 @@ static lamb16_tensor make_tensor(size_t n, uint32_t salt)
     lamb16_tensor x;
     memset(&x, 0, sizeof x);
     x.numel = n;
-    x.exp_avg = memory(n);
-    x.exp_avg_sq = memory(n);
+    x.exp_avg_codes = memory(n);
+    x.exp_avg_sq_codes = memory(n);
     x.salt = salt;
-    memset(x.exp_avg, 0xFF, n);
-    memset(x.exp_avg_sq, 0xFF, n);
+    memset(x.exp_avg_codes, 0xFF, n);
+    memset(x.exp_avg_sq_codes, 0xFF, n);
     x.param = memory(n * sizeof(float));
     fill(x.param, n, salt, 1.0f);
     CHECK(lamb16_init(&x) == LAMB16_OK); /* before there are gradients */
@@ -65,12 +65,12 @@ static lamb16_tensor copy_tensor(const lamb16_tensor *x)
     lamb16_tensor copy = *x;
     float *grad = memory(x->numel * sizeof(float));
     copy.param = memory(x->numel * sizeof(float));
-    copy.exp_avg = memory(x->numel);
-    copy.exp_avg_sq = memory(x->numel);
+    copy.exp_avg_codes = memory(x->numel);
+    copy.exp_avg_sq_codes = memory(x->numel);
     memcpy(copy.param, x->param, x->numel * sizeof(float));
     memcpy(grad, x->grad, x->numel * sizeof(float));
-    memcpy(copy.exp_avg, x->exp_avg, x->numel);
-    memcpy(copy.exp_avg_sq, x->exp_avg_sq, x->numel);
+    memcpy(copy.exp_avg_codes, x->exp_avg_codes, x->numel);
+    memcpy(copy.exp_avg_sq_codes, x->exp_avg_sq_codes, x->numel);
     copy.grad = grad;
     return copy;
 }
@@ -79,16 +79,16 @@ static void free_tensor(lamb16_tensor *x)
 {
     free(x->param);
     free((void *)x->grad);
-    free(x->exp_avg);
-    free(x->exp_avg_sq);
+    free(x->exp_avg_codes);
+    free(x->exp_avg_sq_codes);
 }
 
 static int same(const lamb16_tensor *a, const lamb16_tensor *b)
 {
     return memcmp(a->param, b->param, a->numel * sizeof(float)) == 0 &&
            memcmp(a->grad, b->grad, a->numel * sizeof(float)) == 0 &&
-           memcmp(a->exp_avg, b->exp_avg, a->numel) == 0 && memcmp(a->exp_avg_sq, b->exp_avg_sq, a->numel) == 0 &&
-           a->numel == b->numel && a->exp_avg_norm == b->exp_avg_norm && a->exp_avg_sq_norm == b->exp_avg_sq_norm &&
+           memcmp(a->exp_avg_codes, b->exp_avg_codes, a->numel) == 0 && memcmp(a->exp_avg_sq_codes, b->exp_avg_sq_codes, a->numel) == 0 &&
+           a->numel == b->numel && a->exp_avg_scale == b->exp_avg_scale && a->exp_avg_sq_scale == b->exp_avg_sq_scale &&
            a->exp_avg_max == b->exp_avg_max && a->exp_avg_sq_max == b->exp_avg_sq_max &&
            a->weight_sum == b->weight_sum && a->update_sum == b->update_sum && a->mask_count == b->mask_count &&
            a->step == b->step && a->salt == b->salt;
@@ -241,8 +241,8 @@ static void decoded_moments_that_overflow(void)
     lamb16_hyper h = usual();
     lamb16_tensor x = make_tensor(3, 1);
     lamb16_stats stats;
-    x.exp_avg_norm = 0x1p127f;
-    x.exp_avg[1] = 0x7E;
+    x.exp_avg_scale = 0x1p127f;
+    x.exp_avg_codes[1] = 0x7E;
     x.exp_avg_max = 448.0f;
     lamb16_tensor before = copy_tensor(&x);
     CHECK(lamb16_step(&x, &h, 1.0, &stats) == LAMB16_OK && stats.skipped && same(&x, &before));
@@ -397,20 +397,20 @@ static void wrong_tensors(lamb16_tensor *list)
 {
     REFUSED_TENSOR(param, NULL, LAMB16_NULL_POINTER);
     REFUSED_TENSOR(grad, NULL, LAMB16_NULL_POINTER);
-    REFUSED_TENSOR(exp_avg, NULL, LAMB16_NULL_POINTER);
-    REFUSED_TENSOR(exp_avg_sq, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(exp_avg_codes, NULL, LAMB16_NULL_POINTER);
+    REFUSED_TENSOR(exp_avg_sq_codes, NULL, LAMB16_NULL_POINTER);
     REFUSED_TENSOR(numel, SIZE_MAX / 2, LAMB16_BAD_NUMEL);
     REFUSED_TENSOR(param, (void *)((char *)list[1].param + 1), LAMB16_MISALIGNED);
     REFUSED_TENSOR(grad, (void *)((char *)(void *)list[1].grad + 2), LAMB16_MISALIGNED);
     REFUSED_TENSOR(grad, list[1].param, LAMB16_OVERLAP);
     REFUSED_TENSOR(grad, list[1].param + 6, LAMB16_OVERLAP);
-    REFUSED_TENSOR(exp_avg, (uint8_t *)list[1].param + 27, LAMB16_OVERLAP);
-    REFUSED_TENSOR(exp_avg_sq, list[1].exp_avg + 6, LAMB16_OVERLAP);
-    REFUSED_TENSOR(exp_avg_sq, (uint8_t *)(void *)list[1].grad, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg_codes, (uint8_t *)list[1].param + 27, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg_sq_codes, list[1].exp_avg_codes + 6, LAMB16_OVERLAP);
+    REFUSED_TENSOR(exp_avg_sq_codes, (uint8_t *)(void *)list[1].grad, LAMB16_OVERLAP);
     const float norms[] = {0.0f, -1.0f, 3.0f, 0x1p-127f, INFINITY, NAN};
     for (int i = 0; i < 6; i++) {
-        REFUSED_TENSOR(exp_avg_norm, norms[i], LAMB16_BAD_EXP_AVG_NORM);
-        REFUSED_TENSOR(exp_avg_sq_norm, norms[i], LAMB16_BAD_EXP_AVG_SQ_NORM);
+        REFUSED_TENSOR(exp_avg_scale, norms[i], LAMB16_BAD_EXP_AVG_NORM);
+        REFUSED_TENSOR(exp_avg_sq_scale, norms[i], LAMB16_BAD_EXP_AVG_SQ_NORM);
     }
     const float maxima[] = {-FLT_TRUE_MIN, -INFINITY, NAN};
     for (int i = 0; i < 3; i++) {
@@ -426,14 +426,14 @@ static void wrong_tensors(lamb16_tensor *list)
     const uint8_t wrong_m[] = {0x7F, 0xFF}, wrong_v[] = {0x7C, 0x7D, 0x7F, 0x80, 0x81, 0xFC};
     lamb16_hyper h = usual();
     for (int i = 0; i < 2; i++) {
-        list[1].exp_avg[6] = wrong_m[i];
+        list[1].exp_avg_codes[6] = wrong_m[i];
         refused(list, &h, LAMB16_BAD_EXP_AVG, __LINE__);
-        list[1].exp_avg[6] = 0;
+        list[1].exp_avg_codes[6] = 0;
     }
     for (int i = 0; i < 6; i++) {
-        list[1].exp_avg_sq[6] = wrong_v[i];
+        list[1].exp_avg_sq_codes[6] = wrong_v[i];
         refused(list, &h, LAMB16_BAD_EXP_AVG_SQ, __LINE__);
-        list[1].exp_avg_sq[6] = 0;
+        list[1].exp_avg_sq_codes[6] = 0;
     }
 }
 
@@ -441,17 +441,17 @@ static void wrong_tensors(lamb16_tensor *list)
 static void too_small_maxima(lamb16_tensor *list)
 {
     lamb16_hyper h = usual();
-    list[1].exp_avg[6] = 0xFE;
+    list[1].exp_avg_codes[6] = 0xFE;
     REFUSED_TENSOR(exp_avg_max, nextafterf(448.0f, 0.0f), LAMB16_BAD_EXP_AVG_MAX);
-    list[1].exp_avg[6] = 0x08;
+    list[1].exp_avg_codes[6] = 0x08;
     REFUSED_TENSOR(exp_avg_max, nextafterf(0x1p-6f, 0.0f), LAMB16_BAD_EXP_AVG_MAX);
     list[1].exp_avg_max = 0x1p-6f;
     CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
-    list[1].exp_avg_sq[0] = 0x04;
+    list[1].exp_avg_sq_codes[0] = 0x04;
     REFUSED_TENSOR(exp_avg_sq_max, nextafterf(0x1p-14f, 0.0f), LAMB16_BAD_EXP_AVG_SQ_MAX);
     list[1].exp_avg_sq_max = 0x1p-14f;
     CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
-    list[1].exp_avg[6] = list[1].exp_avg_sq[0] = 0;
+    list[1].exp_avg_codes[6] = list[1].exp_avg_sq_codes[0] = 0;
     list[1].exp_avg_max = list[1].exp_avg_sq_max = 0.0f;
 }
 
@@ -495,7 +495,7 @@ static void wrong_lists(lamb16_tensor *list)
     expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, 1.0, NULL), __LINE__);
     list[1] = list[0];
     list[0] = kept;
-    list[1].exp_avg = kept.exp_avg;
+    list[1].exp_avg_codes = kept.exp_avg_codes;
     expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &h, 1.0, NULL), __LINE__);
 }
 
@@ -523,14 +523,14 @@ static void mistakes(void)
 
     lamb16_tensor x = kept[0];
     expect(LAMB16_NULL_POINTER, lamb16_init(NULL), __LINE__);
-    x.exp_avg = NULL;
+    x.exp_avg_codes = NULL;
     expect(LAMB16_NULL_POINTER, lamb16_init(&x), __LINE__);
-    x.exp_avg = kept[0].exp_avg_sq;
+    x.exp_avg_codes = kept[0].exp_avg_sq_codes;
     expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
-    x.exp_avg = (uint8_t *)x.param + 27;
+    x.exp_avg_codes = (uint8_t *)x.param + 27;
     expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
     x = kept[0];
-    x.exp_avg_sq = (uint8_t *)x.param;
+    x.exp_avg_sq_codes = (uint8_t *)x.param;
     expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
     x = kept[0];
     x.param = NULL;

@@ -134,10 +134,10 @@ class CTensor(ctypes.Structure):
         ("numel", ctypes.c_size_t),
         ("param", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
-        ("exp_avg", ctypes.c_void_p),
-        ("exp_avg_sq", ctypes.c_void_p),
-        ("exp_avg_norm", ctypes.c_float),
-        ("exp_avg_sq_norm", ctypes.c_float),
+        ("exp_avg_codes", ctypes.c_void_p),
+        ("exp_avg_sq_codes", ctypes.c_void_p),
+        ("exp_avg_scale", ctypes.c_float),
+        ("exp_avg_sq_scale", ctypes.c_float),
         ("exp_avg_max", ctypes.c_float),
         ("exp_avg_sq_max", ctypes.c_float),
         ("weight_sum", ctypes.c_int64),
@@ -229,7 +229,7 @@ class Library:
         codes = [torch.full(param.shape, 0xFF, dtype=torch.uint8) for _ in range(2)]
         tensor = CTensor(param.numel(), weights.data_ptr(), None, *(x.data_ptr() for x in codes), step=-1)
         self._call("init", ctypes.byref(tensor))
-        return State(exp_avg=codes[0], exp_avg_sq=codes[1], salt=salt, **tensor.results())
+        return State(exp_avg_codes=codes[0], exp_avg_sq_codes=codes[1], salt=salt, **tensor.results())
 
     def step(
         self, p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0
@@ -305,9 +305,9 @@ def _copies(k: int, p: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tens
     grad = _checked(f"gradient of tensor {k}", grad, torch.float32, p.shape)
     codes_m, codes_v = (
         _checked(f"{name} of tensor {k}", getattr(state, name), torch.uint8, p.shape).clone()
-        for name in ("exp_avg", "exp_avg_sq")
+        for name in ("exp_avg_codes", "exp_avg_sq_codes")
     )
-    return p, grad, replace(state, exp_avg=codes_m, exp_avg_sq=codes_v)
+    return p, grad, replace(state, exp_avg_codes=codes_m, exp_avg_sq_codes=codes_v)
 
 
 def _checked(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -320,7 +320,7 @@ def _checked(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size) -> Ten
 
 
 def _struct(p: Tensor, grad: Tensor, state: State) -> CTensor:
-    memory = (x.data_ptr() for x in (p, grad, state.exp_avg, state.exp_avg_sq))
+    memory = (x.data_ptr() for x in (p, grad, state.exp_avg_codes, state.exp_avg_sq_codes))
     scalars = {name: getattr(state, name) for name in CTensor.SCALARS} | {"salt": state.salt & 0xFFFFFFFF}
     return CTensor(p.numel(), *memory, **scalars)
 

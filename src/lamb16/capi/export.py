@@ -73,11 +73,11 @@ class ExportedStep(torch.nn.Module):
         self.numbers, self.caution = numbers_of(vars(hyper)), hyper.caution
 
     def forward(
-        self, tensors: list[Tensor], norms: Tensor, counters: Tensor, sums: Tensor, lr: Tensor, grad_factor: Tensor
+        self, tensors: list[Tensor], scales: Tensor, counters: Tensor, sums: Tensor, lr: Tensor, grad_factor: Tensor
     ) -> tuple[()]:
         """Takes what :func:`inputs` lists; changes weights, codes and the three tables in place.
 
-        ``tensors`` are param, grad, exp_avg and exp_avg_sq of the first tensor, then of the next.
+        ``tensors`` are param, grad, exp_avg_codes and exp_avg_sq_codes of the first tensor, then of the next.
         """
         count, device = len(self.order), lr.device
 
@@ -95,7 +95,7 @@ class ExportedStep(torch.nn.Module):
         each = torch.arange(count, device=device)[:, None]
         one_row = Tree(each, torch.ones_like(each), each[0], each, torch.ones_like(each), each[0])
         # As in store.py a row comes before those of the tensors, for what is not to be written.
-        tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (norms, counters, sums)]
+        tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (scales, counters, sums)]
         state = State._make([x for table in tables for x in table] + [torch.tensor(self.order, device=device) + 1])
         given = Inputs(
             self._of_all(largest), one_row, hyper, torch.tensor(self.sizes, dtype=torch.float64, device=device),
@@ -113,7 +113,7 @@ class ExportedStep(torch.nn.Module):
         rows = [self._of_all([x[k] for x in found]) for k in range(len(found[0]))]
         ones = torch.ones(count, dtype=torch.int64, device=device)
         update.fold(Sums(*rows, *[None] * (5 - len(rows))), one_row, counted, ones, state, True)
-        for table, new in zip((norms, counters, sums), tables, strict=True):
+        for table, new in zip((scales, counters, sums), tables, strict=True):
             table.copy_(torch.stack([x[1:] for x in new], 1))
         return ()  # None would be an output
 
@@ -165,12 +165,12 @@ def first_inputs(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inputs for a first step, as :meth:`ExportedStep.forward` takes them: all weights, gradients and salts 0."""
     made = [torch.zeros(x.shape, dtype=x.dtype, device=device) for x in inputs(shapes)]
-    *tensors, norms, counters, sums, lr, grad_factor = made
+    *tensors, scales, counters, sums, lr, grad_factor = made
     for row, shape in enumerate(shapes):
         state = init_state(torch.zeros(shape, device=device), 0, True)
-        for table in (norms, counters, sums):
+        for table in (scales, counters, sums):
             table[row] = torch.stack([state[name] for name in TABLES[table.dtype]])
-    return tensors, norms, counters, sums, lr, grad_factor.fill_(1)
+    return tensors, scales, counters, sums, lr, grad_factor.fill_(1)
 
 
 def inductor_options(device: torch.device, threads: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@
 #include <inttypes.h>
 
 enum { SHOWN = 8 };                          /* mismatches that are printed */
-enum { NORMS = 4, COUNTERS = 2, SUMS = 3 }; /* columns of the step's tables */
+enum { SCALES = 4, COUNTERS = 2, SUMS = 3 }; /* columns of the step's tables */
 enum { TABLES = 5 };                         /* inputs of the step besides four per tensor: these and two numbers */
 
 /* The two copies of a tensor: of the exported step, whose scalars are in tables, and of the reference. */
@@ -24,7 +24,7 @@ typedef struct {
     int32_t ndim;
     int64_t shape[AOTI_MAX_DIMS];
     float *param, *grad;
-    uint8_t *exp_avg, *exp_avg_sq;
+    uint8_t *exp_avg_codes, *exp_avg_sq_codes;
     lamb16_tensor reference;
     float *reference_grad;
 } tensor;
@@ -34,7 +34,7 @@ typedef struct {
     lamb16_hyper hyper;
     size_t count;
     tensor *tensors;
-    float *norms;      /* [count, NORMS]: exp_avg_norm, exp_avg_sq_norm, exp_avg_max, exp_avg_sq_max */
+    float *scales;      /* [count, SCALES]: exp_avg_scale, exp_avg_sq_scale, exp_avg_max, exp_avg_sq_max */
     int32_t *counters; /* [count, COUNTERS]: step, salt */
     int64_t *sums;     /* [count, SUMS]: weight_sum, update_sum, mask_count */
 } plan;
@@ -85,14 +85,14 @@ static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
     }
     t->param = allocate(n, sizeof *t->param);
     t->grad = allocate(n, sizeof *t->grad);
-    t->exp_avg = allocate(n, 1);
-    t->exp_avg_sq = allocate(n, 1);
+    t->exp_avg_codes = allocate(n, 1);
+    t->exp_avg_sq_codes = allocate(n, 1);
     t->reference_grad = allocate(n, sizeof *t->grad);
     t->reference.numel = n;
     t->reference.param = allocate(n, sizeof *t->param);
     t->reference.grad = t->reference_grad;
-    t->reference.exp_avg = allocate(n, 1);
-    t->reference.exp_avg_sq = allocate(n, 1);
+    t->reference.exp_avg_codes = allocate(n, 1);
+    t->reference.exp_avg_sq_codes = allocate(n, 1);
     inputs_weights(t->param, n, seed, index);
     memcpy(t->reference.param, t->param, n * sizeof *t->param);
     if (lamb16_init(&t->reference) != LAMB16_OK)
@@ -103,13 +103,13 @@ static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
 static void write_scalars(const plan *p, size_t i)
 {
     const lamb16_tensor *r = &p->tensors[i].reference;
-    float *norms = &p->norms[NORMS * i];
+    float *scales = &p->scales[SCALES * i];
     int32_t *counters = &p->counters[COUNTERS * i];
     int64_t *sums = &p->sums[SUMS * i];
-    norms[0] = r->exp_avg_norm;
-    norms[1] = r->exp_avg_sq_norm;
-    norms[2] = r->exp_avg_max;
-    norms[3] = r->exp_avg_sq_max;
+    scales[0] = r->exp_avg_scale;
+    scales[1] = r->exp_avg_sq_scale;
+    scales[2] = r->exp_avg_max;
+    scales[3] = r->exp_avg_sq_max;
     counters[0] = r->step;
     memcpy(&counters[1], &r->salt, sizeof r->salt);
     sums[0] = r->weight_sum;
@@ -125,7 +125,7 @@ static void read_plan(plan *p)
     if (scanf("%zu", &p->count) != 1 || p->count == 0)
         quit("the plan has no tensors");
     p->tensors = allocate(p->count, sizeof *p->tensors);
-    p->norms = allocate(NORMS * p->count, sizeof *p->norms);
+    p->scales = allocate(SCALES * p->count, sizeof *p->scales);
     p->counters = allocate(COUNTERS * p->count, sizeof *p->counters);
     p->sums = allocate(SUMS * p->count, sizeof *p->sums);
     for (size_t i = 0; i < p->count; i++) {
@@ -142,7 +142,7 @@ static aoti_input table(void *data, int32_t dtype, int64_t rows, int64_t columns
     return input;
 }
 
-/* The exported step's inputs in its order: four per tensor, norms, counters, sums, learning rate, gradients' factor. */
+/* The exported step's inputs in its order: four per tensor, scales, counters, sums, learning rate, gradients' factor. */
 static aoti_input *make_inputs(const plan *p, double *lr, double *grad_factor)
 {
     const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), byte = aoti_torch_dtype_uint8();
@@ -150,7 +150,7 @@ static aoti_input *make_inputs(const plan *p, double *lr, double *grad_factor)
     aoti_input *inputs = allocate(4 * p->count + TABLES, sizeof *inputs), *tables = inputs + 4 * p->count;
     for (size_t i = 0; i < p->count; i++) {
         const tensor *t = &p->tensors[i];
-        void *data[] = {t->param, t->grad, t->exp_avg, t->exp_avg_sq};
+        void *data[] = {t->param, t->grad, t->exp_avg_codes, t->exp_avg_sq_codes};
         for (int k = 0; k < 4; k++) {
             aoti_input *input = &inputs[4 * i + (size_t)k];
             input->data = data[k];
@@ -159,7 +159,7 @@ static aoti_input *make_inputs(const plan *p, double *lr, double *grad_factor)
             memcpy(input->shape, t->shape, sizeof t->shape);
         }
     }
-    tables[0] = table(p->norms, f32, rows, NORMS);
+    tables[0] = table(p->scales, f32, rows, SCALES);
     tables[1] = table(p->counters, aoti_torch_dtype_int32(), rows, COUNTERS);
     tables[2] = table(p->sums, aoti_torch_dtype_int64(), rows, SUMS);
     tables[3] = table(lr, f64, 1, 0);
@@ -228,13 +228,13 @@ static void compare_scalar(differences *d, uint64_t step, size_t i, const char *
 static void compare_scalars(const plan *p, size_t i, uint64_t step, differences *d)
 {
     const lamb16_tensor *r = &p->tensors[i].reference;
-    const float *norms = &p->norms[NORMS * i];
+    const float *scales = &p->scales[SCALES * i];
     const int32_t *counters = &p->counters[COUNTERS * i];
     const int64_t *sums = &p->sums[SUMS * i];
-    compare_scalar(d, step, i, "exp_avg_norm", bits_of(norms[0]), bits_of(r->exp_avg_norm));
-    compare_scalar(d, step, i, "exp_avg_sq_norm", bits_of(norms[1]), bits_of(r->exp_avg_sq_norm));
-    compare_scalar(d, step, i, "exp_avg_max", bits_of(norms[2]), bits_of(r->exp_avg_max));
-    compare_scalar(d, step, i, "exp_avg_sq_max", bits_of(norms[3]), bits_of(r->exp_avg_sq_max));
+    compare_scalar(d, step, i, "exp_avg_scale", bits_of(scales[0]), bits_of(r->exp_avg_scale));
+    compare_scalar(d, step, i, "exp_avg_sq_scale", bits_of(scales[1]), bits_of(r->exp_avg_sq_scale));
+    compare_scalar(d, step, i, "exp_avg_max", bits_of(scales[2]), bits_of(r->exp_avg_max));
+    compare_scalar(d, step, i, "exp_avg_sq_max", bits_of(scales[3]), bits_of(r->exp_avg_sq_max));
     compare_scalar(d, step, i, "step", (uint32_t)counters[0], (uint32_t)r->step);
     compare_scalar(d, step, i, "salt", (uint32_t)counters[1], r->salt);
     compare_scalar(d, step, i, "weight_sum", (uint64_t)sums[0], (uint64_t)r->weight_sum);
@@ -253,13 +253,13 @@ static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *
             d->ulp = apart > d->ulp ? apart : d->ulp;
             show(d, step, i, "param", e, bits_of(t->param[e]), bits_of(r->param[e]));
         }
-        if (t->exp_avg[e] != r->exp_avg[e]) {
+        if (t->exp_avg_codes[e] != r->exp_avg_codes[e]) {
             d->codes++;
-            show(d, step, i, "exp_avg", e, t->exp_avg[e], r->exp_avg[e]);
+            show(d, step, i, "exp_avg_codes", e, t->exp_avg_codes[e], r->exp_avg_codes[e]);
         }
-        if (t->exp_avg_sq[e] != r->exp_avg_sq[e]) {
+        if (t->exp_avg_sq_codes[e] != r->exp_avg_sq_codes[e]) {
             d->codes++;
-            show(d, step, i, "exp_avg_sq", e, t->exp_avg_sq[e], r->exp_avg_sq[e]);
+            show(d, step, i, "exp_avg_sq_codes", e, t->exp_avg_sq_codes[e], r->exp_avg_sq_codes[e]);
         }
     }
     compare_scalars(p, i, step, d);

@@ -214,17 +214,17 @@ const char *lamb16_status_string(lamb16_status status)
     case LAMB16_BAD_CAUTION: return "caution is invalid; it must be 0 or 1";
     case LAMB16_BAD_MAXIMIZE: return "maximize is invalid; it must be 0 or 1";
     case LAMB16_BAD_GRAD_FACTOR: return "grad_factor is invalid; it must be finite and >= 0";
-    case LAMB16_BAD_EXP_AVG: return "exp_avg holds NaN codes: it is damaged, or lamb16_init was not called";
+    case LAMB16_BAD_EXP_AVG: return "exp_avg_codes holds NaN codes: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_SQ:
-        return "exp_avg_sq holds NaN, infinite or negative codes: it is damaged, or lamb16_init was not called";
+        return "exp_avg_sq_codes holds NaN, infinite or negative codes: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_NORM:
-        return "exp_avg_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
+        return "exp_avg_scale is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_SQ_NORM:
-        return "exp_avg_sq_norm is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
+        return "exp_avg_sq_scale is no power of two in [2^-126, 2^127]: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_MAX:
-        return "exp_avg_max is NaN, negative or below a code of exp_avg: it is damaged, or lamb16_init was not called";
+        return "exp_avg_max is NaN, negative or below a code of exp_avg_codes: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_EXP_AVG_SQ_MAX:
-        return "exp_avg_sq_max is NaN, negative or below a code of exp_avg_sq: it is damaged, or lamb16_init was not "
+        return "exp_avg_sq_max is NaN, negative or below a code of exp_avg_sq_codes: it is damaged, or lamb16_init was not "
                "called";
     case LAMB16_BAD_WEIGHT_SUM: return "weight_sum is negative: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_UPDATE_SUM: return "update_sum is negative: it is damaged, or lamb16_init was not called";
@@ -290,8 +290,8 @@ static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
 /* Whether what is written of `a` shares memory with what is used of `b`; with its own other arrays where a is b. */
 static int disturbs(const lamb16_tensor *a, const lamb16_tensor *b)
 {
-    const void *written[] = {a->param, a->exp_avg, a->exp_avg_sq};
-    const void *used[] = {b->param, b->exp_avg, b->exp_avg_sq, b->grad};
+    const void *written[] = {a->param, a->exp_avg_codes, a->exp_avg_sq_codes};
+    const void *used[] = {b->param, b->exp_avg_codes, b->exp_avg_sq_codes, b->grad};
     const size_t sizes[] = {sizeof(float), 1, 1, sizeof(float)};
     for (int i = 0; i < 3; i++)
         for (int k = 0; k < 4; k++)
@@ -316,7 +316,7 @@ static lamb16_status check_codes(const lamb16_tensor *x)
 {
     uint8_t largest_m = 0, largest_v = 0;
     for (size_t i = 0; i < x->numel; i++) {
-        uint8_t magnitude_m = x->exp_avg[i] & 0x7F, code_v = x->exp_avg_sq[i];
+        uint8_t magnitude_m = x->exp_avg_codes[i] & 0x7F, code_v = x->exp_avg_sq_codes[i];
         if (magnitude_m > E4M3.largest_code)
             return LAMB16_BAD_EXP_AVG;
         if (code_v > E5M2.largest_code) /* with a sign bit it is larger too */
@@ -333,9 +333,9 @@ static lamb16_status check_codes(const lamb16_tensor *x)
 
 static lamb16_status check_scalars(const lamb16_tensor *x)
 {
-    if (!is_power_of_two(x->exp_avg_norm))
+    if (!is_power_of_two(x->exp_avg_scale))
         return LAMB16_BAD_EXP_AVG_NORM;
-    if (!is_power_of_two(x->exp_avg_sq_norm))
+    if (!is_power_of_two(x->exp_avg_sq_scale))
         return LAMB16_BAD_EXP_AVG_SQ_NORM;
     if (!(x->exp_avg_max >= 0.0f))
         return LAMB16_BAD_EXP_AVG_MAX;
@@ -354,7 +354,7 @@ static lamb16_status check_scalars(const lamb16_tensor *x)
 
 static lamb16_status check_tensor(const lamb16_tensor *x)
 {
-    if (x->numel > 0 && (x->param == NULL || x->grad == NULL || x->exp_avg == NULL || x->exp_avg_sq == NULL))
+    if (x->numel > 0 && (x->param == NULL || x->grad == NULL || x->exp_avg_codes == NULL || x->exp_avg_sq_codes == NULL))
         return LAMB16_NULL_POINTER;
     if (is_too_large(x->numel))
         return LAMB16_BAD_NUMEL;
@@ -483,22 +483,22 @@ lamb16_status lamb16_init(lamb16_tensor *tensor)
     if (tensor == NULL)
         return LAMB16_NULL_POINTER;
     size_t n = tensor->numel;
-    if (n > 0 && (tensor->param == NULL || tensor->exp_avg == NULL || tensor->exp_avg_sq == NULL))
+    if (n > 0 && (tensor->param == NULL || tensor->exp_avg_codes == NULL || tensor->exp_avg_sq_codes == NULL))
         return LAMB16_NULL_POINTER;
     if (is_too_large(n))
         return LAMB16_BAD_NUMEL;
     if (n > 0 && is_misaligned(tensor->param))
         return LAMB16_MISALIGNED;
-    if (overlap(tensor->exp_avg, n, tensor->exp_avg_sq, n) ||
-        overlap(tensor->exp_avg, n, tensor->param, n * sizeof(float)) ||
-        overlap(tensor->exp_avg_sq, n, tensor->param, n * sizeof(float)))
+    if (overlap(tensor->exp_avg_codes, n, tensor->exp_avg_sq_codes, n) ||
+        overlap(tensor->exp_avg_codes, n, tensor->param, n * sizeof(float)) ||
+        overlap(tensor->exp_avg_sq_codes, n, tensor->param, n * sizeof(float)))
         return LAMB16_OVERLAP;
     if (n > 0) {
-        memset(tensor->exp_avg, 0, n);
-        memset(tensor->exp_avg_sq, 0, n);
+        memset(tensor->exp_avg_codes, 0, n);
+        memset(tensor->exp_avg_sq_codes, 0, n);
     }
-    tensor->exp_avg_norm = E4M3.smallest_scale;
-    tensor->exp_avg_sq_norm = E5M2.smallest_scale;
+    tensor->exp_avg_scale = E4M3.smallest_scale;
+    tensor->exp_avg_sq_scale = E5M2.smallest_scale;
     tensor->exp_avg_max = 0.0f;
     tensor->exp_avg_sq_max = 0.0f;
     tensor->weight_sum = 0;
@@ -595,8 +595,8 @@ typedef struct {
 static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
 {
     float g = f->gradient * x->grad[i];
-    float old_m = decode(x->exp_avg[i], &E4M3) * x->exp_avg_norm;
-    float old_v = decode(x->exp_avg_sq[i], &E5M2) * x->exp_avg_sq_norm;
+    float old_m = decode(x->exp_avg_codes[i], &E4M3) * x->exp_avg_scale;
+    float old_v = decode(x->exp_avg_sq_codes[i], &E5M2) * x->exp_avg_sq_scale;
     element e;
     e.m = f->beta1 * old_m + f->new1 * g;
     e.v = f->beta2 * old_v + f->new2 * (g * g);
@@ -631,8 +631,8 @@ static totals apply(lamb16_tensor *x, const factors *f, float scale_m, float sca
         if (code_v == 0 && e.v > 0.0f)
             code_v = 1; /* 1 / sqrt(0) would ruin the layer */
         x->param[i] = x->param[i] - f->step_size * e.u;
-        x->exp_avg[i] = code_m;
-        x->exp_avg_sq[i] = code_v;
+        x->exp_avg_codes[i] = code_m;
+        x->exp_avg_sq_codes[i] = code_v;
 
         float m = fabsf(decode(code_m, &E4M3)), v = decode(code_v, &E5M2);
         found.max_m = m > found.max_m ? m : found.max_m;
@@ -651,8 +651,8 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
 
     /* The largest magnitudes that m and v can have, before they are formed; rounding is monotone. */
     float largest = largest_gradient(x, f.gradient);
-    float bound_m = f.beta1 * (x->exp_avg_max * x->exp_avg_norm) + f.new1 * largest;
-    float bound_v = f.beta2 * (x->exp_avg_sq_max * x->exp_avg_sq_norm) + f.new2 * (largest * largest);
+    float bound_m = f.beta1 * (x->exp_avg_max * x->exp_avg_scale) + f.new1 * largest;
+    float bound_v = f.beta2 * (x->exp_avg_sq_max * x->exp_avg_sq_scale) + f.new2 * (largest * largest);
     if (!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)) /* a NaN compares as false */
         return stats;
     stats.weight_norm = sqrt((double)x->weight_sum / SUM_UNITS);
@@ -662,8 +662,8 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
 
     float scale_m = scale(bound_m, &E4M3), scale_v = scale(bound_v, &E5M2);
     totals found = apply(x, &f, scale_m, scale_v, x->step + 1);
-    x->exp_avg_norm = scale_m;
-    x->exp_avg_sq_norm = scale_v;
+    x->exp_avg_scale = scale_m;
+    x->exp_avg_sq_scale = scale_v;
     if (bound_m > 0.0f || bound_v > 0.0f) { /* else all moments are 0 and stay so: no step to count */
         x->exp_avg_max = found.max_m;
         x->exp_avg_sq_max = found.max_v;

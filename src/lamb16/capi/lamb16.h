@@ -48,12 +48,12 @@ typedef struct {
     size_t numel;          /* elements of each of the four arrays */
     float *param;          /* weights; updated in place */
     const float *grad;     /* gradient of the loss; never written */
-    uint8_t *exp_avg;      /* e4m3fn codes: the first moment is exp_avg_norm times what they decode to */
-    uint8_t *exp_avg_sq;   /* e5m2 codes of the second moment; sign bits 0 */
-    float exp_avg_norm;    /* power of two, at least 2^-126 */
-    float exp_avg_sq_norm; /* power of two, at least 2^-126 */
-    float exp_avg_max;     /* no code of exp_avg decodes to a larger magnitude, exp_avg_norm left out */
-    float exp_avg_sq_max;  /* the same of exp_avg_sq */
+    uint8_t *exp_avg_codes;      /* e4m3fn codes: the first moment is exp_avg_scale times what they decode to */
+    uint8_t *exp_avg_sq_codes;   /* e5m2 codes of the second moment; sign bits 0 */
+    float exp_avg_scale;    /* power of two, at least 2^-126 */
+    float exp_avg_sq_scale; /* power of two, at least 2^-126 */
+    float exp_avg_max;     /* no code of exp_avg_codes decodes to a larger magnitude, exp_avg_scale left out */
+    float exp_avg_sq_max;  /* the same of exp_avg_sq_codes */
     int64_t weight_sum;    /* sum over the weights, as the last step left them, of clamp(p^2, 0.01, 1), see below */
     int64_t update_sum;    /* sum over the last step's update of clamp(u^2, eps, 1); numel * 2^20 before the first */
     int64_t mask_count;    /* elements of that update with the gradient's sign, 0 .. numel; counted with caution only */
@@ -96,8 +96,8 @@ typedef enum {
     LAMB16_BAD_EXP_AVG_SQ = 19,      /* a code is NaN, infinite or negative */
     LAMB16_BAD_EXP_AVG_NORM = 20,
     LAMB16_BAD_EXP_AVG_SQ_NORM = 21,
-    LAMB16_BAD_EXP_AVG_MAX = 22,     /* negative, NaN, or below a magnitude that exp_avg holds */
-    LAMB16_BAD_EXP_AVG_SQ_MAX = 23,  /* negative, NaN, or below a value that exp_avg_sq holds */
+    LAMB16_BAD_EXP_AVG_MAX = 22,     /* negative, NaN, or below a magnitude that exp_avg_codes holds */
+    LAMB16_BAD_EXP_AVG_SQ_MAX = 23,  /* negative, NaN, or below a value that exp_avg_sq_codes holds */
     LAMB16_BAD_WEIGHT_SUM = 24,      /* negative */
     LAMB16_BAD_UPDATE_SUM = 25,      /* negative */
     LAMB16_BAD_MASK_COUNT = 26,      /* negative or above numel */
@@ -168,7 +168,7 @@ double lamb16_clip_factor(double norm, double max_norm);
 /* ---- the step ---------------------------------------------------------------------------------------------------- */
 
 /* The state before the first step: codes 0, the smallest scales, maxima 0, the sums of the weights and of an update
- * that is +-1 everywhere, all elements counted, step 0. Reads numel, param, exp_avg and exp_avg_sq; grad and salt are
+ * that is +-1 everywhere, all elements counted, step 0. Reads numel, param, exp_avg_codes and exp_avg_sq_codes; grad and salt are
  * neither read nor changed, and may be set later. LAMB16_NULL_POINTER, LAMB16_BAD_NUMEL, LAMB16_MISALIGNED or
  * LAMB16_OVERLAP. */
 lamb16_status lamb16_init(lamb16_tensor *tensor);

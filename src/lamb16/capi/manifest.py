@@ -20,8 +20,8 @@ from lamb16.store import TABLES
 FORMAT = 2
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
-PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg": torch.uint8, "exp_avg_sq": torch.uint8}
-TABLE_INPUTS = {"norms": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: store.TABLES
+PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg_codes": torch.uint8, "exp_avg_sq_codes": torch.uint8}
+TABLE_INPUTS = {"scales": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: store.TABLES
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart, in order
 
 Shape = tuple[int, ...]

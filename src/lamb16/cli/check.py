@@ -251,7 +251,7 @@ def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile:
 
 
 def _state(entries: dict[str, Tensor]) -> State:
-    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg_codes", "exp_avg_sq_codes")}
     scalars = {name: entries[name].item() for name in SCALARS}
     return State(**codes, **scalars | {"salt": int(scalars["salt"]) & 0xFFFFFFFF})  # type: ignore[arg-type]
 
@@ -291,7 +291,7 @@ def compare(row: Row, mine: tuple[Tensor, State], theirs: tuple[Tensor, State]) 
     apart = (_ordinal(p) - _ordinal(wanted)).abs()
     row.weights += int((apart > 0).sum())
     row.ulp = max(row.ulp, int(apart.max()) if apart.numel() else 0)
-    row.codes += int((a.exp_avg != b.exp_avg).sum()) + int((a.exp_avg_sq != b.exp_avg_sq).sum())
+    row.codes += int((a.exp_avg_codes != b.exp_avg_codes).sum()) + int((a.exp_avg_sq_codes != b.exp_avg_sq_codes).sum())
     row.scalars += sum(getattr(a, name) != getattr(b, name) for name in SCALARS)
 
 

@@ -64,6 +64,7 @@ class Layer:
         self.p = nn.Parameter(torch.zeros(elements))
         named = [("layer", self.p)]
         self.optimizer: Optimizer
+        self.codes, self.scale = ("", "_norm") if rule == "published" else ("_codes", "_scale")  # ends of their names
         if rule == "published":
             self.optimizer = PublishedLamb16(named, lr=1.0, betas=betas, eps=EPS)
         else:
@@ -83,11 +84,14 @@ class Layer:
     def moments(self) -> tuple[Tensor, Tensor]:
         """The stored moments in float32."""
         state = self.optimizer.state[self.p]
-        return state["exp_avg"].float() * state["exp_avg_norm"], state["exp_avg_sq"].float() * state["exp_avg_sq_norm"]
+        m, v = (
+            state[f"{name}{self.codes}"].float() * state[f"{name}{self.scale}"] for name in ("exp_avg", "exp_avg_sq")
+        )
+        return m, v
 
     def saturated(self) -> float:
         """The share of stored first moments at the largest magnitude that the rule stores."""
-        stored: Tensor = self.optimizer.state[self.p]["exp_avg"]
+        stored: Tensor = self.optimizer.state[self.p][f"exp_avg{self.codes}"]
         if stored.dtype == torch.float32:  # no limit to reach
             return 0.0
         largest = 15.0 if isinstance(self.optimizer, PublishedLamb16) else 448.0

@@ -67,8 +67,8 @@ class Shadow:
 def _decoded(state: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     if not state:
         return None
-    m = state["exp_avg"].float() * state["exp_avg_norm"]
-    return m, state["exp_avg_sq"].float() * state["exp_avg_sq_norm"]
+    m = state["exp_avg_codes"].float() * state["exp_avg_scale"]
+    return m, state["exp_avg_sq_codes"].float() * state["exp_avg_sq_scale"]
 
 
 def _stored_errors(
@@ -77,15 +77,15 @@ def _stored_errors(
     """How far the stored moments are from the exact ones, the share at the largest code, the shares that became 0."""
     (m, v), (exact_m, exact_v) = stored, exact
     both = (v > 0) & (exact_v > 0)
-    float8 = state["exp_avg"].element_size() == 1
-    codes = state["exp_avg"].view(torch.uint8) & 0x7F if float8 else torch.zeros(1)
+    float8 = state["exp_avg_codes"].element_size() == 1
+    codes = state["exp_avg_codes"].view(torch.uint8) & 0x7F if float8 else torch.zeros(1)
     return {
         "m_error": ((m - exact_m).norm() / exact_m.norm().clamp_min(1e-30)).item(),
         "v_log_error": (v[both] / exact_v[both]).log().abs().mean().item() if both.any() else 0.0,
         "m_saturated": (codes == LARGEST_M).float().mean().item(),
         "m_zero": ((m == 0) & (exact_m != 0)).float().mean().item(),
         "v_zero": ((v == 0) & (exact_v > 0)).float().mean().item(),
-        "v_smallest": ((state["exp_avg_sq"].view(torch.uint8) == 1).float().mean().item() if float8 else 0.0),
+        "v_smallest": ((state["exp_avg_sq_codes"].view(torch.uint8) == 1).float().mean().item() if float8 else 0.0),
     }
 
 

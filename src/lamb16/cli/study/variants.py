@@ -22,6 +22,7 @@ from lamb16.optimizer import tensor_salt
 from lamb16.store import init_state
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place
+PREFIXES = ("exp_avg", "exp_avg_sq")  # of the names of what the state holds of a moment
 LARGEST = {E4M3: reference.E4M3_MAX, E5M2: reference.E5M2_MAX}
 LARGEST_CODE = {E4M3: 126, E5M2: 123}
 
@@ -70,11 +71,11 @@ class Variant(Optimizer):
         (beta1, beta2), t = h.betas, int(state["step"]) + 1
         g = -grad if h.maximize else grad
         top = self._largest(g)
-        max_m, max_v = (state[f"{key}_max"] * state[f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq"))
+        max_m, max_v = (state[f"{key}_max"] * state[f"{key}_scale"] for key in PREFIXES)
         bound_m, bound_v = beta1 * max_m + (1 - beta1) * top, beta2 * max_v + (1 - beta2) * (top * top)
         if not (bound_m.isfinite().all() and (bound_v < reference.OVERFLOW_V).all()):
             return
-        m, v = (state[key].float() * state[f"{key}_norm"] for key in ("exp_avg", "exp_avg_sq"))
+        m, v = (state[f"{key}_codes"].float() * state[f"{key}_scale"] for key in PREFIXES)
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * (g * g)
         n, d = direction(m, v, g, h, t, parts.bound)
         if h.caution:
@@ -89,15 +90,15 @@ class Variant(Optimizer):
             if h.caution:
                 state["mask_count"].fill_(agrees.sum())
         if h.moment_dtype == "float32":
-            state["exp_avg"], state["exp_avg_sq"] = m, v
+            state["exp_avg_codes"], state["exp_avg_sq_codes"] = m, v
         else:
             if parts.scale_from == "maximum":
                 bound_m, bound_v = self._largest(m), self._largest(v)
             word = self._words(p, int(state["salt"]), t)
-            state["exp_avg"], state["exp_avg_norm"] = _store(m, bound_m, word, E4M3, parts)
-            state["exp_avg_sq"], state["exp_avg_sq_norm"] = _store(v, bound_v, word, E5M2, parts)
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[f"{key}_max"] = self._largest(state[key].float())
+            state["exp_avg_codes"], state["exp_avg_scale"] = _store(m, bound_m, word, E4M3, parts)
+            state["exp_avg_sq_codes"], state["exp_avg_sq_scale"] = _store(v, bound_v, word, E5M2, parts)
+        for key in PREFIXES:
+            state[f"{key}_max"] = self._largest(state[f"{key}_codes"].float())
 
     def _largest(self, x: Tensor) -> Tensor:
         """The largest magnitude of the tensor, 0-d, or of each row, `[rows, 1, ...]`."""
