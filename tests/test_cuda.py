@@ -73,11 +73,11 @@ def test_large_tensors_take_few_issue_slots(large: report.Report) -> None:
     }
     assert all(kernel["exact"] for kernel in large.kernels if kernel["graph"] in ("inspect", "update"))
     inspect, update = per_param["inspect"], per_param["update"]
-    limits = {"fp32": 37.5, "multiply": 12, "integer": 55, "special": 3.1, "shuffle": 3.1, "reduce": 1.1, "memory": 10}
+    limits = {"fp32": 37.5, "multiply": 4, "integer": 45, "special": 3.1, "shuffle": 0.1, "reduce": 0.2, "memory": 2.6}
     assert {pipe: slots for pipe, slots in update.items() if slots > limits.get(pipe, 1000)} == {}
-    assert sum(update.values()) <= 180
-    assert sum(inspect.values()) <= 50
-    assert large.slots_per_param <= 240
+    assert sum(update.values()) <= 108
+    assert sum(inspect.values()) <= 9
+    assert large.slots_per_param <= 125
     for pipes in (inspect, update, per_param["inspect packed"], per_param["update packed"]):
         assert [pipes[pipe] for pipe in ("fp64", "conversion", "other")] == [0, 0, 0]
     scale = [kernel["slots"]["fp64"] for kernel in large.kernels if kernel["graph"] == "scale"]
@@ -85,11 +85,11 @@ def test_large_tensors_take_few_issue_slots(large: report.Report) -> None:
 
 
 def test_the_predicted_time_is_near_that_of_the_bytes(large: report.Report) -> None:
-    """At least where issue slots do not bound it; see docs/gpu-model.md for the others."""
+    """But on a B200, where issue slots bound it."""
     works = report.work(vars(large))
     for gpu in gpus.GPUS:
         time = gpus.predict(works, gpu).time * gpu.bandwidth / gpus.LAMB16_BYTES
-        assert time <= {"A100": 1.3, "H100": 1.25, "B200": 2.7}.get(gpu.name, 1.1), gpu
+        assert time <= {"B200": 1.5}.get(gpu.name, 1.1), gpu
 
 
 def assembly(*lines: str, **subroutines: list[str]) -> sass.Function:
@@ -238,7 +238,6 @@ def test_nothing_spills_and_nothing_falls_back(large: report.Report, tiny: repor
         assert found.spills == 0
         assert found.fallbacks == []
         assert found.eager == []
-        assert all(kernel["registers"] <= 128 for kernel in found.kernels)
 
 
 @pytest.mark.parametrize("capability", [75, 80, 100])
@@ -263,17 +262,18 @@ def test_every_kernel_compiles_for_other_architectures(code: report.Code, capabi
 )
 def test_other_kinds_compile(alone: report.Code, kind: Kind, least: int) -> None:
     """g is read twice, p, m and v are read and written once."""
-    moved, rows = 0, 3
+    moved, columns = 0.0, 2 * 4 * 1024
     for graph in GRAPHS:
         program = alone.program(graph, kind)
         assert program.fallbacks == []
         needs = [alone.resources(kernel) for kernel in program.kernels.values()]
-        assert all(need.spills == 0 and need.registers <= 128 for need in needs), (graph, needs)
+        assert all(need.spills == 0 for need in needs), (graph, needs)
         if graph in (Graph("inspect"), Graph("update")):
-            launches = program(*compiled.example_inputs(graph, kind._replace(device=META)))
-            moved += sum(launch.bytes_read + launch.bytes_written for launch in launches)
-    columns = 2 * 4 * 1024
-    assert least <= (moved - columns) / (rows * 1024) <= least + 0.5
+            arguments = compiled.example_inputs(graph, kind._replace(device=META))
+            rows = sum(len(block.p) for block in arguments[0])
+            found = sum(launch.bytes_read + launch.bytes_written for launch in program(*arguments))
+            moved += (found - columns * (graph.function == "update")) / (rows * 1024)
+    assert least <= moved <= least + 0.5
 
 
 def test_bytes_are_those_that_inductor_counts(alone: report.Code) -> None:
