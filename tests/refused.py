@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sharded
-from helpers import assert_same, raw
+from helpers import assert_same, differing, raw
 from lamb16 import Lamb16, sharding
 
 
@@ -86,16 +86,60 @@ def one_rank_has_a_damaged_state(placement: str) -> str:
     return found
 
 
-def other_gradients_on_other_ranks() -> str:
-    """Each of two ranks has the gradient of another of two equal parameters."""
-    spread = sharded.spreader("rows over 2")
-    params = [nn.Parameter(spread(torch.ones(4))) for _ in range(2)]
-    optimizer = Lamb16(params, compile=False)
-    p = params[torch.distributed.get_rank()]
-    p.grad = p.detach().clone()
-    found = message(optimizer.step)
-    assert all(torch.equal(p.to_local(), torch.ones(2)) for p in params)
-    return found
+def give(params: list[nn.Parameter], which: tuple[int, ...]) -> None:
+    """Gradients for these of the parameters."""
+    for k, p in enumerate(params):
+        p.grad = p.detach().clone() * (k + 1) if k in which else None
+
+
+def bad_eps(optimizer: Lamb16) -> None:
+    optimizer.param_groups[0]["eps"] = -1.0
+
+
+def clipping(optimizer: Lamb16) -> None:
+    optimizer.max_grad_norm = 1.0
+
+
+def bad_clipping(optimizer: Lamb16) -> None:
+    optimizer.max_grad_norm = -1.0
+
+
+# What two ranks do otherwise: the parameters with gradients on each, and a change on rank 1 alone.
+DIFFERENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
+    "as many gradients, others": ((0, 1), (1, 2), None),
+    "fewer gradients": ((0, 1, 2), (1,), None),
+    "no gradients": ((0, 1, 2), (), None),
+    "a wrong eps": ((0, 1, 2), (0, 1, 2), bad_eps),
+    "clipping": ((0, 1, 2), (0, 1, 2), clipping),
+    "a wrong norm to clip at": ((0, 1, 2), (0, 1, 2), bad_clipping),
+}
+
+
+def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[str, list[str]]:
+    """The message of a step that the ranks differ in, and which entries then differ from a run without it."""
+    spread, rank = sharded.spreader(placement), torch.distributed.get_rank()
+    optimizers = []
+    for _ in range(2):
+        params = [nn.Parameter(spread(torch.ones(6, 4) * (k + 1))) for k in range(4)]
+        optimizers.append(Lamb16(params, lr=0.01, compile=False))
+        for which in ((0, 1), (1, 2), (0, 1, 2), (1,)) if stepped_before else ():
+            give(params, which)
+            optimizers[-1].step()
+    one, other = optimizers
+    params = one.param_groups[0]["params"]
+    *sets, change = DIFFERENT[what]
+    before, old = snapshot_of(one), (one.param_groups[0]["eps"], one.max_grad_norm)
+    give(params, sets[rank % 2])
+    if change and rank % 2:
+        change(one)
+    found = message(one.step)
+    assert_same(snapshot_of(one), before)
+    one.param_groups[0]["eps"], one.max_grad_norm = old
+    for optimizer in optimizers:
+        for which in ((0, 1, 2), (), (3,), (0, 1, 2, 3)):
+            give(optimizer.param_groups[0]["params"], which)
+            optimizer.step()
+    return found, differing(snapshot_of(one), snapshot_of(other))
 
 
 def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:
@@ -130,9 +174,9 @@ def wrong_rule(fault: str) -> sharded.Found:
     layout, nothing = sharding.layout, lambda *_: None
     faults = {
         "indices of the shard": mock.patch("lamb16.plan.layout", lambda p: layout(p)._replace(base=0)),
-        "maxima of the shard": mock.patch.object(sharding.Reduction, "before", nothing),
-        "sums of the shard": mock.patch.object(sharding.Reduction, "after", nothing),
-        "squares of the shard": mock.patch.object(sharding.Reduction, "squares", nothing),
+        "maxima of the shard": mock.patch.object(sharding.Bound, "before", return_value=(False, False)),
+        "sums of the shard": mock.patch.object(sharding.Bound, "after", nothing),
+        "squares of the shard": mock.patch.object(sharding.Bound, "squares", nothing),
         "no fault": contextlib.nullcontext(),
     }
     with faults[fault]:

@@ -124,9 +124,21 @@ def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks, placement: s
     assert all("another rank found its part of the state at fault" in text for text in found)
 
 
-def test_ranks_that_step_other_parameters_are_told(ranks: Ranks) -> None:
-    for text in ranks.run(2, refused.other_gradients_on_other_ranks):
-        assert text.startswith("RuntimeError: Lamb16: the ranks that share parameters do not step the same ones")
+@pytest.mark.parametrize("placement", ["rows over 2", "rows and columns"])
+@pytest.mark.parametrize("stepped_before", [False, True], ids=["first step", "later step"])
+@pytest.mark.parametrize("what", refused.DIFFERENT)
+def test_a_step_that_ranks_differ_in_is_refused_on_all(
+    ranks: Ranks, what: str, stepped_before: bool, placement: str
+) -> None:
+    """Whatever was stepped before; nothing is changed, and the next steps go as if it had not been."""
+    world = math.prod(sharded.PLACEMENTS[placement][0])
+    for rank, (text, differ) in enumerate(ranks.run(world, refused.different_steps, what, placement, stepped_before)):
+        assert differ == []
+        if what.startswith("a wrong"):
+            own = "ValueError: Lamb16: "
+            assert text.startswith(own if rank % 2 else "RuntimeError: Lamb16: another rank could not take this step")
+        else:
+            assert text.startswith("RuntimeError: Lamb16: the ranks that share parameters do not step the same ones")
 
 
 def test_whole_states_load_into_shards(ranks: Ranks) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
-from .sharding import Reduction
+from .sharding import Bound
 from .update import INF_BITS, UNIT, sqrt64
 
 
 def clip(
-    plans: Sequence[Plan], reductions: Sequence[Reduction], max_norm: float, inverse_scale: Tensor | None
+    plans: Sequence[Plan], reductions: Sequence[Bound], max_norm: float, inverse_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The norm of the finite gradients of all plans, and the factor for them; float64, 0-d, nothing is read back.
 

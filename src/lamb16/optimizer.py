@@ -27,15 +27,19 @@ from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .plan import Plan, graphs_of
 from .sharding import (
+    Bound,
     Reduction,
     agree,
     check_layout,
+    digest,
     is_sharded,
     like,
     like_param,
     local,
     local_gradient,
+    meet,
     sharded_types,
+    signature,
     whole_sums,
 )
 from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed
@@ -49,7 +53,15 @@ class Cached(NamedTuple):
     """What a step over one set of parameters needs."""
 
     plans: list[Plan]
-    reductions: list[Reduction]
+    reductions: list[Bound]
+    signature: int
+
+
+class New(NamedTuple):
+    """Parameters whose states hold the sum of this rank's weights: ``made``, or ``completed`` from older ones."""
+
+    made: list[Tensor]
+    completed: list[Tensor]
 
 
 class Lamb16(Optimizer):
@@ -210,14 +222,9 @@ class Lamb16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_max_grad_norm(self.max_grad_norm)
-        plans, reductions, grads = self._current_plans()
+        plans, reductions = self._begin()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         try:
-            for plan in plans:
-                plan.inspect([grads[id(p)] for p in plan.params])
-            for reduction in reductions:
-                reduction.before()
             factor = None if grad_scale is None else grad_scale.double().reciprocal()
             self._grad_norm = None
             if self.max_grad_norm is not None and plans:
@@ -237,12 +244,56 @@ class Lamb16(Optimizer):
         self._last = plans
         return loss
 
-    def _current_plans(self) -> tuple[list[Plan], list[Reduction], dict[int, Tensor]]:
-        """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts.
-
-        Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it.
-        """
+    def _begin(self) -> tuple[list[Plan], list[Bound]]:
+        """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
         grads: dict[int, Tensor] = {}
+        cached = Cached([], [], 0)
+        new = New([], [])
+        error = None
+        try:
+            check_max_grad_norm(self.max_grad_norm)
+            cached = self._current_plans(grads, new)
+            for plan in cached.plans:
+                plan.inspect([grads[id(p)] for p in plan.params])
+        except Exception as found:
+            error = found
+        try:
+            reductions = cached.reductions if error is None else self._reductions([])
+            if reductions:
+                number = digest(
+                    [cached.signature, [tuple(p.shape) for part in new for p in part], self.max_grad_norm is None]
+                )
+                meet(reductions, number, error)
+            elif error is not None:
+                raise error
+        except BaseException:
+            for plan in cached.plans:
+                plan.let_go()
+            self._take_back(new)
+            raise
+        _add_up({p: self.state[p] for p in (*new.made, *new.completed)})
+        return cached.plans, reductions
+
+    def _reductions(self, plans: list[Plan]) -> list[Bound]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [reduction.bind(plans) for reduction in Reduction.of(params)]
+
+    def _take_back(self, new: New) -> None:
+        """Leave the states as they were before a step that could not be taken."""
+        for p in new.made:
+            self.state.pop(p, None)
+        for p in new.completed:
+            self.state[p].pop("weight_sum", None)
+        if any(new):
+            self._plans.clear()
+            self._stores.clear()
+
+    def _current_plans(self, grads: dict[int, Tensor], new: New) -> Cached:
+        """What is needed for the parameters that have gradients, from the cache or new.
+
+        ``grads`` is filled with these gradients' local parts, by their parameter's id: a tensor's hash takes longer
+        than all else that is done for it. ``new`` is filled too.
+        """
         key: list[Any] = []
         sharded = sharded_types()
         for group in self.param_groups:
@@ -263,16 +314,17 @@ class Lamb16(Optimizer):
             if cached is not None or self._holds_dropped_states():  # all is read in again
                 self._plans.clear()
                 self._stores.clear()
-            plans = self._make_plans(grads)
-            cached = self._plans[frozen] = Cached(plans, Reduction.of(plans))
+            plans = self._make_plans(grads, new)
+            reductions = self._reductions(plans)
+            cached = self._plans[frozen] = Cached(plans, reductions, signature(plans) if reductions else 0)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
-        return cached.plans, cached.reductions, grads
+        return cached
 
-    def _make_plans(self, grads: dict[int, Tensor]) -> list[Plan]:
+    def _make_plans(self, grads: dict[int, Tensor], new: New) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
         missing: list[tuple[Tensor, dict[str, Any], str]] = []
@@ -283,7 +335,7 @@ class Lamb16(Optimizer):
                     check_parameter(p, self._name(group, i))
                     check_layout(p, self._name(group, i))
                     if self.state.get(p):
-                        self._check_live_state(p, group, i)
+                        self._check_live_state(p, group, i, new)
                     else:
                         missing.append((p, group, self._name(group, i)))
                     float8 = group["moment_dtype"] == "float8"
@@ -298,7 +350,7 @@ class Lamb16(Optimizer):
             p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
             for p, group, name in missing
         }
-        _add_up(made)
+        new.made.extend(made)
         for p, state in made.items():
             self.state[p].update(state)
         return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
@@ -323,7 +375,7 @@ class Lamb16(Optimizer):
         store = self._stores.setdefault(kind.device, Store(kind.device))
         return Plan(kind, params, [self.state[p] for p in params], store, slices, executor)
 
-    def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
+    def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int, new: New) -> None:
         """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
         name, float8 = self._name(group, i), group["moment_dtype"] == "float8"
         state = self.state[p] = renamed(self.state[p])
@@ -359,7 +411,7 @@ class Lamb16(Optimizer):
         if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
             find_largest(state)
             if complete(p, state):
-                _add_up({p: state})
+                new.completed.append(p)
 
     # -- what can be read ----------------------------------------------------------------------------------------
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .update import State
 
 REDUCED_BYTES = 36  # per tensor and split mesh axis: three maxima of 4 and three sums of 8
 CLIP_BYTES = 16  # more where clipping is on: two sums
+MOST = 0x7FFFFFFF
 MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
 
 
@@ -226,75 +228,111 @@ class Table:
 
 
 class Reduction:
-    """What the ranks tell each other in a step, about all tensors of a device.
+    """What the ranks tell each other in a step, about all tensors of a device, with gradients or not.
 
     Before the update the bits of the largest gradient and moments, int32, which order like the magnitudes and put inf
     and NaN on top, and where gradients are clipped the sums of their squares; after it the sums that the next step
-    needs. All are integers, so that no order shows. Below the maxima goes a signature of which tensors these are.
+    needs. All are integers, so that no order shows. Every rank takes part with a row for every tensor, in every step:
+    none waits for another, whatever has gradients there. Below the maxima goes a signature of what is stepped.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        self.plans, self.device = plans, plans[0].kind.device
-        self.table = Table([place for plan in plans for place in plan.layouts], self.device)
-        self.signature = torch.tensor([*_signature(plans), 0], dtype=torch.int32, device=self.device)
-        self.agreed = False
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.device = params[0].device
+        self.table = Table([layout(p) for p in params], self.device)
+        self.row = {id(p): row for row, p in enumerate(params)}
 
     @classmethod
-    def of(cls, plans: Sequence[Plan]) -> list[Reduction]:
-        """One for the plans of every device; none where no tensor is split."""
-        split: dict[torch.device, list[Plan]] = {}
-        for plan in plans:
-            if plan.sharded:
-                split.setdefault(plan.kind.device, []).append(plan)
-        return [cls(members) for members in split.values()]
+    def of(cls, params: Sequence[Tensor]) -> list[Reduction]:
+        """One for every device of parameters that are split."""
+        devices = {p.device: None for p in params if is_sharded(p) and layout(p).groups}
+        return [cls([p for p in params if p.device == device]) for device in devices]
 
-    def before(self) -> None:
+    def bind(self, plans: Sequence[Plan]) -> Bound:
+        """The reduction for these plans, of which it takes those of its device."""
+        return Bound(self, [plan for plan in plans if plan.kind.device == self.device])
+
+
+class Bound:
+    """A :class:`Reduction` and the plans of a step."""
+
+    def __init__(self, reduction: Reduction, plans: Sequence[Plan]) -> None:
+        self.plans, self.table, self.device = plans, reduction.table, reduction.device
+        self.rows = [torch.tensor([reduction.row[id(p)] for p in plan.params], device=self.device) for plan in plans]
+
+    def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+        """A table with a row per tensor of the device and one more; what is not stepped has zeros."""
+        table = torch.zeros(self.table.count + 1, width, dtype=dtype, device=self.device)
+        for rows, part in zip(self.rows, parts, strict=True):
+            table[rows] = part
+        return table
+
+    def before(self, signature: int, failed: bool) -> tuple[bool, bool]:
         """Make the largest gradients and moments those of whole tensors.
 
-        Raises:
-            RuntimeError: the first time, if the ranks do not step the same tensors.
+        Returns whether another rank steps other tensors, by this ``signature`` of 31 bits, and whether one ``failed``;
+        reading that waits for the device. Where one is true no other method may be called, on no rank.
         """
         found = [plan.whole_largest for plan in self.plans]
-        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
-        rows = [
+        states = self._states()
+        parts = [
             torch.stack([g[: len(s.home)], *(x[s.home].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
             for g, s in zip(found, states, strict=True)
         ]
-        maxima = torch.cat([*rows, self.signature[None]])
+        maxima = self._filled(parts, 3, torch.int32)
+        own = [signature, MOST - signature, int(failed)]
+        maxima[-1] = torch.tensor(own, dtype=torch.int32)
         self.table.largest(maxima)
-        if not self.agreed:  # once: reading it waits for the device
-            if not torch.equal(maxima[-1], self.signature):
-                raise RuntimeError(OTHERS)
-            self.agreed = True
-        for g, s, whole in zip(found, states, torch.split(maxima, [*map(len, rows), 1]), strict=False):
-            g[: len(whole)] = whole[:, 0]
-            s.max_m[s.home], s.max_v[s.home] = (whole[:, k].contiguous().view(torch.float32) for k in (1, 2))
+        told = maxima[-1].tolist()
+        if told != own or failed:
+            return told[:2] != own[:2], bool(told[2])
+        for g, s, rows in zip(found, states, self.rows, strict=True):
+            g[: len(rows)] = maxima[rows, 0]
+            s.max_m[s.home], s.max_v[s.home] = (maxima[rows, k].view(torch.float32) for k in (1, 2))
+        return False, False
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
         own = [x[: len(plan.params)] for x, plan in zip(sums, self.plans, strict=True)]
-        table = torch.cat(own)
+        table = self._filled(own, 2, torch.int64)[:-1]
         self.table.sum(table)
-        for x, whole in zip(own, torch.split(table, [len(x) for x in own]), strict=True):
-            x.copy_(whole)
+        for x, rows in zip(own, self.rows, strict=True):
+            x.copy_(table[rows])
 
     def after(self) -> None:
         """Make the sums in the state those of whole tensors."""
-        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
-        rows = []
+        states, parts = self._states(), []
         for plan, s in zip(self.plans, states, strict=True):
             # Without caution the last one stays: the first of the ranks gives it.
             share = 1 if plan.kind.caution else plan.shards.first_rank[: len(s.home)]
-            rows.append(torch.stack([s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] * share], 1))
-        table = torch.cat(rows)
+            parts.append(torch.stack([s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] * share], 1))
+        table = self._filled(parts, 3, torch.int64)[:-1]
         self.table.sum(table)
-        for s, whole in zip(states, torch.split(table, [len(x) for x in rows]), strict=True):
-            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = whole.unbind(1)
+        for s, rows in zip(states, self.rows, strict=True):
+            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = table[rows].unbind(1)
+
+    def _states(self) -> list[State]:
+        return [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+
+
+def meet(reductions: Sequence[Bound], signature: int, error: Exception | None) -> None:
+    """Begin a step with the other ranks, of which all must be here; raises on all of them if one cannot take it.
+
+    Raises:
+        RuntimeError: the ranks do not step the same tensors, or another one has an error.
+        Exception: ``error``, which this rank has.
+    """
+    told = [reduction.before(signature, error is not None) for reduction in reductions]
+    if error is not None:
+        raise error
+    if any(failed for _, failed in told):
+        raise RuntimeError("Lamb16: another rank could not take this step, see its error. Nothing was changed.")
+    if any(differ for differ, _ in told):
+        raise RuntimeError(OTHERS)
 
 
 OTHERS = (
-    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of "
-    "them, or groups and names differ. Give every rank a gradient (of zeros). Nothing was changed."
+    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of them, groups or "
+    "names differ, or max_grad_norm is None on some. Give every rank a gradient (of zeros). Nothing was changed."
 )
 
 
@@ -309,7 +347,7 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
         return
     device = params[0].device
     table = Table(layouts, device)
-    number = _digest([(salt, tuple(p.shape)) for salt, p in zip(salts, params, strict=True)])
+    number = digest([(salt, tuple(p.shape)) for salt, p in zip(salts, params, strict=True)])
     for group, _ in table.groups:
         both = torch.tensor([number, -number], device=device)
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
@@ -321,14 +359,16 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
         x.copy_(value)
 
 
-def _signature(plans: Sequence[Plan]) -> tuple[int, int]:
-    """31 bits of which tensors are stepped, by salts and shapes, and the complement: the MAX of both shows another."""
-    what = [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
-    return _digest(what), 0x7FFFFFFF - _digest(what)
+def signature(plans: Sequence[Plan]) -> int:
+    """31 bits of which tensors are stepped, by salts and shapes."""
+    return digest(
+        [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
+    )
 
 
-def _digest(what: Any) -> int:
-    return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
+def digest(what: Any) -> int:
+    """31 bits."""
+    return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & MOST
 
 
 def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
