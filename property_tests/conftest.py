@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import helpers  # noqa: F401 for what it sets
+
 COMMON = {
     "deadline": None,  # the first compiled example takes as long as the compiler
     "suppress_health_check": [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import helpers  # noqa: F401 for what it sets
 from ranks import Ranks
 
 

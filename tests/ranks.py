@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+import helpers  # noqa: F401 what it sets is meant for these processes too
+
 MOST = 4
 PATIENCE = 600  # seconds; a collective gives up before that
 

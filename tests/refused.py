@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -38,6 +38,11 @@ def uneven_strided() -> str:
 def partial_parameter() -> str:
     mesh = init_device_mesh("cpu", (2,))
     return message(Lamb16, [nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))])
+
+
+def flat_parameters(use_orig_params: bool) -> str:
+    model = FullyShardedDataParallel(nn.Linear(8, 4), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    return message(Lamb16, model.named_parameters())
 
 
 def mixed_gradient(sharded_parameter: bool) -> str:

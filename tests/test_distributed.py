@@ -11,6 +11,7 @@ import parallel
 import refused
 import sharded
 from helpers import assert_same, differing, raw
+from lamb16 import Lamb16
 from lamb16.sharding import CLIP_BYTES, REDUCED_BYTES
 from ranks import Ranks
 
@@ -103,6 +104,21 @@ def test_what_cannot_be_stepped_is_refused_on_every_rank(ranks: Ranks) -> None:
         assert text.startswith("ValueError: Lamb16: dimension 0 of parameter 0.weight, (7, 4), is split over mesh axes")
     for text in ranks.run(2, refused.partial_parameter):
         assert text.startswith("ValueError: Lamb16: parameter 0 has partial placements")
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_flat_shards_are_refused(ranks: Ranks, use_orig_params: bool) -> None:
+    """Their trust ratios would be those of pieces, or of several layers together."""
+    for text in ranks.run(2, refused.flat_parameters, use_orig_params):
+        assert text.startswith("TypeError: Lamb16: parameter _fsdp_wrapped_module.")
+        assert "use torch.distributed.fsdp.fully_shard" in text
+
+
+def test_partitioned_parameters_are_refused() -> None:
+    p = torch.nn.Parameter(torch.zeros(0))
+    p.ds_id = 3  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"parameter 0 is partitioned by DeepSpeed's ZeRO-3"):
+        Lamb16([p])
 
 
 @pytest.mark.parametrize("sharded_parameter", [False, True])

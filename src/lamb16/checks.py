@@ -30,6 +30,16 @@ def check_parameter(param: Tensor, name: str) -> None:
             f"Lamb16: parameter {name} has dtype {param.dtype}; supported are float32, bfloat16 and float16 "
             "(convert it with .float())"
         )
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"Lamb16: parameter {name} belongs to FullyShardedDataParallel, whose flat shards hide which layer an "
+            "element is of; use torch.distributed.fsdp.fully_shard (FSDP2), or DistributedDataParallel for NO_SHARD"
+        )
+    if hasattr(param, "ds_id"):
+        raise TypeError(
+            f"Lamb16: parameter {name} is partitioned by DeepSpeed's ZeRO-3, which hides which layer an element is of; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:

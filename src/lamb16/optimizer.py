@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -46,6 +47,7 @@ from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_lar
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 VERSION_2 = {"nesterov", "caution"}  # hyperparameters that a state of version 0.1 has not
+NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
 
@@ -107,7 +109,10 @@ class Lamb16(Optimizer):
             :attr:`grad_norm`. An attribute, which may be changed between steps.
         compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly. A tool
             may hand in an :class:`lamb16.compiled.Executor`.
-        seed: enters the rounding words, with each parameter's name or position.
+        seed: enters the rounding words, with each parameter's name. Parameters without names have their position and
+            their optimizer's number among those that the process has made with such parameters: optimizers round
+            independently of each other, and alike in the next run of a program. Two that are to go the same way in one
+            process need names. State dicts keep what follows from all that, each tensor's ``salt``.
 
     State of a parameter, plain tensors: ``exp_avg_codes`` (float8_e4m3fn) and ``exp_avg_sq_codes`` (float8_e5m2) of the
     parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
@@ -163,6 +168,7 @@ class Lamb16(Optimizer):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
         self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
+        self._number: int | None = None
         self._forget()
         super().__init__(params, defaults)
 
@@ -194,7 +200,16 @@ class Lamb16(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if "param_names" not in group and self._number is None:
+            self._number = next(NUMBERS)
         self._plans.clear()
+
+    def _salt(self, group: dict[str, Any], i: int) -> int:
+        """From the name; without one from the position and, but for the process's first, the optimizer's number."""
+        name = self._name(group, i)
+        return tensor_salt(
+            self._seed, f"{self._number}/{name}" if self._number and "param_names" not in group else name
+        )
 
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
@@ -327,7 +342,7 @@ class Lamb16(Optimizer):
     def _make_plans(self, grads: dict[int, Tensor], new: New) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
-        missing: list[tuple[Tensor, dict[str, Any], str]] = []
+        missing: list[tuple[Tensor, dict[str, Any], int]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
@@ -337,7 +352,7 @@ class Lamb16(Optimizer):
                     if self.state.get(p):
                         self._check_live_state(p, group, i, new)
                     else:
-                        missing.append((p, group, self._name(group, i)))
+                        missing.append((p, group, self._salt(group, i)))
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
@@ -346,10 +361,7 @@ class Lamb16(Optimizer):
             params = [p for p, _ in pairs]
             for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
                 executor.prepare(graph, kind)
-        made = {
-            p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
-            for p, group, name in missing
-        }
+        made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
         new.made.extend(made)
         for p, state in made.items():
             self.state[p].update(state)
@@ -556,7 +568,12 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = {"max_grad_norm": self.max_grad_norm, "_compile": self._compile, "_seed": self._seed}
+        own = {
+            "max_grad_norm": self.max_grad_norm,
+            "_compile": self._compile,
+            "_seed": self._seed,
+            "_number": self._number,
+        }
         return pickled | own | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
