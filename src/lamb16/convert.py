@@ -33,6 +33,7 @@ OTHERS = {
 }
 OWN = ("trust_scale", "trust_lr", "moment_dtype")  # hyperparameters that no other optimizer has
 TAKEN = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
+WRAPPED = "__bnb_optimizer_quant_state__"
 KEPT = ("initial_lr",)  # schedulers'
 BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
 OVERFLOW = 2.0**127  # of a second moment, as in reference.py
@@ -51,9 +52,11 @@ class Foreign:
     largest: list[Tensor]
 
 
-def is_foreign(state: Any) -> bool:
-    """Whether this looks like the state of one parameter in an optimizer with Adam's two moments."""
-    return keys_of(state) is not None
+def unwrapped(state: Any) -> Any:
+    """A state in which nothing is nested, as bitsandbytes nests what is quantized."""
+    if not isinstance(state, dict) or WRAPPED not in state:
+        return state
+    return {key: value for key, value in state.items() if key != WRAPPED} | state[WRAPPED]
 
 
 def keys_of(state: Any) -> tuple[str, str] | None:

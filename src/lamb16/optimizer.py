@@ -22,7 +22,7 @@ from .checks import (
     check_state_dict,
 )
 from .compiled import Compiled, Eager, Executor, Kind
-from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, to_adamw
+from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, to_adamw, unwrapped
 from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
@@ -505,7 +505,7 @@ class Lamb16(Optimizer):
             named = all("param_names" in group for group in self.param_groups)
             found = match(state_dict["param_groups"], names, named, strict)
             check_owners(state_dict)
-            states = {key: renamed(state) for key, state in state_dict["state"].items()}
+            states = {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
             groups = self._checked_groups(state_dict["param_groups"], states, found.sources)
             foreign = self._checked_states(state_dict["param_groups"], states, groups, names, found, strict)
         except Exception as caught:
@@ -589,17 +589,15 @@ class Lamb16(Optimizer):
         }
         known = [key for key in states if key in owners]
         memory = {key: self._memory_for(owners[key][0], owners[key][1]) for key in known}
-        live = {
-            x.untyped_storage().data_ptr(): x.data_ptr() for pair in memory.values() for x in map(local, pair or ())
-        }
+        live = {x.untyped_storage().data_ptr() for pair in memory.values() for x in map(local, pair or ())}
 
         def reads_others(key: Any) -> bool:
             """Whether it is read from memory that another state's moments are about to be written to."""
             mine = {x.untyped_storage().data_ptr() for x in map(local, memory[key] or ())}
-            sources = [local(x) for x in states[key].values() if isinstance(x, Tensor) and x.dim()]
-            return any(x.numel() and x.untyped_storage().data_ptr() in live.keys() - mine for x in sources)
+            sources = [local(states[key][name]) for name in MOMENTS]
+            return any(x.numel() and x.untyped_storage().data_ptr() in live - mine for x in sources)
 
-        first = {key for key in known if reads_others(key)}
+        first = {key for key in known if key not in foreign and reads_others(key)}
         loaded: dict[Any, dict[str, Any]] = {}
         for key in sorted(known, key=lambda key: key not in first):
             p, group, name = owners[key]
