@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from helpers import CODES, all_params, assert_same, gradients, model, parameters, raw, snapshot, take_steps
-from lamb16 import Lamb16
+import saved
+from helpers import CODES, all_params, assert_same, differing, gradients, model, parameters, raw, snapshot, take_steps
+from lamb16 import Lamb16, checkpoint
 from lamb16.matching import Loaded
-from lamb16.store import ENTRIES, init_state, weight_sum
+from lamb16.store import DERIVED, ENTRIES, OLD_NAMES, init_state, weight_sum
+from ranks import Ranks
 
 BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "compile": False}
 SHAPE = (40, 60)
@@ -60,21 +63,21 @@ def state_of(optimizer: Lamb16, p: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("own", [False, True], ids=["of another", "its own"])
 def test_states_go_by_name_whatever_the_order(own: bool) -> None:
-    """Also where the saved tensors are the memory that is written to."""
+    """Also where the state_dict tensors are the memory that is written to."""
     source, params = trained("abc")
     expected = {name: state_of(source, p) for name, p in params.items()}
-    saved = source.state_dict()
+    state_dict = source.state_dict()
     if own:
         target, theirs = source, params
         group = target.param_groups[0]
         group["params"], group["param_names"] = [params[x] for x in "cab"], list("cab")
-        names = dict(zip("cab", "abc", strict=True))  # the saved a is the state of what is now called c, and so on
-        saved["param_groups"][0]["param_names"] = [names[x] for x in "abc"]
+        names = dict(zip("cab", "abc", strict=True))  # the state_dict a is the state of what is now called c, and so on
+        state_dict["param_groups"][0]["param_names"] = [names[x] for x in "abc"]
         expected = {names[x]: expected[x] for x in "abc"}
     else:
         theirs = copies(params)
         target = grouped(theirs, "cab")
-    assert target.load_state_dict(saved) == Loaded([], [], [], [])
+    assert target.load_state_dict(state_dict) == Loaded([], [], [], [])
     for name, p in theirs.items():
         assert_same(state_of(target, p), expected[name])
     if not own:
@@ -142,11 +145,11 @@ def test_another_shape_is_kept_and_reported() -> None:
 
 def test_a_damaged_state_is_refused_with_strict_false_too() -> None:
     source, params = trained("ab")
-    saved = copy.deepcopy(source.state_dict())
-    saved["state"][1]["exp_avg_scale"] = torch.tensor(0.0)
+    state_dict = copy.deepcopy(source.state_dict())
+    state_dict["state"][1]["exp_avg_scale"] = torch.tensor(0.0)
     before = snapshot(source)
     with pytest.raises(ValueError, match="exp_avg_scale of parameter b is 0"):
-        source.load_state_dict(saved, strict=False)
+        source.load_state_dict(state_dict, strict=False)
     assert_same(snapshot(source), before)
     assert params
 
@@ -173,10 +176,10 @@ def test_named_and_unnamed(here: bool, there: bool) -> None:
 def test_hyperparameters_that_a_state_dict_lacks_stay() -> None:
     """As in torch's test_can_load_older_state_dict, with every one of them but for the rate."""
     source, params = trained("ab")
-    saved = copy.deepcopy(source.state_dict())
-    saved["param_groups"] = [{"lr": 0.5, "params": saved["param_groups"][0]["params"]}]
+    state_dict = copy.deepcopy(source.state_dict())
+    state_dict["param_groups"] = [{"lr": 0.5, "params": state_dict["param_groups"][0]["params"]}]
     target = grouped(copies(params), "ab", eps=1e-4, maximize=True)
-    target.load_state_dict(saved)
+    target.load_state_dict(state_dict)
     (group,) = target.param_groups
     assert (group["lr"], group["eps"], group["maximize"], group["betas"]) == (0.5, 1e-4, True, (0.9, 0.999))
     step(target, dict(zip("ab", all_params(target), strict=True)), 2)
@@ -190,12 +193,12 @@ def test_torchs_loader_of_distributed_checkpoints_into_another_order() -> None:
     target = Lamb16(reversed(list(network.named_parameters())), **BASE)
     options = StateDictOptions()
     network.zero_grad()
-    saved = copy.deepcopy(get_optimizer_state_dict(network, source, options=options))
-    set_optimizer_state_dict(network, target, saved, options=options)
+    state_dict = copy.deepcopy(get_optimizer_state_dict(network, source, options=options))
+    set_optimizer_state_dict(network, target, state_dict, options=options)
     for p in network.parameters():
         assert_same(state_of(target, p), state_of(source, p))
     straight = Lamb16(reversed(list(network.named_parameters())), **BASE)
-    straight.load_state_dict(saved)
+    straight.load_state_dict(state_dict)
     for p in network.parameters():
         assert_same(state_of(straight, p), state_of(source, p))
 
@@ -203,13 +206,13 @@ def test_torchs_loader_of_distributed_checkpoints_into_another_order() -> None:
 # -- casts ---------------------------------------------------------------------------------------------------------
 
 
-def cast(saved: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast(state_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """All float32 entries in another dtype, as tools do that halve checkpoints."""
     state = {
         i: {key: x.to(dtype) if x.dtype == torch.float32 else x for key, x in entries.items()}
-        for i, entries in saved["state"].items()
+        for i, entries in state_dict["state"].items()
     }
-    return saved | {"state": state}
+    return state_dict | {"state": state}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -264,11 +267,11 @@ def test_the_peak_of_memory_while_loading() -> None:
     p = nn.Parameter(torch.zeros(n, device="cpu"))
     optimizer = Lamb16([p], **BASE)
     optimizer.state[p].update(init_state(p, 1, True))
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(saved)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state_dict)
     gc.collect()
     before = peak()
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state_dict)
     assert peak(reset=False) - before < 0.25 * 2 * n
 
 
@@ -376,3 +379,73 @@ def test_states_that_were_cut_by_others_name_resize() -> None:
             step(optimizer, params, 2)
         assert "optimizer.resize(p, index, new_p)" in str(error.value)
         state.update(kept)
+
+
+# -- lamb16.checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient"])
+def test_a_checkpoint_keeps_the_state_of_what_is_trained_no_more(tmp_path: Path, how: str) -> None:
+    """Saved and loaded while it is frozen; when it is trained again, the run is the one without a checkpoint."""
+    network = model()
+    source = Lamb16(network.named_parameters(), **BASE)
+    take_steps(source, range(2))
+    twin = copy.deepcopy(network)
+    target = Lamb16(twin.named_parameters(), **BASE)
+    frozen = list(zip(network.parameters(), twin.parameters(), strict=True))[1]
+    for p in frozen:
+        p.grad = None
+        p.requires_grad_(how != "frozen")
+    checkpoint.save(tmp_path / "checkpoint", network, source)
+    checkpoint.load(tmp_path / "checkpoint", twin, target)
+    assert all(p.requires_grad == (how != "frozen") for p in frozen)
+    assert_same(snapshot(source), snapshot(target))
+    for optimizer in (source, target):
+        take_steps(optimizer, [2])
+    assert_same(snapshot(source), snapshot(target))
+
+
+def test_states_of_frozen_shards_are_kept(ranks: Ranks, tmp_path: Path) -> None:
+    for before, after in ranks.run(2, saved.with_frozen_parameter, "FSDP2 on 2", str(tmp_path)):
+        assert_same(after, before)
+
+
+def test_what_the_optimizer_does_not_have_is_named(tmp_path: Path) -> None:
+    network = model()
+    source = Lamb16(network.named_parameters(), **BASE)
+    take_steps(source, [0])
+    checkpoint.save(tmp_path / "checkpoint", network, source)
+    part = Lamb16([(name, p) for name, p in network.named_parameters() if name != "0.bias"], **BASE)
+    with pytest.warns(UserWarning, match=r"the optimizer does not have 0\.bias: their states are not loaded"):
+        checkpoint.load(tmp_path / "checkpoint", network, part)
+    for name, p in network.named_parameters():
+        if name != "0.bias":
+            assert_same(state_of(part, p), state_of(source, p))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("version", ["0.1", "before the entries were renamed"])
+def test_checkpoints_with_the_old_names_load(tmp_path: Path, version: str) -> None:
+    """Written as lamb16.checkpoint.save of these versions did, whose own ones were tried by hand."""
+    network = model()
+    source = Lamb16(network.named_parameters(), **BASE)
+    take_steps(source, range(2))
+    network.zero_grad()
+    old = get_optimizer_state_dict(network, source)
+    names = {new: old_name for old_name, new in OLD_NAMES.items()}
+    gone = DERIVED if version == "0.1" else ()
+    for key, state in old["state"].items():
+        old["state"][key] = {names.get(entry, entry): x for entry, x in state.items() if entry not in gone}
+    if version == "0.1":
+        for name in ("nesterov", "caution"):
+            del old["param_groups"][0][name]
+    dcp.save({"model": network.state_dict(), "optimizer": old}, checkpoint_id=tmp_path / "checkpoint")
+    twin = model(seed=1)
+    target = Lamb16(twin.parameters(), lr=0.5, compile=False)  # names are taken over, too
+    checkpoint.load(tmp_path / "checkpoint", twin, target)
+    found = differing(snapshot(source), snapshot(target))
+    assert {key.partition(".")[2] for key in found} <= {"weight_sum", "update_sum", *gone}
+    assert target.param_groups[0]["param_names"] == source.param_groups[0]["param_names"]
+    if version != "0.1":
+        assert not found
+    take_steps(target, [2])
