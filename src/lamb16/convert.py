@@ -117,7 +117,7 @@ def moment(state: dict[str, Any], key: str) -> Tensor:
     value: Tensor = local(state[key])
     if key in BITSANDBYTES and value.dtype == torch.uint8:
         return _from_blocks(value, state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"])
-    if hasattr(value, "dequantize") and type(value) is not Tensor and not isinstance(value, torch.nn.Parameter):
+    if type(value).dequantize is not Tensor.dequantize:
         value = value.dequantize()
     if not value.is_floating_point() or value.element_size() < 2:
         raise ValueError(f"it is {value.dtype}")
