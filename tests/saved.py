@@ -187,3 +187,16 @@ def with_unused_parameter(how: str, folder: str, steps_before: int) -> tuple[Fou
 def given_without(model: nn.Module, step: int) -> None:
     given(model, step)
     model[2].bias.grad = None
+
+
+def with_frozen_parameter(how: str, folder: str) -> tuple[Found, Found]:
+    """A parameter that was stepped three times and is frozen when the checkpoint is saved and loaded."""
+    made, new = make(how), make(how)
+    steps(made, 0, 3)
+    for model, optimizer in (made, new):
+        optimizer.zero_grad()
+        model[2].bias.requires_grad_(False)
+    checkpoint.save(Path(folder) / "checkpoint", *made)
+    checkpoint.load(Path(folder) / "checkpoint", *new)
+    assert not new[0][2].bias.requires_grad
+    return all_of(made), all_of(new)

@@ -161,3 +161,34 @@ def whole(tensor: Tensor) -> Tensor:
             tensor = sharding.like(tensor, tensor.to_local().view(torch.uint8))
         tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
+
+
+def adamw_state() -> dict[str, Any]:
+    """Weights and AdamW's state after two steps."""
+    params = [nn.Parameter(w) for w in weights()]
+    optimizer = torch.optim.AdamW(params, lr=0.01)
+    for step in range(2):
+        for i, p in enumerate(params):
+            p.grad = gradient(i, step)
+        optimizer.step()
+    return {"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()}
+
+
+def convert_sharded(placement: str) -> tuple[Found, str]:
+    """AdamW's spread state in Lamb16, gathered; and what each rank says where one rank's part is damaged."""
+    spread, state = spreader(placement), adamw_state()
+    params = [nn.Parameter(spread(w)) for w in state["weights"]]
+    optimizer = Lamb16(params, compile=False)
+    saved = state["optimizer"]
+    for own in saved["state"].values():
+        own.update({key: spread(own[key]) for key in ("exp_avg", "exp_avg_sq")})
+    optimizer.load_state_dict(saved)
+    states = {f"{i}.{key}": x for i, p in enumerate(params) for key, x in optimizer.state[p].items()}
+    found = {key: whole(x) for key, x in states.items() if not key.endswith("max")}
+    if torch.distributed.get_rank() == 0:
+        saved["state"][2]["exp_avg"].to_local()[0, 0] = torch.nan
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        return found, str(error)
+    return found, "nothing"

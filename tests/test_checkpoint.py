@@ -458,15 +458,15 @@ def setting(key: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return edited(lambda state: state.update({key: value(state[key]) if callable(value) else value}))
 
 
-def adam(saved: dict[str, Any]) -> dict[str, Any]:
-    optimizer = torch.optim.Adam(parameters())
+def sgd(saved: dict[str, Any]) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)
     take_steps(optimizer, [0])
     return optimizer.state_dict()
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "Adam": (adam, "another optimizer"),
-    "Adam's state": (lambda saved: saved | {"state": adam(saved)["state"]}, "another optimizer"),
+    "SGD": (sgd, "another optimizer"),
+    "SGD's state": (lambda saved: saved | {"state": sgd(saved)["state"]}, "another optimizer"),
     "a bare model": (lambda saved: {"weight": torch.ones(3)}, "no optimizer state dict"),
     "too many groups": (lambda saved: saved | {"param_groups": saved["param_groups"] * 2}, "2 parameter groups"),
     "too few parameters": (

@@ -20,6 +20,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .hyper import NAMES
+from .store import DERIVED, OLD_NAMES
+
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
 
 
@@ -60,8 +63,9 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
 def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
     """Read a checkpoint that :func:`save` wrote, on any number of ranks, into the same kind of model; a collective.
 
-    Needs room for a second copy of this rank's part of the model, and for a second and at the end a third one of the
-    optimizer's state. ``others`` are loaded last, by their own ``load_state_dict``.
+    Needs room for a second copy of this rank's part of the model and of the optimizer's state. Checkpoints of version
+    0.1 load too. Parameters that are frozen by now get the state that they had. ``others`` are loaded last, by their
+    own ``load_state_dict``.
 
     Raises:
         ValueError: there is no complete checkpoint, a part of it cannot be read, or it is of another model or
@@ -124,11 +128,13 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
     for name in list(states):
         if f"optimizer.state.{name}" not in owners:
             del states[name]
+    _ask_as_saved(state["optimizer"], saved)
     own, _ = flatten_state_dict(state)
-    frozen = {f"optimizer.state.{name}" for name in state["model"] if name not in states}
+    others = {f"optimizer.state.{name}": name for name in state["model"] if name not in states}
     missing = [key for key in own if key not in saved]
     surplus = [key for key in saved if key not in own and key.startswith(("model.", "optimizer."))]
-    surplus = [key for key in surplus if _owner(key) not in frozen]
+    left_out = sorted({others[_owner(key)] for key in surplus if _owner(key) in others})
+    surplus = [key for key in surplus if _owner(key) not in others]
     unlike = [key for key in own if key in saved and _kind(own[key]) != _kind(saved[key])]
     for keys, fault in ((missing, "has no"), (surplus, "has also"), (unlike, "has another shape or dtype for")):
         if keys:
@@ -136,6 +142,32 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
                 f"lamb16.checkpoint.load: {path} is not of this model and optimizer; load another one "
                 f"(it {fault} {keys[0]})"
             )
+    if left_out:
+        warnings.warn(
+            f"lamb16.checkpoint.load: the optimizer does not have {', '.join(left_out)}: their states are not loaded",
+            stacklevel=4,
+        )
+
+
+def _ask_as_saved(own: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Give states the names that they had before version 0.2, and groups the entries that the saved ones have.
+
+    ``load_state_dict`` knows the old names, and derives or keeps what is not there.
+    """
+    old_names = {new: old for old, new in OLD_NAMES.items()}
+    for name, state in own["state"].items():
+        key = f"optimizer.state.{name}"
+        if f"{key}.exp_avg_norm" in saved:
+            entries = {old_names.get(entry, entry): value for entry, value in state.items()}
+            entries = {x: value for x, value in entries.items() if x not in DERIVED or f"{key}.{x}" in saved}
+            own["state"][name] = entries
+    for k, group in enumerate(own["param_groups"]):
+        prefix = f"optimizer.param_groups.{k}."
+        found = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
+        for name in {*NAMES, "param_names"} & set(group) - found:
+            del group[name]
+        for name in found - set(group):
+            group[name] = None
 
 
 def _owner(key: str) -> str:
@@ -158,8 +190,10 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, before = [p.grad for p in params], dict(optimizer.state)
+    frozen = [p for p in params if not p.requires_grad]
     for p in params:
         p.grad = None
+        p.requires_grad_(True)  # or torch makes no room for its state, and does not hand it on
     optimizer.state.clear()
     try:
         yield
@@ -170,6 +204,8 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for p, gradient in zip(params, gradients, strict=True):
             p.grad = gradient
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _state(model: nn.Module, optimizer: Optimizer, others: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
-from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS
+from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,6 +57,29 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"Lamb16: parameter {name} has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}; set the "
             "gradient to None when you change a parameter's shape"
+        )
+
+
+def check_resize(p: Tensor, index: Tensor, new_p: Tensor, name: str) -> None:
+    """Raise ValueError unless the rows of ``new_p`` can come from the rows ``index`` of ``p``."""
+    where = f"Lamb16.resize of parameter {name}"
+    check_parameter(new_p, name)
+    if is_sharded(p) or is_sharded(new_p) or not p.dim():
+        raise ValueError(f"{where}: only plain tensors with rows can be resized, not DTensors and 0-d tensors")
+    if not new_p.is_leaf or (new_p.dtype, new_p.device, new_p.shape[1:]) != (p.dtype, p.device, p.shape[1:]):
+        raise ValueError(
+            f"{where}: new_p is {new_p.dtype} {tuple(new_p.shape)} on {new_p.device}, expected a leaf that is "
+            f"{p.dtype} with rows of {tuple(p.shape[1:])} on {p.device}"
+        )
+    if index.dtype != torch.int64 or index.shape != new_p.shape[:1]:
+        raise ValueError(
+            f"{where}: index is {index.dtype} {tuple(index.shape)}, expected int64 ({new_p.shape[0]},), a row of p or "
+            "-1 for each row of new_p"
+        )
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < p.shape[0]:
+        raise ValueError(
+            f"{where}: index holds {int(index.min())} to {int(index.max())}, but p has the rows 0 to {p.shape[0] - 1}; "
+            "-1 stands for a new row"
         )
 
 
@@ -119,14 +142,18 @@ def _check_scale(value: float, key: str, name: str) -> None:
     if not (2.0**-126 <= value < math.inf and math.frexp(value)[0] == 0.5):
         raise ValueError(
             f"Lamb16.load_state_dict: {key} of parameter {name} is {value!r}, expected a positive power of two: the "
-            "checkpoint was cast to a smaller dtype or is damaged"
+            "checkpoint was cast to a smaller dtype or is damaged. Keep 0-d entries out of such a cast (float16 loses "
+            "them, bfloat16 does not)"
         )
 
 
 def _has_nan(codes: Tensor, key: str) -> bool:
     """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
-    magnitude = codes.view(torch.uint8) & 0x7F
-    return bool((magnitude > (0x7E if key == "exp_avg_codes" else 0x7B)).any())
+    largest = torch.zeros((), dtype=torch.uint8, device=codes.device)
+    for part in _parts(codes.reshape(-1).view(torch.uint8)):
+        if part.numel():
+            largest = torch.maximum(largest, (part & 0x7F).max())
+    return int(largest) > (0x7E if key == "exp_avg_codes" else 0x7B)
 
 
 def check_state_dict(state_dict: Any) -> None:

@@ -7,7 +7,6 @@ import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, overload
 
@@ -17,15 +16,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
     check_gradient,
-    check_groups,
     check_owners,
     check_parameter,
+    check_resize,
     check_state,
     check_state_dict,
 )
 from .compiled import Compiled, Eager, Executor, Kind
+from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, to_adamw, unwrapped
 from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
+from .matching import Loaded, Match, match
 from .plan import Plan, graphs_of
 from .sharding import (
     Bound,
@@ -39,14 +40,14 @@ from .sharding import (
     local,
     local_gradient,
     meet,
+    placement,
     sharded_types,
     signature,
     whole_sums,
 )
-from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed
+from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed, resized
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
-VERSION_2 = {"nesterov", "caution"}  # hyperparameters that a state of version 0.1 has not
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
@@ -222,6 +223,47 @@ class Lamb16(Optimizer):
             before += len(other["params"])
         return str(before + i)
 
+    @torch.no_grad()
+    def resize(self, p: Tensor, index: Tensor, new_p: Tensor) -> None:
+        """Put ``new_p`` in the place of ``p``, with the state of the rows that it keeps.
+
+        For code that cuts and extends parameters along their first dimension, as densification of Gaussians does::
+
+            index = torch.cat([kept.nonzero()[:, 0], torch.full((added,), -1)])
+            optimizer.resize(p, index, new_p)
+
+        Step, salt and scales are kept. New rows start with moments of 0; the update that the next trust ratio goes by
+        is taken to be, on average over the elements, what it was.
+
+        Args:
+            p: a parameter of this optimizer, a plain tensor of at least one dimension.
+            index: int64 [rows of ``new_p``], on any device: the row of ``p`` whose moments each gets, -1 for none.
+            new_p: a leaf that is not in this optimizer, of ``p``'s dtype, device and shape but for the number of rows.
+                Its weights are the caller's.
+
+        Raises:
+            ValueError: one of these is something else; nothing is changed then.
+        """
+        places = {id(x): (group, i) for group in self.param_groups for i, x in enumerate(group["params"])}
+        if id(p) not in places or id(new_p) in places:
+            fault = "new_p is in it already" if id(p) in places else "p is not one of its parameters"
+            raise ValueError(
+                f"Lamb16.resize: {fault}; give a parameter of this optimizer and the one that takes its place"
+            )
+        group, i = places[id(p)]
+        check_resize(p, index, new_p, self._name(group, i))
+        state = self.state.get(p)
+        if state:
+            self._check_live_state(p, group, i)
+            state = resized(self.state[p], index.to(p.device), p, new_p)
+        self.state.pop(p, None)
+        group["params"][i] = new_p
+        if state:
+            self.state[new_p] = state
+        self._plans.clear()
+        self._stores.clear()
+        self._last = []
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     @overload
@@ -392,6 +434,12 @@ class Lamb16(Optimizer):
         name, float8 = self._name(group, i), group["moment_dtype"] == "float8"
         state = self.state[p] = renamed(self.state[p])
         missing = set(ENTRIES) - set(DERIVED) - set(state)
+        many = [key for key in SCALARS if isinstance(state.get(key), Tensor) and state[key].numel() != 1]
+        if many:
+            raise ValueError(
+                f"Lamb16: {many[0]} of parameter {name} has shape {tuple(state[many[0]].shape)}, expected one number; "
+                "cut and extend parameters with optimizer.resize(p, index, new_p)"
+            )
         if missing:
             raise ValueError(
                 f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
@@ -408,7 +456,8 @@ class Lamb16(Optimizer):
             if codes.shape != p.shape or local(codes).shape != local(p).shape:
                 raise ValueError(
                     f"Lamb16: parameter {name} has shape {tuple(p.shape)}, but its state was made for "
-                    f"{tuple(codes.shape)}; delete optimizer.state[parameter] when you change a parameter's shape"
+                    f"{tuple(codes.shape)}; change a parameter's rows with optimizer.resize(p, index, new_p), or "
+                    "delete optimizer.state[parameter]"
                 )
             if codes.dtype != wanted:
                 raise ValueError(
@@ -476,13 +525,37 @@ class Lamb16(Optimizer):
         state_dict["state"] = {key: _map_codes(state, _as_bytes) for key, state in state_dict["state"].items()}
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def float32_state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim.AdamW`` loads it: ``step``, and ``exp_avg`` and ``exp_avg_sq`` in float32.
+
+        The groups have AdamW's hyperparameters; those that only Lamb16 has are left out.
+        """
+        params = (p for group in self.param_groups for p in group["params"])
+        return to_adamw(self.state_dict(), dict(enumerate(params)))
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True
+    ) -> Loaded:
         """Load what :meth:`state_dict` gave; codes as uint8 or fp8, kept bit for bit, as are the float32 scales.
+
+        Where both sides have names, states are matched by name, whatever the order of parameters and groups; else by
+        position. Groups give their hyperparameters to the group with the same members; what a group lacks stays as it
+        is here. With ``strict=False`` what fits by name and shape is loaded, and the rest is returned and kept.
+
+        The states of other optimizers with Adam's two moments are quantized: torch's Adam and AdamW, LAMB in FP32, and
+        8-bit states of torchao and bitsandbytes (:mod:`lamb16.convert`). Of their groups ``lr``, ``betas``, ``eps``,
+        ``weight_decay`` and ``maximize`` are taken, where they are valid here.
+
+        Moments are copied into the memory of those that are there, where shapes, dtypes and devices fit.
 
         For DTensor parameters all ranks must call this, with codes that are DTensors of any placements or whole.
 
+        Returns:
+            What was left out by ``strict=False``, as ``torch.nn.Module.load_state_dict`` does.
+
         Raises:
-            ValueError: groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is changed then.
+            ValueError: names, groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is
+                changed then.
         """
         state_dict = state_dict.copy()
         error: Exception | None = None
@@ -491,77 +564,139 @@ class Lamb16(Optimizer):
                 replaced = hook(self, state_dict)
                 if replaced is not None:
                     state_dict = replaced
-            groups = self._checked_groups(state_dict)
-            state_dict["state"] = {key: renamed(state) for key, state in state_dict["state"].items()}
-            known = self._checked_owners(state_dict, groups)
-        except Exception as found:
-            error = found
+            check_state_dict(state_dict)
+            names = [[self._name(group, i) for i in range(len(group["params"]))] for group in self.param_groups]
+            named = all("param_names" in group for group in self.param_groups)
+            found = match(state_dict["param_groups"], names, named, strict)
+            check_owners(state_dict)
+            states = {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
+            groups = self._checked_groups(state_dict["param_groups"], states, found.sources)
+            foreign = self._checked_states(state_dict["param_groups"], states, groups, names, found, strict)
+        except Exception as caught:
+            error = caught
         agree(error, [p for group in self.param_groups for p in group["params"]])
-        self.__setstate__({"state": self._read_state(state_dict, known), "param_groups": groups})
+        share(list(foreign.values()))
+        self.__setstate__({"state": self._read_state(states, foreign, groups, names, found), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        return found.loaded
 
-    def _checked_groups(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The saved groups with this optimizer's parameters in them."""
-        check_state_dict(state_dict)
-        saved = state_dict["param_groups"]
-        check_groups(saved, self.param_groups)
-        check_owners(state_dict)
+    def _checked_groups(
+        self, saved: list[dict[str, Any]], states: dict[Any, Any], sources: list[int | None]
+    ) -> list[dict[str, Any]]:
+        """This optimizer's groups with the hyperparameters of the saved ones that they have for a source."""
+        ours = any(isinstance(state, dict) and set(MOMENTS) & set(state) for state in states.values())
         groups = []
-        for k, (new, old) in enumerate(zip(saved, self.param_groups, strict=True)):
-            missing = set(NAMES) - set(new)
-            if missing - VERSION_2:
-                raise ValueError(
-                    f"Lamb16.load_state_dict: group {k} has no {sorted(missing)}: this is another optimizer's state"
-                )
-            new = {name: old[name] for name in missing} | new
+        for old, k in zip(self.param_groups, sources, strict=True):
+            new: dict[str, Any] = {} if k is None else saved[k]
+            if k is not None and not ours and not set(OWN) & set(new):
+                new = own_group(new, f"group {k}")
             check_hyperparameters(new, f".load_state_dict (group {k})", running=True)
-            group = {key: deepcopy(value) for key, value in new.items() if key not in ("params", "param_names")}
+            kept = old if k is None else {name: old[name] for name in NAMES}
+            group = {
+                key: deepcopy(value) for key, value in (kept | new).items() if key not in ("params", "param_names")
+            }
             group["params"] = old["params"]
-            if "param_names" in old:
-                group["param_names"] = old["param_names"]
+            for names in (saved[k] if k is not None else old, old):
+                if "param_names" in names:
+                    group["param_names"] = list(names["param_names"])
             groups.append(group)
         return groups
 
-    def _checked_owners(
-        self, state_dict: dict[str, Any], groups: list[dict[str, Any]]
-    ) -> dict[Any, tuple[Tensor, dict[str, Any]]]:
-        """This optimizer's parameter, and its group, for every key of the saved state that stands for one."""
-        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        owners = [(p, group, i) for group in groups for i, p in enumerate(group["params"])]
-        known = dict(zip(ids, owners, strict=True))
-        for key, value in state_dict["state"].items():
-            if key in known:
-                p, group, i = known[key]
-                check_state(value, p, self._name_in(groups, group, i), group["moment_dtype"])
-        return {key: (p, group) for key, (p, group, _) in known.items()}
+    def _checked_states(
+        self,
+        saved: list[dict[str, Any]],
+        states: dict[Any, Any],
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        found: Match,
+        strict: bool,
+    ) -> dict[Any, Foreign]:
+        """Refuse what cannot be loaded; returns those states that another optimizer made.
+
+        With ``strict=False`` those of another shape are taken out of ``found``.
+        """
+        foreign = {}
+        saved_group = {key: group for group in saved for key in group["params"]}
+        for key, state in states.items():
+            if key not in found.owners:
+                continue
+            k, i = found.owners[key]
+            p, name = groups[k]["params"][i], names[k][i]
+            other = keys_of(state)
+            first = state.get((other or MOMENTS)[0]) if isinstance(state, dict) else None
+            if not strict and isinstance(first, Tensor) and first.shape != p.shape:
+                found.loaded.mismatched_keys.append(name)
+                del found.owners[key]
+            elif other:
+                foreign[key] = check_foreign(state, saved_group[key], p, name)
+            else:
+                check_state(state, p, name, groups[k]["moment_dtype"])
+        return foreign
 
     def _read_state(
-        self, state_dict: dict[str, Any], known: dict[Any, tuple[Tensor, dict[str, Any]]]
+        self,
+        states: dict[Any, Any],
+        foreign: dict[Any, Foreign],
+        groups: list[dict[str, Any]],
+        names: list[list[str]],
+        found: Match,
     ) -> dict[Any, Any]:
         """The saved states keyed by this optimizer's parameters, copied to their devices and spread as they are."""
-        state, derived = {}, {}
-        for key, value in state_dict["state"].items():
-            if key not in known:
-                state[key] = value
-                continue
-            p, group = known[key]
-            loaded = init_state(p, int(value["salt"]) & 0xFFFFFFFF, group["moment_dtype"] == "float8")
-            for name in CODES:
-                part, target = like_param(p, _as_bytes(name, value[name])), local(loaded[name])
+        owners = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.owners.items()}
+        left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
+        state = {
+            p: self.state[p]
+            for group, own in zip(groups, names, strict=True)
+            for p, name in zip(group["params"], own, strict=True)
+            if name in left_out and self.state.get(p)
+        }
+        known = [key for key in states if key in owners]
+        memory = {key: self._memory_for(*owners[key]) for key in known}
+        live = {x.untyped_storage().data_ptr() for pair in memory.values() for x in map(local, pair or ())}
+
+        def reads_others(key: Any) -> bool:
+            """Whether it is read from memory that another state's moments are about to be written to."""
+            mine = {x.untyped_storage().data_ptr() for x in map(local, memory[key] or ())}
+            sources = [local(states[key][name]) for name in MOMENTS]
+            return any(x.numel() and x.untyped_storage().data_ptr() in live - mine for x in sources)
+
+        first = {key for key in known if key not in foreign and reads_others(key)}
+        loaded: dict[Any, dict[str, Any]] = {}
+        for key in sorted(known, key=lambda key: key not in first):
+            p, group = owners[key]
+            float8, value = group["moment_dtype"] == "float8", states[key]
+            if key in foreign:
+                k, i = found.owners[key]
+                value = as_lamb16(foreign[key], self._salt(self.param_groups[k], i), float8)
+            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, None if key in first else memory[key])
+            for entry in CODES:
+                part, target = like_param(p, _as_bytes(entry, value[entry])), local(loaded[key][entry])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
-            for name in set(SCALARS) & set(value) - {"salt"}:
-                loaded[name].fill_(float(value[name]) if loaded[name].is_floating_point() else int(value[name]))
-            find_largest(loaded)
-            state[p] = loaded
-            if "weight_sum" not in value:
-                derived[p] = loaded
-        _add_up(derived)
+            for entry in set(SCALARS) & set(value) - {"salt"}:
+                scalar = loaded[key][entry]
+                scalar.fill_(float(value[entry]) if scalar.is_floating_point() else int(value[entry]))
+            find_largest(loaded[key])
+        _add_up({owners[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
+        for key, value in states.items():
+            if key in owners:
+                state[owners[key][0]] = loaded[key]
+            elif key not in found.keys:  # of no parameter
+                state[key] = value
         return state
 
-    def _name_in(self, groups: list[dict[str, Any]], group: dict[str, Any], i: int) -> str:
-        index = next(k for k, g in enumerate(groups) if g is group)
-        return self._name(self.param_groups[index], i)
+    def _memory_for(self, p: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
+        """The moments that are there, if a state of this parameter can be copied into them."""
+        moments = [self.state.get(p, {}).get(name) for name in MOMENTS]
+        for x, dtype in zip(moments, MOMENT_DTYPES[group["moment_dtype"]], strict=True):
+            if not isinstance(x, Tensor) or x.is_inference():
+                return None
+            mine, own = local(x), local(p)
+            if (x.shape, mine.shape, mine.dtype, mine.device) != (p.shape, own.shape, dtype, own.device):
+                return None
+            if not mine.is_contiguous() or placement(x) != placement(p):
+                return None
+        return moments
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""

@@ -46,6 +46,11 @@ def local(tensor: Tensor) -> Tensor:
         return shard
 
 
+def placement(tensor: Tensor) -> Any:
+    """The mesh and the placements of a DTensor; None of a plain tensor."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def like(param: Tensor, shard: Tensor) -> Tensor:
     """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor."""
@@ -67,7 +72,7 @@ def like_param(param: Tensor, tensor: Tensor) -> Tensor:
         return tensor.detach()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     if is_sharded(tensor):
-        if tensor.device_mesh != mesh or tensor.placements != placements:  # type: ignore[attr-defined]
+        if placement(tensor) != placement(param):
             tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
         return _arrived(local(tensor))
     return tensor.detach()[_slices(param)]

@@ -137,15 +137,16 @@ def _versions(moments: list[Tensor]) -> list[int]:
         return [0 if x.is_inference() else x._version for x in moments]
 
 
-def init_state(param: Tensor, salt: int, float8: bool) -> dict[str, Any]:
+def init_state(param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor] | None = None) -> dict[str, Any]:
     """The state of a parameter before its first step; codes and moments are contiguous and spread as it is.
 
-    The sum of the weights is that of this rank's part.
+    ``moments`` are taken as they are in place of new zeros. The sum of the weights is that of this rank's part.
     """
     scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
     dtypes = MOMENT_DTYPES["float8" if float8 else "float32"]
     device, shape = param.device, local(param).shape
-    moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes]
+    if moments is None:
+        moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes]
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.int32, device=device),
         "exp_avg_codes": moments[0],
@@ -179,6 +180,34 @@ def complete(param: Tensor, state: dict[str, Any]) -> bool:
         return False
     state["weight_sum"] = weight_sum(local(param))
     return True
+
+
+def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> dict[str, Any]:
+    """The state of ``old`` for ``new``, whose rows come from the rows ``index``; those below 0 are new, with moments 0.
+
+    Step, salt and scales stay; the largest codes and the weights' sum are found anew; the last update's sum and count
+    become those of as many elements like the old ones on average.
+    """
+    rows, fresh = index.clamp(min=0), index < 0
+    moments = []
+    for name in MOMENTS:
+        codes = state[name]
+        raw = codes.view(torch.uint8) if codes.element_size() == 1 else codes
+        if old.shape[0]:
+            cut = raw.index_select(0, rows)
+            cut[fresh] = 0
+        else:
+            cut = raw.new_zeros(new.shape)
+        moments.append(cut.view(codes.dtype))
+    float8 = moments[0].dtype != torch.float32
+    found = init_state(new, int(state["salt"]) & 0xFFFFFFFF, float8, moments)
+    for name in ("step", "exp_avg_scale", "exp_avg_sq_scale"):
+        found[name].fill_(float(state[name]) if name != "step" else int(state[name]))
+    if old.numel():
+        for name in ("update_sum", "mask_count"):
+            found[name].fill_(int(state[name]) * new.numel() // old.numel())
+    find_largest(found)
+    return found
 
 
 def find_largest(state: dict[str, Any]) -> None:

@@ -1,0 +1,222 @@
+"""States of other optimizers with Adam's two moments into Lamb16's, and back.
+
+Read are ``exp_avg`` and ``exp_avg_sq`` (torch's Adam and AdamW, LAMB of apex, timm and :mod:`lamb16.baselines`,
+torchao's low-bit AdamW, whose tensors have ``dequantize``) and bitsandbytes' ``state1`` and ``state2`` (float32, or
+codes for blocks with ``qmap1`` and ``absmax1``, ``qmap2`` and ``absmax2``). A state's step is in it or in its group.
+
+Codes are rounded to nearest, so they depend on nothing but the values. A second moment above 0 never becomes 0.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fp8
+from .fp8 import E4M3, E5M2, Format
+from .hyper import check_hyperparameters
+from .sharding import is_sharded, like, local
+from .store import MOMENTS, SCALARS, _parts
+from .update import new_scale
+
+ADAM, BITSANDBYTES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
+# What else such a state may hold. Anything more, such as amsgrad's maximum, belongs to a rule that Lamb16 has not.
+OTHERS = {
+    ADAM: {"step"},
+    BITSANDBYTES: {"step", "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"},
+}
+OWN = ("trust_scale", "trust_lr", "moment_dtype")  # hyperparameters that no other optimizer has
+TAKEN = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
+WRAPPED = "__bnb_optimizer_quant_state__"
+KEPT = ("initial_lr",)  # schedulers'
+BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
+OVERFLOW = 2.0**127  # of a second moment, as in reference.py
+
+
+@dataclass
+class Foreign:
+    """A checked state of another optimizer: ``values`` are its moments, whole or spread, as they were found.
+
+    ``largest``: the largest magnitude of each, 0-d float32; of this rank's part until :func:`share`.
+    """
+
+    state: dict[str, Any]
+    keys: tuple[str, str]
+    step: int
+    largest: list[Tensor]
+
+
+def unwrapped(state: Any) -> Any:
+    """A state in which nothing is nested, as bitsandbytes nests what is quantized."""
+    if not isinstance(state, dict) or WRAPPED not in state:
+        return state
+    return {key: value for key, value in state.items() if key != WRAPPED} | state[WRAPPED]
+
+
+def keys_of(state: Any) -> tuple[str, str] | None:
+    """The names of another optimizer's two moments in this state."""
+    if not isinstance(state, dict) or set(MOMENTS) & set(state):
+        return None
+    return next((keys for keys in (ADAM, BITSANDBYTES) if set(keys) <= set(state)), None)
+
+
+def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: str) -> Foreign:
+    """What is needed to load another optimizer's state; ``group`` is the saved one.
+
+    Raises:
+        ValueError: it does not fit the parameter, or holds what cannot be a moment.
+    """
+    keys = keys_of(state)
+    assert keys is not None
+    surplus = set(state) - set(keys) - OTHERS[keys]
+    if surplus:
+        raise ValueError(
+            f"Lamb16.load_state_dict: the state of parameter {name} is another optimizer's and has the entries "
+            f"{sorted(surplus)}, of which Lamb16 knows nothing; delete these to load its moments alone"
+        )
+    largest = []
+    for key in keys:
+        value = state[key]
+        where = f"Lamb16.load_state_dict: {key} of parameter {name}"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where} is {type(value).__name__}, expected a tensor")
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{where} has shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}: the "
+                "checkpoint belongs to another model"
+            )
+        if is_sharded(value) and not is_sharded(param):
+            raise ValueError(f"{where} is spread over ranks (DTensor), the parameter not; gather it first")
+        try:
+            whole = moment(state, key)
+        except Exception as error:
+            raise ValueError(f"{where} cannot be read ({error}); convert the state to float32 first") from error
+        low, high = _extremes(local(whole))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{where} holds an infinity or a NaN: it is damaged")
+        if key == keys[1] and (low < 0 or high >= OVERFLOW):
+            raise ValueError(f"{where} holds {low if low < 0 else high}, which is no second moment")
+        largest.append(torch.tensor(max(-low, high), dtype=torch.float32, device=local(whole).device))
+    step = state.get("step", group.get("step"))
+    if step is None or (isinstance(step, Tensor) and step.numel() != 1) or not 0 <= float(step) < 2**31:
+        raise ValueError(
+            f"Lamb16.load_state_dict: step of parameter {name} is {step!r}, expected a number of steps in its state or "
+            "its group"
+        )
+    return Foreign(state, keys, int(step), largest)
+
+
+def moment(state: dict[str, Any], key: str) -> Tensor:
+    """A moment as a floating-point tensor, this rank's part of it where it is spread."""
+    value: Tensor = local(state[key])
+    if key in BITSANDBYTES and value.dtype == torch.uint8:
+        return _from_blocks(value, state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"])
+    if type(value).dequantize is not Tensor.dequantize:
+        value = value.dequantize()
+    if not value.is_floating_point() or value.element_size() < 2:
+        raise ValueError(f"it is {value.dtype}")
+    return value
+
+
+def _from_blocks(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
+    """float32 values of bitsandbytes' codes: what is at the code's place in ``qmap`` times its block's ``absmax``."""
+    flat = codes.reshape(-1)
+    size = next((size for size in BLOCKS if -(-len(flat) // size) == len(absmax)), None)
+    if size is None:
+        raise ValueError(f"{len(absmax)} absmax for {len(flat)} codes fit no size of blocks")
+    scales = absmax.to(flat.device).repeat_interleave(size)[: len(flat)]
+    return (qmap.to(flat.device)[flat.int()] * scales).view(codes.shape)
+
+
+def _extremes(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest element, NaN if there is one; 0 and 0 of none."""
+    if not x.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(x)  # a NaN is handed on
+    return float(low), float(high)
+
+
+def share(found: Sequence[Foreign]) -> None:
+    """Make the largest magnitudes those of whole tensors; a collective for those that are DTensors."""
+    meshes: dict[Any, list[tuple[Foreign, int]]] = {}
+    for one in found:
+        for k, key in enumerate(one.keys):
+            if is_sharded(one.state[key]):
+                meshes.setdefault(one.state[key].device_mesh, []).append((one, k))
+    for mesh, members in meshes.items():
+        largest = torch.stack([one.largest[k] for one, k in members])
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        for (one, k), value in zip(members, largest, strict=True):
+            one.largest[k] = value
+
+
+def as_lamb16(foreign: Foreign, salt: int, float8: bool) -> dict[str, Any]:
+    """The state by Lamb16's names, without what is derived; codes as uint8, spread as the moments were."""
+    state: dict[str, Any] = {"step": foreign.step, "salt": fp8.wrapped(salt)}
+    names = zip(MOMENTS, SCALARS[:2], foreign.keys, foreign.largest, (E4M3, E5M2), strict=True)
+    for name, scale_name, key, largest, fmt in names:
+        whole = moment(foreign.state, key)
+        scale, inverse = new_scale(largest, fmt, float8)
+        state[scale_name] = scale
+        moments = _encoded(whole, inverse, fmt) if float8 else whole.float()
+        state[name] = like(foreign.state[key], moments) if is_sharded(foreign.state[key]) else moments
+    return state
+
+
+def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
+    """uint8 codes of x times ``inverse``, to nearest."""
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
+    for part, out in zip(_parts(x.reshape(-1)), _parts(codes.view(-1)), strict=True):
+        part = part.float()
+        code = fp8.encode((part * inverse).abs(), to_nearest, fmt)
+        signed = code | (torch.signbit(part).int() << 7)
+        out.copy_(signed if fmt is E4M3 else torch.where(part > 0, code.clamp(min=1), code))
+    return codes
+
+
+def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
+    """Of another optimizer's group what Lamb16 takes over: :data:`TAKEN`, where it is valid here.
+
+    Raises:
+        ValueError: the group has no ``betas``, so the optimizer is not of Adam's kind.
+    """
+    if "betas" not in saved:
+        raise ValueError(
+            f"Lamb16.load_state_dict: {where} has no betas: this is the state of another optimizer, without Adam's "
+            "two moments"
+        )
+    taken = {key: saved[key] for key in KEPT if key in saved}
+    for key in (key for key in TAKEN if key in saved):
+        try:
+            check_hyperparameters({key: saved[key]}, f".load_state_dict ({where})")
+            taken[key] = saved[key]
+        except ValueError as error:
+            warnings.warn(f"{error}; this optimizer's own is kept", stacklevel=4)
+    return taken
+
+
+def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:
+    """Lamb16's state dict as one of ``torch.optim.AdamW``; ``params`` are the parameters by their keys in it."""
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    names = ("params", "param_names", *TAKEN, *KEPT)
+    groups = [defaults | {key: group[key] for key in names if key in group} for group in state_dict["param_groups"]]
+    state = {key: _as_adam(own, params[key]) for key, own in state_dict["state"].items() if key in params}
+    return {"state": state, "param_groups": groups}
+
+
+def _as_adam(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
+    for name, scale_name, key, fmt in zip(MOMENTS, SCALARS[:2], ADAM, (E4M3, E5M2), strict=True):
+        own = local(state[name])
+        values = own if own.dtype == torch.float32 else fp8.decode(own, fmt) * state[scale_name].to(own.device)
+        # In the parameter's memory format, which AdamW's fused step takes for granted.
+        found[key] = like(param, torch.empty_like(local(param), dtype=torch.float32).copy_(values))
+    return found
