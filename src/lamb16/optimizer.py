@@ -254,7 +254,7 @@ class Lamb16(Optimizer):
         check_resize(p, index, new_p, self._name(group, i))
         state = self.state.get(p)
         if state:
-            self._check_live_state(p, group, i)
+            self._check_live_state(p, group, i, New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
         self.state.pop(p, None)
         group["params"][i] = new_p
