@@ -12,12 +12,16 @@ from torch import Tensor
 from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS
+from .wrapped import fake_mode, fault, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_parameter(param: Tensor, name: str) -> None:
     """Raise TypeError or ValueError for a parameter that cannot be optimized."""
+    wrong = fault(param)
+    if wrong is not None:
+        raise TypeError(f"Lamb16: parameter {name} is a {wrong}")
     if param.is_complex():
         raise TypeError(
             f"Lamb16: parameter {name} is complex ({param.dtype}), which has no fp8 moments; "
@@ -34,6 +38,9 @@ def check_parameter(param: Tensor, name: str) -> None:
 
 def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     """Raise RuntimeError for a gradient that cannot be used."""
+    wrong = fault(grad)
+    if wrong is not None:
+        raise RuntimeError(f"Lamb16: the gradient of parameter {name} is a {wrong}")
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"Lamb16 does not support sparse gradients, and parameter {name} has one ({grad.layout}); "
@@ -47,6 +54,15 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"Lamb16: parameter {name} has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}; set the "
             "gradient to None when you change a parameter's shape"
+        )
+
+
+def check_fake(param: Tensor, grad: Tensor, name: str) -> None:
+    """Raise RuntimeError unless fake tensors are stepped under their mode, and no others there."""
+    if not is_fake(param) == is_fake(grad) == fake_mode():
+        raise RuntimeError(
+            f"Lamb16: parameter {name}, its gradient and step must all be under FakeTensorMode, or none of them; make "
+            "parameters and gradients, and call step, within the same FakeTensorMode"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
+    check_fake,
     check_gradient,
     check_groups,
     check_owners,
@@ -39,6 +40,7 @@ from .sharding import (
     whole_sums,
 )
 from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed
+from .wrapped import fake_mode, is_fake
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 VERSION_2 = {"nesterov", "caution"}  # hyperparameters that a state of version 0.1 has not
@@ -244,16 +246,18 @@ class Lamb16(Optimizer):
         """
         grads: dict[int, Tensor] = {}
         key: list[Any] = []
-        sharded = sharded_types()
+        sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
             params = group["params"]
             for i, grad in enumerate(map(attrgetter("grad"), params)):
                 if grad is not None:
                     p = params[i]
-                    if grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+                    special = type(grad) is not Tensor or (sharded and isinstance(p, sharded))
+                    if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
                         check_gradient(p, grad, self._name(group, i))
-                    if sharded and (isinstance(p, sharded) or isinstance(grad, sharded)):
+                    if special or fake:
+                        check_fake(p, grad, self._name(group, i))
                         grad = local_gradient(p, grad, self._name(group, i))
                     grads[id(p)] = grad
                     key += (id(p), grad.dtype)
@@ -290,6 +294,8 @@ class Lamb16(Optimizer):
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
         executor = self._executor()
+        if any(is_fake(p) for pairs in members.values() for p, _ in pairs):
+            executor = Eager()  # there is no memory that generated code could work on
         for kind, pairs in members.items():
             params = [p for p, _ in pairs]
             for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():

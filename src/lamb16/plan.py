@@ -19,9 +19,10 @@ from . import update
 from .compiled import Executor, Graph, Kind
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import ForeachPacking, TablePacking, Tail
-from .sharding import MAX_JUMPS, Layout, is_sharded, layout, local
-from .store import MOMENTS, Store
+from .sharding import MAX_JUMPS, Layout, layout, local
+from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
+from .wrapped import PLAIN
 
 BATCH = 64  # packed rows that are stepped together, at least
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
@@ -187,7 +188,7 @@ class Plan:
         executor: Executor,
     ) -> None:
         self.kind, self.params, self.states, self.store, self.executor = kind, params, states, store, executor
-        self.distributed = any(is_sharded(p) for p in params)
+        self.plain = set(map(type, params)) <= PLAIN
         self.layouts = [layout(p) for p in params]
         self.sharded = any(x.groups for x in self.layouts)
         weights = self._weights()
@@ -268,7 +269,7 @@ class Plan:
         return found
 
     def _weights(self) -> list[Tensor]:
-        return [local(p) for p in self.params] if self.distributed else list(self.params)
+        return list(self.params) if self.plain else [local(p) for p in self.params]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class Plan:
         contiguous = [w if w.is_contiguous() else w.contiguous() for w in weights]
         self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
         moments = [list(map(itemgetter(name), self.states)) for name in MOMENTS]
-        if self.distributed:
+        if not self.plain:
             moments = [list(map(local, x)) for x in moments]
         tensors = [contiguous, [g.contiguous() for g in grads], *moments]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
@@ -359,7 +360,8 @@ class Plan:
         for w, c in self.copies:
             w.copy_(c)
         written = [x for block in self.blocks[: len(self.rows.large)] for x in (block.p, block.m, block.v)]
-        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+        outer = [] if self.plain else list(self.params)
+        torch.autograd.graph.increment_version([x for x in written + outer if not x.is_inference()])
         state = self.store.state(self.home)
         arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
@@ -405,5 +407,5 @@ def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
 
 
 def _memory(weights: Sequence[Tensor]) -> list[Any]:
-    kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
-    return [list(map(what, weights)) for what in kinds]
+    kinds = Tensor.size, Tensor.stride, attrgetter("dtype"), type
+    return [addresses(weights), *(list(map(what, weights)) for what in kinds)]

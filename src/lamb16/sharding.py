@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .wrapped import plain
+
 if TYPE_CHECKING:
     from .plan import Plan
 
@@ -36,12 +38,11 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without a copy; of a plain tensor all."""
+    """What this rank holds of a tensor, as a plain tensor without a copy; of one that is no DTensor all."""
     if not is_sharded(tensor):
-        return tensor.detach()
+        return plain(tensor)
     with torch.no_grad():
-        shard: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
-        return shard
+        return plain(tensor.to_local())  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -62,22 +63,17 @@ def like_param(param: Tensor, tensor: Tensor) -> Tensor:
     A collective where the two are spread differently. ``tensor`` has ``param``'s shape; fp8 must come as uint8.
     """
     if not is_sharded(param):
-        return tensor.detach()
+        return plain(tensor)
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     if is_sharded(tensor):
         if tensor.device_mesh != mesh or tensor.placements != placements:  # type: ignore[attr-defined]
             tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
-        return _arrived(local(tensor))
-    return tensor.detach()[_slices(param)]
-
-
-def _arrived(tensor: Tensor) -> Tensor:
-    """The tensor itself in place of one that is still being communicated."""
-    return tensor.wait() if hasattr(tensor, "wait") else tensor
+        return local(tensor)
+    return plain(tensor)[_slices(param)]
 
 
 def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
-    """This rank's part of the gradient of ``param``; partial sums are reduced first.
+    """This rank's part of the gradient of ``param``, a plain tensor; partial sums are reduced first.
 
     Raises:
         RuntimeError: one of the two is a DTensor and the other is not.

@@ -15,6 +15,7 @@ from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
 from .sharding import like, local
 from .update import State
+from .wrapped import is_fake
 
 MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 TABLES: dict[torch.dtype, tuple[str, ...]] = {
@@ -127,7 +128,14 @@ def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
     """The addresses of the states' entries, and the moments' sizes and versions."""
     tensors = _plain(entries)
     moments = list(chain.from_iterable(zip(*(tensors[k::WIDTH] for k in range(len(MOMENTS))), strict=True)))
-    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, moments)), _versions(moments)
+    return addresses(tensors), list(map(Tensor.numel, moments)), _versions(moments)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where plain tensors begin; 0 for fake ones."""
+    if tensors and is_fake(tensors[0]):
+        return [0] * len(tensors)
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _versions(moments: list[Tensor]) -> list[int]:
