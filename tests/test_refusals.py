@@ -1,10 +1,19 @@
 """What cannot be stepped is refused before anything has moved; what looks as if it could not, and can, is stepped."""
 
+import itertools
+import math
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from helpers import all_params, assert_same, gradients, parameters, raw, take_steps
+from lamb16 import Lamb16
 
 TESTS = Path(__file__).parent
 
@@ -281,3 +290,254 @@ for first in (True, False):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_fake_tensors_are_stepped_under_their_mode_and_real_ones_outside(compile: bool) -> None:
     in_a_process(FAKE.replace("COMPILE", str(compile)))
+
+
+# -- situations --------------------------------------------------------------------------------------------------
+
+
+def named(compile: bool, shapes: Sequence[tuple[int, ...]] = ((64, 48), (2100,), (5, 4)), **options: Any) -> Lamb16:
+    """After one step on the parameters a, b and c; their next gradients are there."""
+    params = parameters(shapes)
+    optimizer = Lamb16(list(zip("abc", params, strict=True)), lr=0.01, weight_decay=0.1, compile=compile, **options)
+    take_steps(optimizer, [0])
+    for p, grad in zip(params, gradients(params, 1), strict=True):
+        p.grad = grad
+    return optimizer
+
+
+def freed(x: torch.Tensor) -> None:
+    x.untyped_storage().resize_(0)
+
+
+def an_inference_tensor(x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def negated(x: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(x.clone())
+
+
+def set_data(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Lamb16, list[nn.Parameter]], None]:
+    """Of b."""
+    return lambda _, params: setattr(params[1], "data", change(params[1].data))
+
+
+def set_entry(key: str, value: Any) -> Callable[[Lamb16, list[nn.Parameter]], None]:
+    return lambda optimizer, params: optimizer.state[params[1]].update({key: value})
+
+
+def set_option(name: str, value: Any) -> Callable[[Lamb16, list[nn.Parameter]], None]:
+    return lambda optimizer, _: optimizer.param_groups[0].update({name: value})
+
+
+def set_attribute(name: str, value: Any) -> Callable[[Lamb16, list[nn.Parameter]], None]:
+    return lambda optimizer, _: setattr(optimizer, name, value)
+
+
+def share_state(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
+    params[1].grad = None
+    params[1].data = params[0].data.clone()
+    params[1].grad = params[0].grad
+    optimizer.state[params[1]] = optimizer.state[params[0]]
+
+
+def share_codes(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
+    share_state(optimizer, params)
+    optimizer.state[params[1]] = dict(optimizer.state[params[0]])
+
+
+def new_parameter_without_name(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["params"].append(parameters([(3,)])[0])
+    optimizer.param_groups[0]["params"][-1].grad = torch.ones(3)
+
+
+def repaired_and_wrong(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
+    """The state of a can be repaired, that of c cannot be used."""
+    codes = optimizer.state[params[0]]["exp_avg_codes"]
+    optimizer.state[params[0]]["exp_avg_codes"] = torch.full_like(codes.view(torch.uint8), 0x7E)
+    optimizer.state[params[2]]["exp_avg_codes"] = torch.zeros(3)
+
+
+# What is done after a step, and what the next step says to it.
+SITUATIONS: dict[str, tuple[Callable[[Lamb16, list[nn.Parameter]], Any], str]] = {
+    "expanded": (set_data(lambda x: x[:1].clone().expand(2100)), "elements of parameter b share memory.*clone"),
+    "inference": (set_data(an_inference_tensor), "parameter b is an inference tensor.*clone"),
+    "negated": (set_data(negated), r"parameter b is a lazily negated view.*resolve_neg"),
+    "freed": (lambda _, params: freed(params[1]), "parameter b has no memory.*bring it back"),
+    "freed gradient": (lambda _, params: freed(params[1].grad), "the gradient of parameter b has no memory.*None"),
+    "shared": (
+        lambda _, params: setattr(params[1], "data", params[0].data.view(-1)[10:2110]),
+        "parameter a and parameter b share memory.*clone",
+    ),
+    "shared state": (share_state, "exp_avg.* of parameter a and exp_avg.* of parameter b share memory"),
+    "shared codes": (share_codes, "exp_avg.* of parameter a and exp_avg.* of parameter b share memory"),
+    "freed codes": (
+        lambda optimizer, params: freed(optimizer.state[params[1]]["exp_avg_codes"]),
+        "exp_avg_codes of parameter b has no memory",
+    ),
+    "inference codes": (
+        lambda optimizer, params: optimizer.state[params[1]].update(
+            exp_avg_codes=an_inference_tensor(optimizer.state[params[1]]["exp_avg_codes"])
+        ),
+        "exp_avg_codes of parameter b is an inference tensor",
+    ),
+    "three scales": (set_entry("exp_avg_scale", torch.ones(3)), "exp_avg_scale of parameter b is .* one number"),
+    "no step": (set_entry("step", None), "step of parameter b is None"),
+    "no codes": (set_entry("exp_avg_codes", None), "exp_avg_codes of parameter b is None.*load_state_dict"),
+    "one repaired, one wrong": (repaired_and_wrong, "parameter c has shape"),
+    "no name": (new_parameter_without_name, "4 parameters and 3 names"),
+    "sparse gradient": (
+        lambda _, params: setattr(params[2], "grad", params[2].detach().to_sparse()),
+        "sparse gradients.*c",
+    ),
+    "found_inf of two": (set_attribute("found_inf", torch.zeros(2)), "found_inf=.*one element"),
+    "found_inf is no tensor": (set_attribute("found_inf", 0.0), "found_inf=0.0.*one element"),
+    "found_inf on meta": (set_attribute("found_inf", torch.zeros((), device="meta")), "found_inf=.*one element"),
+    "grad_scale of two": (set_attribute("grad_scale", torch.ones(2)), "grad_scale=.*one element"),
+    "grad_scale is no tensor": (set_attribute("grad_scale", 2.0), "grad_scale=2.0.*one element"),
+    "max_grad_norm": (set_attribute("max_grad_norm", "1"), "max_grad_norm='1' is invalid"),
+    **{
+        f"{name}={value!r}": (set_option(name, value), f"{name}=.* is invalid; it must be")
+        for name, value in (
+            ("lr", math.nan), ("lr", math.inf), ("lr", None), ("lr", torch.ones(2)), ("lr", torch.tensor(math.nan)),
+            ("lr", torch.tensor(1)), ("betas", 0.9), ("betas", (0.9, 0.99, 0.999)), ("eps", "1"), ("eps", 0.0),
+            ("weight_decay", None), ("trust_clip", math.nan), ("caution", 2), ("maximize", None),
+            ("moment_dtype", ["float8"]),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("fresh", [False, True], ids=["the next step", "a new set of tensors"])
+def test_what_can_be_foreseen_is_refused_before_anything_changes(name: str, fresh: bool) -> None:
+    """In a step over the same tensors, and in one over others, two of them, which makes a new plan."""
+    change, message = SITUATIONS[name]
+    optimizer = named(False)
+    params = all_params(optimizer)
+    if fresh:
+        other = params[2] if name not in ("one repaired, one wrong", "sparse gradient") else params[1]
+        other.grad = None
+        optimizer.step()
+    change(optimizer, params)
+    before = everything(optimizer)
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as error:
+            optimizer.step()
+        assert "Lamb16" in str(error.value)
+        assert_same(before, everything(optimizer))
+
+
+def everything(optimizer: Lamb16) -> dict[str, Any]:
+    """The bytes of all that has memory."""
+    found = {}
+    for i, p in enumerate(all_params(optimizer)):
+        for key, x in {"weight": p, **optimizer.state.get(p, {})}.items():
+            lives = isinstance(x, torch.Tensor) and x.untyped_storage().nbytes()
+            found[f"{i}.{key}"] = raw(x.resolve_neg()) if lives else id(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((64, 48), (0, 1)),
+        ((64, 48), (2, 1)),
+        ((3, 2), (1, 3)),
+        ((3, 4), (4, 3)),  # 0, 3, 6, 9, then 4, 7, 10, 13, then 8, 11, 14, 17: not nested, and apart
+        ((4, 4), (4, 3)),  # then 12: it would have been the fifth of the first row, and is not there
+        ((4, 5), (4, 3)),
+        ((2, 2), (3, 2)),
+        ((1, 5), (0, 1)),
+        ((5, 1, 3), (3, 1, 1)),
+    ],
+    ids=str,
+)
+def test_overlapping_strides_are_told_from_others(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    x = torch.zeros(4000).as_strided(shape, strides)
+    indices = itertools.product(*map(range, shape))
+    places = {sum(i * step for i, step in zip(index, strides, strict=True)) for index in indices}
+    shares = len(places) < math.prod(shape)
+    p = nn.Parameter(x)
+    p.grad = torch.ones(shape)
+    optimizer = Lamb16([p], compile=False, weight_decay=0.1)
+    if shares:
+        with pytest.raises(ValueError, match="elements of parameter 0 share memory"):
+            optimizer.step()
+        assert not optimizer.state
+    else:
+        optimizer.step()
+
+
+def test_interleaved_views_of_one_tensor_are_stepped(compile_mode: bool) -> None:
+    """Columns, halves and a column of the rest share a storage and no element."""
+    whole = parameters([(64, 100)])[0].detach()
+    views = [whole[:, :48], whole[:, 48::2], whole[:, 49::2]]
+    apart = [nn.Parameter(x.clone()) for x in views]
+    together = [nn.Parameter(x) for x in views]
+    for params in (together, apart):
+        take_steps(Lamb16(params, lr=0.01, weight_decay=0.1, compile=compile_mode), range(2))
+    assert all(map(torch.equal, together, apart))
+    assert together[0].untyped_storage().data_ptr() == together[2].untyped_storage().data_ptr()
+    optimizer = Lamb16([*together, nn.Parameter(whole[:, 99:])], compile=False)
+    with pytest.raises(ValueError, match="parameter 2 and parameter 3 share memory"):
+        take_steps(optimizer, [0])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_weights_may_be_gradients(compile_mode: bool, whose: str) -> None:
+    """As long as nothing moves: the step reads them as they were before it."""
+    found = []
+    for copy in (False, True):
+        params = parameters([(64, 48), (64, 48), (5,), (5,)])
+        sources = params if whose == "its own" else [params[i] for i in (1, 0, 3, 2)]
+        for p, source in zip(params, sources, strict=True):
+            p.grad = source.detach().clone() if copy else source.detach()
+        Lamb16(params, lr=0.01, weight_decay=0.1, compile=compile_mode).step()
+        found.append(params)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.float16, torch.int64], ids=str)
+def test_found_inf_may_have_any_dtype(compile_mode: bool, dtype: torch.dtype) -> None:
+    optimizer = named(compile_mode)
+    before = everything(optimizer)
+    optimizer.found_inf = torch.ones((), dtype=dtype)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer.skipped == 3
+    optimizer.found_inf = torch.zeros((), dtype=dtype)  # type: ignore[attr-defined]
+    assert torch.equal(everything(optimizer)["0.weight"], before["0.weight"])
+    optimizer.step()
+    assert not torch.equal(everything(optimizer)["0.weight"], before["0.weight"])
+
+
+def test_a_negated_gradient_is_read_as_what_it_is(compile_mode: bool) -> None:
+    found = []
+    for lazily in (False, True):
+        optimizer = named(compile_mode)
+        for p in all_params(optimizer):
+            p.grad = torch._neg_view(p.grad) if lazily else -p.grad
+        optimizer.step()
+        found.append(everything(optimizer))
+    assert_same(*found)
+
+
+def test_steps_in_and_out_of_inference_mode(compile_mode: bool) -> None:
+    """State that was made in it cannot be written to outside of it: that is refused, and works in it again."""
+    optimizer, plain = (Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=compile_mode) for _ in range(2))
+    for t in range(4):
+        take_steps(plain, [t])
+        with torch.inference_mode(t % 2 == 1):
+            take_steps(optimizer, [t])
+        assert_same(everything(plain), everything(optimizer))
+    inside = Lamb16(parameters(), lr=0.01, weight_decay=0.1, compile=compile_mode)
+    with torch.inference_mode():
+        take_steps(inside, [0])
+    before = everything(inside)
+    with pytest.raises(ValueError, match=r"exp_avg_codes.* is an inference tensor.*inference_mode\(\) too"):
+        take_steps(inside, [1])
+    assert_same(before, everything(inside))
+    with torch.inference_mode():
+        take_steps(inside, [1])

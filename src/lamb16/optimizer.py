@@ -17,9 +17,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .checks import (
     check_fake,
     check_gradient,
+    check_gradient_memory,
     check_groups,
+    check_memory,
     check_owners,
     check_parameter,
+    check_scaler,
     check_state,
     check_state_dict,
 )
@@ -39,7 +42,7 @@ from .sharding import (
     sharded_types,
     whole_sums,
 )
-from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed
+from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, addresses, complete, find_largest, init_state, renamed
 from .wrapped import fake_mode, is_fake
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
@@ -52,6 +55,7 @@ class Cached(NamedTuple):
 
     plans: list[Plan]
     reductions: list[Reduction]
+    weights: set[int]  # where the weights begin
 
 
 class Lamb16(Optimizer):
@@ -189,7 +193,13 @@ class Lamb16(Optimizer):
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
         if "param_names" in group:
-            return str(group["param_names"][i])
+            names = group["param_names"]
+            if i >= len(names):
+                raise ValueError(
+                    f"Lamb16: a parameter group has {len(group['params'])} parameters and {len(names)} names; give "
+                    "group['param_names'] a name for each, or add the parameters with add_param_group"
+                )
+            return str(names[i])
         before = 0
         for other in self.param_groups:
             if other is group:
@@ -213,14 +223,20 @@ class Lamb16(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_max_grad_norm(self.max_grad_norm)
-        plans, reductions, grads = self._current_plans()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        check_scaler(grad_scale, found_inf)
+        try:
+            plans, reductions, grads = self._current_plans()
+        except (KeyError, TypeError):
+            for group in self.param_groups:
+                check_hyperparameters(group, running=True)
+            raise
         try:
             for plan in plans:
                 plan.inspect([grads[id(p)] for p in plan.params])
             for reduction in reductions:
                 reduction.before()
-            factor = None if grad_scale is None else grad_scale.double().reciprocal()
+            factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
             self._grad_norm = None
             if self.max_grad_norm is not None and plans:
                 self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
@@ -245,7 +261,7 @@ class Lamb16(Optimizer):
         Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it.
         """
         grads: dict[int, Tensor] = {}
-        key: list[Any] = []
+        key: list[Any] = [torch.is_inference_mode_enabled()]
         sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
@@ -268,31 +284,55 @@ class Lamb16(Optimizer):
                 self._plans.clear()
                 self._stores.clear()
             plans = self._make_plans(grads)
-            cached = self._plans[frozen] = Cached(plans, Reduction.of(plans))
+            weights = {start for plan in plans for start in plan.memory[0]} - {0}
+            cached = self._plans[frozen] = Cached(plans, Reduction.of(plans), weights)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
+        starts = addresses(list(grads.values()))
+        if 0 in starts:
+            self._check_gradients_memory(grads)
+        if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
+            grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
         return cached.plans, cached.reductions, grads
+
+    def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if id(p) in grads:
+                    check_gradient_memory(grads[id(p)], self._name(group, i))
 
     def _make_plans(self, grads: dict[int, Tensor]) -> list[Plan]:
         """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
         missing: list[tuple[Tensor, dict[str, Any], str]] = []
+        live: list[tuple[Tensor, dict[str, Any]]] = []
+        written: list[tuple[Tensor, str]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
                 if id(p) in grads:
-                    check_parameter(p, self._name(group, i))
-                    check_layout(p, self._name(group, i))
+                    name = self._name(group, i)
+                    check_parameter(p, name)
+                    check_layout(p, name)
+                    if grads[id(p)].device != p.device:
+                        raise RuntimeError(
+                            f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
+                            "set the gradient to None when you move a parameter"
+                        )
+                    written.append((local(p), f"parameter {name}"))
                     if self.state.get(p):
-                        self._check_live_state(p, group, i)
+                        state = self._checked_live_state(p, group, name)
+                        live.append((p, state))
+                        written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
                     else:
-                        missing.append((p, group, self._name(group, i)))
+                        missing.append((p, group, name))
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
+        check_memory(written)
         executor = self._executor()
         if any(is_fake(p) for pairs in members.values() for p, _ in pairs):
             executor = Eager()  # there is no memory that generated code could work on
@@ -300,6 +340,8 @@ class Lamb16(Optimizer):
             params = [p for p, _ in pairs]
             for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
                 executor.prepare(graph, kind)
+        for p, state in live:
+            self._repair(p, state)
         made = {
             p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
             for p, group, name in missing
@@ -329,18 +371,33 @@ class Lamb16(Optimizer):
         store = self._stores.setdefault(kind.device, Store(kind.device))
         return Plan(kind, params, [self.state[p] for p in params], store, slices, executor)
 
-    def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> None:
-        """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
-        name, float8 = self._name(group, i), group["moment_dtype"] == "float8"
-        state = self.state[p] = renamed(self.state[p])
+    def _checked_live_state(self, p: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in it.
+
+        Raises ValueError for a state that does not fit its parameter.
+        """
+        float8 = group["moment_dtype"] == "float8"
+        state = dict(renamed(self.state[p]))
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
                 f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
                 "start anew, or load a state with Lamb16.load_state_dict"
             )
+        for key in set(SCALARS) & set(state):
+            value = state[key]
+            if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is {value!r}, expected one number; load states with "
+                    "Lamb16.load_state_dict"
+                )
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
+            if not isinstance(state[key], Tensor):
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is {state[key]!r}, expected a tensor; delete "
+                    "optimizer.state[parameter] to start anew, or load a state with Lamb16.load_state_dict"
+                )
             codes = _as_fp8(key, state[key]) if float8 else state[key]
             if is_sharded(codes) != is_sharded(p):
                 raise ValueError(
@@ -361,6 +418,14 @@ class Lamb16(Optimizer):
             if not local(codes).is_contiguous() or codes.device != p.device:
                 codes = like(p, _to(local(codes), p.device))
             state[key] = codes
+        return state
+
+    def _repair(self, p: Tensor, repaired: dict[str, Any]) -> None:
+        """Give the state of a parameter the entries that it is to hold, and what is derived from them."""
+        state = self.state[p]
+        if state.keys() != repaired.keys():
+            state = self.state[p] = repaired
+        state.update(repaired)
         store = self._stores.get(p.device)
         if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
             find_largest(state)

@@ -126,7 +126,11 @@ class HyperTable:
     def check(self) -> None:
         """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
         for (group, _, _), seen in zip(self.groups, self.seen, strict=True):
-            if seen is None or _values(group)[1:] != seen[1:]:
+            try:
+                same = seen is not None and _values(group) == seen
+            except (KeyError, TypeError, ValueError):
+                same = False
+            if not same:
                 check_hyperparameters(group, running=True)
 
     def fill(self) -> Tensor:
@@ -289,7 +293,7 @@ class Plan:
         moments = [list(map(itemgetter(name), self.states)) for name in MOMENTS]
         if not self.plain:
             moments = [list(map(local, x)) for x in moments]
-        tensors = [contiguous, [g.contiguous() for g in grads], *moments]
+        tensors = [contiguous, [g.contiguous().resolve_neg() for g in grads], *moments]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
         if self.kind.device.type != "cpu":
             tensors[2:] = [list(map(as_bytes, x)) for x in moments]
@@ -335,7 +339,7 @@ class Plan:
         inputs = Inputs(
             *self.scaled_from, self.hyper.fill(), self.shards.numel, self.shards.base,
             self.one if inverse_scale is None else inverse_scale.to(k.device, torch.float64).view(()),
-            self.no_inf if found_inf is None else found_inf.to(k.device).view(()),
+            self.no_inf if found_inf is None else found_inf.to(k.device, torch.float32).view(()),
         )  # fmt: skip
         outputs = Outputs(self.outputs[0], self.outputs[1], self.outputs[2], self.counted, skipped)
         self.executor.run(Graph("scale"), k, inputs, self.store.state(self.home), outputs, k.float8)
