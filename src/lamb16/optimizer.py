@@ -226,41 +226,47 @@ class Lamb16(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         check_scaler(grad_scale, found_inf)
         try:
-            plans, reductions, grads = self._current_plans()
+            self._last = self._step(grad_scale, found_inf)
+        finally:
+            for cached in self._plans.values():
+                for plan in cached.plans:
+                    plan.let_go()
+        return loss
+
+    def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Plan]:
+        try:
+            (plans, reductions, _), grads, states = self._current_plans()
         except (KeyError, TypeError):
             for group in self.param_groups:
                 check_hyperparameters(group, running=True)
             raise
-        try:
-            for plan in plans:
-                plan.inspect([grads[id(p)] for p in plan.params])
-            for reduction in reductions:
-                reduction.before()
-            factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
-            self._grad_norm = None
-            if self.max_grad_norm is not None and plans:
-                self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
-            for plan in plans:
-                device = plan.kind.device
-                if device not in self._skipped:
-                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-                plan.scale(self._skipped[device], found_inf, factor)
-            for plan in plans:
-                plan.update()
-            for reduction in reductions:
-                reduction.after()
-        finally:
-            for plan in plans:
-                plan.let_go()
-        self._last = plans
-        return loss
+        for plan, own in zip(plans, states, strict=True):
+            plan.inspect([grads[key] for key in plan.ids], own)
+        for reduction in reductions:
+            reduction.before()
+        factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
+        self._grad_norm = None
+        if self.max_grad_norm is not None and plans:
+            self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
+        for plan in plans:
+            device = plan.kind.device
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            plan.scale(self._skipped[device], found_inf, factor)
+        for plan in plans:
+            plan.update()
+        for reduction in reductions:
+            reduction.after()
+        return plans
 
-    def _current_plans(self) -> tuple[list[Plan], list[Reduction], dict[int, Tensor]]:
-        """The plans for the parameters that have gradients, from the cache or new, and these gradients' local parts.
+    def _current_plans(self) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
+        """The plans for the parameters that have gradients, from the cache or new; these gradients' local parts; and
+        the states of each plan's parameters.
 
         Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it.
         """
         grads: dict[int, Tensor] = {}
+        params_of: dict[int, Tensor] = {}
         key: list[Any] = [torch.is_inference_mode_enabled()]
         sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
@@ -275,28 +281,39 @@ class Lamb16(Optimizer):
                     if special or fake:
                         check_fake(p, grad, self._name(group, i))
                         grad = local_gradient(p, grad, self._name(group, i))
-                    grads[id(p)] = grad
+                    grads[id(p)], params_of[id(p)] = grad, p
                     key += (id(p), grad.dtype)
+        starts = addresses(list(grads.values()))
+        if 0 in starts:
+            self._check_gradients_memory(grads)
         frozen = tuple(key)
         cached = self._plans.get(frozen)
-        if cached is None or not all(plan.fits(self.state) for plan in cached.plans):
-            if cached is not None or self._holds_dropped_states():  # all is read in again
-                self._plans.clear()
-                self._stores.clear()
+        if cached is not None and not all(plan.fits(params_of) for plan in cached.plans):
+            self._plans.clear()
+            cached = None
+        if cached is None:
             plans = self._make_plans(grads)
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
             cached = self._plans[frozen] = Cached(plans, Reduction.of(plans), weights)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
+        states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
+        if any(
+            None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
+        ):
+            self._ready_states(
+                grads, {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+            )
+            for plan in cached.plans:
+                plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
+            states = [[self.state[p] for p in plan.params] for plan in cached.plans]
+            cached = self._plans[frozen] = cached._replace(reductions=Reduction.of(cached.plans))
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
-        starts = addresses(list(grads.values()))
-        if 0 in starts:
-            self._check_gradients_memory(grads)
         if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
             grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
-        return cached.plans, cached.reductions, grads
+        return cached, grads, states
 
     def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
         for group in self.param_groups:
@@ -305,11 +322,9 @@ class Lamb16(Optimizer):
                     check_gradient_memory(grads[id(p)], self._name(group, i))
 
     def _make_plans(self, grads: dict[int, Tensor]) -> list[Plan]:
-        """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
+        """One plan for each kind of tensor, once everything has been checked and the states are there."""
+        executor = self._executor()
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
-        missing: list[tuple[Tensor, dict[str, Any], str]] = []
-        live: list[tuple[Tensor, dict[str, Any]]] = []
-        written: list[tuple[Tensor, str]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
@@ -322,26 +337,46 @@ class Lamb16(Optimizer):
                             f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
                             "set the gradient to None when you move a parameter"
                         )
-                    written.append((local(p), f"parameter {name}"))
-                    if self.state.get(p):
-                        state = self._checked_live_state(p, group, name)
-                        live.append((p, state))
-                        written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
-                    else:
-                        missing.append((p, group, name))
+                    if is_fake(p):
+                        executor = Eager()  # there is no memory that generated code could work on
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
+
+        def prepare() -> None:
+            for kind, pairs in members.items():
+                params = [p for p, _ in pairs]
+                for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
+                    executor.prepare(graph, kind)
+
+        self._ready_states(grads, set(grads), prepare)
+        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+
+    def _ready_states(
+        self, grads: dict[int, Tensor], changed: set[int], prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """Check those states of parameters with gradients that have changed, by the parameters' ids, and repair them.
+
+        Missing ones are created. Nothing is changed before all has been checked and ``prepare`` called.
+        """
+        missing: list[tuple[Tensor, dict[str, Any], str]] = []
+        live: list[tuple[Tensor, dict[str, Any]]] = []
+        written: list[tuple[Tensor, str]] = []
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if id(p) in grads:
+                    name, state = self._name(group, i), self.state.get(p)
+                    written.append((local(p), f"parameter {name}"))
+                    if not state:
+                        missing.append((p, group, name))
+                        continue
+                    if id(p) in changed:
+                        state = self._checked_live_state(p, group, name)
+                        live.append((p, state))
+                    written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
         check_memory(written)
-        executor = self._executor()
-        if any(is_fake(p) for pairs in members.values() for p, _ in pairs):
-            executor = Eager()  # there is no memory that generated code could work on
-        for kind, pairs in members.items():
-            params = [p for p, _ in pairs]
-            for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
-                executor.prepare(graph, kind)
-        for p, state in live:
-            self._repair(p, state)
+        prepare()
+        self._repair(live)
         made = {
             p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
             for p, group, name in missing
@@ -349,17 +384,11 @@ class Lamb16(Optimizer):
         _add_up(made)
         for p, state in made.items():
             self.state[p].update(state)
-        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
 
     def _executor(self) -> Executor:
         if isinstance(self._compile, bool):
             return Compiled() if self._compile else Eager()
         return self._compile
-
-    def _holds_dropped_states(self) -> bool:
-        """Whether a store still holds a state that was taken from ``self.state``, or emptied."""
-        live = {id(state) for state in self.state.values() if state}
-        return any(id(entry) not in live for store in self._stores.values() for entry in store.states)
 
     def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
@@ -369,7 +398,8 @@ class Lamb16(Optimizer):
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
         store = self._stores.setdefault(kind.device, Store(kind.device))
-        return Plan(kind, params, [self.state[p] for p in params], store, slices, executor)
+        homes = store.adopt([self.state[p] for p in params], self.state.values())
+        return Plan(kind, params, homes, store, slices, executor)
 
     def _checked_live_state(self, p: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
         """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in it.
@@ -420,17 +450,19 @@ class Lamb16(Optimizer):
             state[key] = codes
         return state
 
-    def _repair(self, p: Tensor, repaired: dict[str, Any]) -> None:
-        """Give the state of a parameter the entries that it is to hold, and what is derived from them."""
-        state = self.state[p]
-        if state.keys() != repaired.keys():
-            state = self.state[p] = repaired
-        state.update(repaired)
-        store = self._stores.get(p.device)
-        if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
-            find_largest(state)
-            if complete(p, state):
-                _add_up({p: state})
+    def _repair(self, live: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Give states the entries that they are to hold, and what is derived from them where they have changed."""
+        changed = []
+        for p, repaired in live:
+            state = self.state[p]
+            if state.keys() - repaired.keys():  # old names
+                state = self.state[p] = repaired
+            state.update(repaired)
+            store = self._stores.get(p.device)
+            if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
+                changed.append((p, state))
+        find_largest(*(state for _, state in changed))
+        _add_up({p: state for p, state in changed if complete(p, state)})
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -459,17 +491,18 @@ class Lamb16(Optimizer):
         clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
         the host. For a skipped tensor the ratio is the one that was not used.
         """
-        names: dict[Tensor, str] = {}
+        names: dict[int, str] = {}
         for k, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 name = self._name(group, i)
-                names[p] = f"{k}.{name}" if name in names.values() else name
+                if p.numel():
+                    names[id(p)] = f"{k}.{name}" if name in names.values() else name
         stats = {}
         for plan in self._last:
             report = plan.report.clone()
-            for row, p in zip(report, plan.params, strict=False):
-                if p.numel() and p in names:
-                    stats[names[p]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
+            for row, key in zip(report, plan.ids, strict=False):
+                if key in names:
+                    stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

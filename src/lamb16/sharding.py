@@ -87,6 +87,13 @@ def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
     return like_param(param, grad)
 
 
+def spread_of(param: Tensor) -> Any:
+    """What to compare to see whether two tensors are spread alike."""
+    if not is_sharded(param):
+        return None
+    return param.shape, param.placements, id(param.device_mesh)  # type: ignore[attr-defined]
+
+
 class Layout(NamedTuple):
     """Where the elements that a rank holds lie in the whole tensor.
 
@@ -251,7 +258,7 @@ class Reduction:
             RuntimeError: the first time, if the ranks do not step the same tensors.
         """
         found = [plan.whole_largest for plan in self.plans]
-        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+        states = [plan.store.state(plan.home[: len(plan.homes)]) for plan in self.plans]
         rows = [
             torch.stack([g[: len(s.home)], *(x[s.home].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
             for g, s in zip(found, states, strict=True)
@@ -268,7 +275,7 @@ class Reduction:
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
-        own = [x[: len(plan.params)] for x, plan in zip(sums, self.plans, strict=True)]
+        own = [x[: len(plan.homes)] for x, plan in zip(sums, self.plans, strict=True)]
         table = torch.cat(own)
         self.table.sum(table)
         for x, whole in zip(own, torch.split(table, [len(x) for x in own]), strict=True):
@@ -276,7 +283,7 @@ class Reduction:
 
     def after(self) -> None:
         """Make the sums in the state those of whole tensors."""
-        states = [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+        states = [plan.store.state(plan.home[: len(plan.homes)]) for plan in self.plans]
         rows = []
         for plan, s in zip(self.plans, states, strict=True):
             # Without caution the last one stays: the first of the ranks gives it.
@@ -319,7 +326,11 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
 
 def _signature(plans: Sequence[Plan]) -> tuple[int, int]:
     """31 bits of which tensors are stepped, by salts and shapes, and the complement: the MAX of both shows another."""
-    what = [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
+    what = [
+        (int(salt), tuple(p.shape))
+        for plan in plans
+        for salt, p in zip(plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, strict=False)
+    ]
     return _digest(what), 0x7FFFFFFF - _digest(what)
 
 
