@@ -372,7 +372,7 @@ def test_what_resize_refuses(fault: str) -> None:
 def test_states_that_were_cut_by_others_name_resize() -> None:
     optimizer, params = trained("ab")
     state = optimizer.state[params["b"]]
-    for entries in ({"step": state["step"].expand(40)}, {key: state[key][:3] for key in CODES}):
+    for entries in ({"step": state["step"].repeat(40)}, {key: state[key][:3] for key in CODES}):
         kept = dict(state)
         state.update(entries)
         with pytest.raises(ValueError, match=r"of parameter b|parameter b has shape") as error:

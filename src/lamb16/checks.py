@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from torch import Tensor
 from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
+from .wrapped import fake_mode, fault, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_parameter(param: Tensor, name: str) -> None:
     """Raise TypeError or ValueError for a parameter that cannot be optimized."""
+    wrong = fault(param)
+    if wrong is not None:
+        raise TypeError(f"Lamb16: parameter {name} is a {wrong}")
     if param.is_complex():
         raise TypeError(
             f"Lamb16: parameter {name} is complex ({param.dtype}), which has no fp8 moments; "
@@ -44,6 +49,9 @@ def check_parameter(param: Tensor, name: str) -> None:
 
 def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     """Raise RuntimeError for a gradient that cannot be used."""
+    wrong = fault(grad)
+    if wrong is not None:
+        raise RuntimeError(f"Lamb16: the gradient of parameter {name} is a {wrong}")
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"Lamb16 does not support sparse gradients, and parameter {name} has one ({grad.layout}); "
@@ -80,6 +88,98 @@ def check_resize(p: Tensor, index: Tensor, new_p: Tensor, name: str) -> None:
         raise ValueError(
             f"{where}: index holds {int(index.min())} to {int(index.max())}, but p has the rows 0 to {p.shape[0] - 1}; "
             "-1 stands for a new row"
+        )
+
+
+def check_gradient_memory(grad: Tensor, name: str) -> None:
+    """Raise RuntimeError for a gradient whose memory was freed."""
+    if grad.numel() and not grad.data_ptr() and not is_fake(grad):
+        raise RuntimeError(
+            f"Lamb16: the gradient of parameter {name} has no memory (its storage was resized to 0 bytes); bring it "
+            "back before step, or set it to None"
+        )
+
+
+def check_memory(tensors: Sequence[tuple[Tensor, str]]) -> None:
+    """Raise ValueError unless every element of these plain tensors, which a step writes to, has memory of its own.
+
+    ``tensors`` come with what they are called. Tensors without elements are nobody's.
+    """
+    placed = []
+    for x, what in tensors:
+        if not x.numel() or is_fake(x) or x.is_meta:
+            continue
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"Lamb16: {what} is an inference tensor, which cannot be written to here; call step under "
+                "torch.inference_mode() too, or clone the tensor outside of it"
+            )
+        if x.is_neg():
+            raise ValueError(f"Lamb16: {what} is a lazily negated view; give it memory of its own (.resolve_neg())")
+        begin, size = x.data_ptr(), x.element_size()
+        end = begin + size * (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)))
+        storage = x.untyped_storage()
+        if not begin or end > storage.data_ptr() + storage.nbytes():
+            raise ValueError(
+                f"Lamb16: {what} has no memory (its storage was resized to {storage.nbytes()} bytes); bring it back "
+                "before step"
+            )
+        if not x.is_contiguous() and _overlaps_itself(x):
+            raise ValueError(
+                f"Lamb16: elements of {what} share memory (shape {tuple(x.shape)}, strides {x.stride()}: an expanded "
+                "or overlapping view); optimize the tensor that it is a view of, or give it its own memory (.clone())"
+            )
+        placed.append((str(x.device), begin, end, x, what))
+    placed.sort(key=itemgetter(0, 1))
+    for k, (device, _, end, x, what) in enumerate(placed):
+        for other_device, other_begin, _, y, other in placed[k + 1 :]:
+            if other_device != device or other_begin >= end:
+                break
+            if _share_elements(x, y):
+                raise ValueError(
+                    f"Lamb16: {what} and {other} share memory; give each its own (.clone()), or optimize only one"
+                )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements are in the same place."""
+    reach = 0
+    for step, n in sorted((step, n) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if step <= reach:  # not nested, as those of most tensors are
+            return len(torch.unique(_places(x))) < x.numel()
+        reach += step * (n - 1)
+    return False
+
+
+def _share_elements(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory of two tensors, of which that of y begins within that of x, has bytes in common."""
+    if x.is_contiguous() or x.element_size() != y.element_size():
+        return True
+    apart = y.data_ptr() - x.data_ptr()
+    return bool(apart % x.element_size()) or bool(torch.isin(_places(y) + apart // x.element_size(), _places(x)).any())
+
+
+def _places(x: Tensor) -> Tensor:
+    """Where the elements are, counted from the first one, int64 [numel]."""
+    places = torch.zeros((), dtype=torch.int64)
+    for n, step in zip(x.shape, x.stride(), strict=True):
+        places = places[..., None] + torch.arange(n) * step
+    return places.view(-1)
+
+
+def check_scaler(grad_scale: Any, found_inf: Any) -> None:
+    """Raise ValueError for what a gradient scaler does not hand over."""
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1 or value.is_meta):
+            raise ValueError(f"Lamb16: {name}={value!r} is invalid; it must be None or a tensor of one element")
+
+
+def check_fake(param: Tensor, grad: Tensor, name: str) -> None:
+    """Raise RuntimeError unless fake tensors are stepped under their mode, and no others there."""
+    if not is_fake(param) == is_fake(grad) == fake_mode():
+        raise RuntimeError(
+            f"Lamb16: parameter {name}, its gradient and step must all be under FakeTensorMode, or none of them; make "
+            "parameters and gradients, and call step, within the same FakeTensorMode"
         )
 
 

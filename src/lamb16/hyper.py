@@ -43,6 +43,12 @@ def _lr(value: object) -> bool:
     )
 
 
+def _running_lr(value: object) -> bool:
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+        return value.is_floating_point() and math.isfinite(value.item())
+    return _lr(value) if isinstance(value, Tensor) else _number(value)
+
+
 def _betas(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
 
@@ -102,10 +108,13 @@ NUMBERS = tuple(numbers_of(vars(Hyper())))
 def check_hyperparameters(group: dict[str, Any], where: str = "", *, running: bool = False) -> None:
     """Raise ValueError naming the first hyperparameter of ``group`` that is out of range.
 
-    ``running``: leave out lr, which schedulers own by then; some end a hair below 0.
+    ``running``: none may be missing, and lr, which schedulers own by then, may be below 0: some end a hair below.
     """
     for f in fields(Hyper):
-        if f.name in group and not (running and f.name == "lr") and not f.metadata["valid"](group[f.name]):
+        if running and f.name not in group:
+            raise ValueError(f"Lamb16{where}: a parameter group has no {f.name}; set it, or give the group to Lamb16")
+        valid = _running_lr if running and f.name == "lr" else f.metadata["valid"]
+        if f.name in group and not valid(group[f.name]):
             raise ValueError(f"Lamb16{where}: {f.name}={group[f.name]!r} is invalid; it must be {f.metadata['wanted']}")
 
 

@@ -15,10 +15,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
+    check_fake,
     check_gradient,
+    check_gradient_memory,
+    check_memory,
     check_owners,
     check_parameter,
     check_resize,
+    check_scaler,
     check_state,
     check_state_dict,
 )
@@ -45,7 +49,20 @@ from .sharding import (
     signature,
     whole_sums,
 )
-from .store import DERIVED, ENTRIES, MOMENTS, SCALARS, Store, complete, find_largest, init_state, renamed, resized
+from .store import (
+    DERIVED,
+    ENTRIES,
+    MOMENTS,
+    SCALARS,
+    Store,
+    addresses,
+    complete,
+    find_largest,
+    init_state,
+    renamed,
+    resized,
+)
+from .wrapped import fake_mode, is_fake
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
@@ -58,6 +75,7 @@ class Cached(NamedTuple):
     plans: list[Plan]
     reductions: list[Bound]
     signature: int
+    weights: set[int]  # where the weights begin
 
 
 class New(NamedTuple):
@@ -215,7 +233,13 @@ class Lamb16(Optimizer):
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
         if "param_names" in group:
-            return str(group["param_names"][i])
+            names = group["param_names"]
+            if i >= len(names):
+                raise ValueError(
+                    f"Lamb16: a parameter group has {len(group['params'])} parameters and {len(names)} names; give "
+                    "group['param_names'] a name for each, or add the parameters with add_param_group"
+                )
+            return str(names[i])
         before = 0
         for other in self.param_groups:
             if other is group:
@@ -254,7 +278,7 @@ class Lamb16(Optimizer):
         check_resize(p, index, new_p, self._name(group, i))
         state = self.state.get(p)
         if state:
-            self._check_live_state(p, group, i, New([], []))
+            self._repair([(p, self._checked_live_state(p, group, self._name(group, i)))], New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
         self.state.pop(p, None)
         group["params"][i] = new_p
@@ -279,57 +303,67 @@ class Lamb16(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans, reductions = self._begin()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        check_scaler(grad_scale, found_inf)
         try:
-            factor = None if grad_scale is None else grad_scale.double().reciprocal()
-            self._grad_norm = None
-            if self.max_grad_norm is not None and plans:
-                self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
-            for plan in plans:
-                device = plan.kind.device
-                if device not in self._skipped:
-                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-                plan.scale(self._skipped[device], found_inf, factor)
-            for plan in plans:
-                plan.update()
-            for reduction in reductions:
-                reduction.after()
+            self._last = self._step(grad_scale, found_inf)
         finally:
-            for plan in plans:
-                plan.let_go()
-        self._last = plans
+            for cached in self._plans.values():
+                for plan in cached.plans:
+                    plan.let_go()
         return loss
 
-    def _begin(self) -> tuple[list[Plan], list[Bound]]:
+    def _step(self, grad_scale: Any, found_inf: Any) -> list[Plan]:
+        cached = self._begin(grad_scale, found_inf)
+        plans = cached.plans
+        factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
+        self._grad_norm = None
+        if self.max_grad_norm is not None and plans:
+            self._grad_norm, factor = clip(plans, cached.reductions, self.max_grad_norm, factor)
+        for plan in plans:
+            device = plan.kind.device
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            plan.scale(self._skipped[device], found_inf, factor)
+        for plan in plans:
+            plan.update()
+        for reduction in cached.reductions:
+            reduction.after()
+        return plans
+
+    def _begin(self, grad_scale: Any, found_inf: Any) -> Cached:
         """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
-        grads: dict[int, Tensor] = {}
-        cached = Cached([], [], 0)
-        new = New([], [])
-        error = None
+        cached, new, error = Cached([], [], 0, set()), New([], []), None
         try:
             check_max_grad_norm(self.max_grad_norm)
-            cached = self._current_plans(grads, new)
-            for plan in cached.plans:
-                plan.inspect([grads[id(p)] for p in plan.params])
+            check_scaler(grad_scale, found_inf)
+            cached, grads, states = self._current_plans(new)
+            for plan, own in zip(cached.plans, states, strict=True):
+                plan.inspect([grads[key] for key in plan.ids], own)
         except Exception as found:
-            error = found
+            error = self._cause(found)
         try:
             reductions = cached.reductions if error is None else self._reductions([])
             if reductions:
-                number = digest(
-                    [cached.signature, [tuple(p.shape) for part in new for p in part], self.max_grad_norm is None]
-                )
-                meet(reductions, number, error)
+                shapes = [tuple(p.shape) for part in new for p in part]
+                meet(reductions, digest([cached.signature, shapes, self.max_grad_norm is None]), error)
             elif error is not None:
                 raise error
         except BaseException:
-            for plan in cached.plans:
-                plan.let_go()
             self._take_back(new)
             raise
         _add_up({p: self.state[p] for p in (*new.made, *new.completed)})
-        return cached.plans, reductions
+        return cached
+
+    def _cause(self, error: Exception) -> Exception:
+        """The error that a wrong hyperparameter is, where that is what this one came of."""
+        if isinstance(error, (KeyError, TypeError)):
+            try:
+                for group in self.param_groups:
+                    check_hyperparameters(group, running=True)
+            except ValueError as cause:
+                return cause
+        return error
 
     def _reductions(self, plans: list[Plan]) -> list[Bound]:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -345,79 +379,139 @@ class Lamb16(Optimizer):
             self._plans.clear()
             self._stores.clear()
 
-    def _current_plans(self, grads: dict[int, Tensor], new: New) -> Cached:
-        """What is needed for the parameters that have gradients, from the cache or new.
+    def _current_plans(self, new: New) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
+        """The plans for the parameters that have gradients, from the cache or new; these gradients' local parts; and
+        the states of each plan's parameters.
 
-        ``grads`` is filled with these gradients' local parts, by their parameter's id: a tensor's hash takes longer
-        than all else that is done for it. ``new`` is filled too.
+        Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it.
+        ``new`` is filled.
         """
-        key: list[Any] = []
-        sharded = sharded_types()
+        grads: dict[int, Tensor] = {}
+        params_of: dict[int, Tensor] = {}
+        key: list[Any] = [torch.is_inference_mode_enabled()]
+        sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
             params = group["params"]
             for i, grad in enumerate(map(attrgetter("grad"), params)):
                 if grad is not None:
                     p = params[i]
-                    if grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+                    special = type(grad) is not Tensor or (sharded and isinstance(p, sharded))
+                    if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
                         check_gradient(p, grad, self._name(group, i))
-                    if sharded and (isinstance(p, sharded) or isinstance(grad, sharded)):
+                    if special or fake:
+                        check_fake(p, grad, self._name(group, i))
                         grad = local_gradient(p, grad, self._name(group, i))
-                    grads[id(p)] = grad
+                    grads[id(p)], params_of[id(p)] = grad, p
                     key += (id(p), grad.dtype)
+        starts = addresses(list(grads.values()))
+        if 0 in starts:
+            self._check_gradients_memory(grads)
         frozen = tuple(key)
         cached = self._plans.get(frozen)
-        if cached is None or not all(plan.fits(self.state) for plan in cached.plans):
-            if cached is not None or self._holds_dropped_states():  # all is read in again
-                self._plans.clear()
-                self._stores.clear()
+        if cached is not None and not all(plan.fits(params_of) for plan in cached.plans):
+            self._plans.clear()
+            cached = None
+        changed = cached is None
+        if cached is None:
             plans = self._make_plans(grads, new)
-            reductions = self._reductions(plans)
-            cached = self._plans[frozen] = Cached(plans, reductions, signature(plans) if reductions else 0)
+            weights = {start for plan in plans for start in plan.memory[0]} - {0}
+            cached = self._plans[frozen] = Cached(plans, [], 0, weights)
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
+        states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
+        if any(
+            None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
+        ):
+            self._ready_states(
+                grads, {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}, new
+            )
+            for plan in cached.plans:
+                plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
+            states = [[self.state[p] for p in plan.params] for plan in cached.plans]
+            changed = True
+        if changed:
+            reductions = self._reductions(cached.plans)
+            number = signature(cached.plans) if reductions else 0
+            cached = self._plans[frozen] = cached._replace(reductions=reductions, signature=number)
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
-        return cached
+        if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
+            grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
+        return cached, grads, states
+
+    def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if id(p) in grads:
+                    check_gradient_memory(grads[id(p)], self._name(group, i))
 
     def _make_plans(self, grads: dict[int, Tensor], new: New) -> list[Plan]:
-        """One plan for each kind of tensor; states that are missing are created once everything has been checked."""
+        """One plan for each kind of tensor, once everything has been checked and the states are there."""
+        executor = self._executor()
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
-        missing: list[tuple[Tensor, dict[str, Any], int]] = []
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
             for i, p in enumerate(group["params"]):
                 if id(p) in grads:
-                    check_parameter(p, self._name(group, i))
-                    check_layout(p, self._name(group, i))
-                    if self.state.get(p):
-                        self._check_live_state(p, group, i, new)
-                    else:
-                        missing.append((p, group, self._salt(group, i)))
+                    name = self._name(group, i)
+                    check_parameter(p, name)
+                    check_layout(p, name)
+                    if grads[id(p)].device != p.device:
+                        raise RuntimeError(
+                            f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
+                            "set the gradient to None when you move a parameter"
+                        )
+                    if is_fake(p):
+                        executor = Eager()  # there is no memory that generated code could work on
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
-        executor = self._executor()
-        for kind, pairs in members.items():
-            params = [p for p, _ in pairs]
-            for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
-                executor.prepare(graph, kind)
+
+        def prepare() -> None:
+            for kind, pairs in members.items():
+                params = [p for p, _ in pairs]
+                for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
+                    executor.prepare(graph, kind)
+
+        self._ready_states(grads, set(grads), new, prepare)
+        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+
+    def _ready_states(
+        self, grads: dict[int, Tensor], changed: set[int], new: New, prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """Check those states of parameters with gradients that have changed, by the parameters' ids, and repair them.
+
+        Missing ones are created. Nothing is changed before all has been checked and ``prepare`` called.
+        """
+        missing: list[tuple[Tensor, dict[str, Any], int]] = []
+        live: list[tuple[Tensor, dict[str, Any]]] = []
+        written: list[tuple[Tensor, str]] = []
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if id(p) in grads:
+                    name, state = self._name(group, i), self.state.get(p)
+                    written.append((local(p), f"parameter {name}"))
+                    if not state:
+                        missing.append((p, group, self._salt(group, i)))
+                        continue
+                    if id(p) in changed:
+                        state = self._checked_live_state(p, group, name)
+                        live.append((p, state))
+                    written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
+        check_memory(written)
+        prepare()
+        self._repair(live, new)
         made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
         new.made.extend(made)
         for p, state in made.items():
             self.state[p].update(state)
-        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
 
     def _executor(self) -> Executor:
         if isinstance(self._compile, bool):
             return Compiled() if self._compile else Eager()
         return self._compile
-
-    def _holds_dropped_states(self) -> bool:
-        """Whether a store still holds a state that was taken from ``self.state``, or emptied."""
-        live = {id(state) for state in self.state.values() if state}
-        return any(id(entry) not in live for store in self._stores.values() for entry in store.states)
 
     def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
@@ -427,26 +521,36 @@ class Lamb16(Optimizer):
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
         store = self._stores.setdefault(kind.device, Store(kind.device))
-        return Plan(kind, params, [self.state[p] for p in params], store, slices, executor)
+        homes = store.adopt([self.state[p] for p in params], self.state.values())
+        return Plan(kind, params, homes, store, slices, executor)
 
-    def _check_live_state(self, p: Tensor, group: dict[str, Any], i: int, new: New) -> None:
-        """Refuse a state that does not fit its parameter; repair codes that another loader left as uint8."""
-        name, float8 = self._name(group, i), group["moment_dtype"] == "float8"
-        state = self.state[p] = renamed(self.state[p])
+    def _checked_live_state(self, p: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
+        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in it.
+
+        Raises ValueError for a state that does not fit its parameter.
+        """
+        float8 = group["moment_dtype"] == "float8"
+        state = dict(renamed(self.state[p]))
         missing = set(ENTRIES) - set(DERIVED) - set(state)
-        many = [key for key in SCALARS if isinstance(state.get(key), Tensor) and state[key].numel() != 1]
-        if many:
-            raise ValueError(
-                f"Lamb16: {many[0]} of parameter {name} has shape {tuple(state[many[0]].shape)}, expected one number; "
-                "cut and extend parameters with optimizer.resize(p, index, new_p)"
-            )
         if missing:
             raise ValueError(
                 f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
                 "start anew, or load a state with Lamb16.load_state_dict"
             )
+        for key in set(SCALARS) & set(state):
+            value = state[key]
+            if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is {value!r}, expected one number; load states with "
+                    "Lamb16.load_state_dict, cut and extend parameters with optimizer.resize(p, index, new_p)"
+                )
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
+            if not isinstance(state[key], Tensor):
+                raise ValueError(
+                    f"Lamb16: {key} of parameter {name} is {state[key]!r}, expected a tensor; delete "
+                    "optimizer.state[parameter] to start anew, or load a state with Lamb16.load_state_dict"
+                )
             codes = _as_fp8(key, state[key]) if float8 else state[key]
             if is_sharded(codes) != is_sharded(p):
                 raise ValueError(
@@ -468,11 +572,21 @@ class Lamb16(Optimizer):
             if not local(codes).is_contiguous() or codes.device != p.device:
                 codes = like(p, _to(local(codes), p.device))
             state[key] = codes
-        store = self._stores.get(p.device)
-        if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
-            find_largest(state)
-            if complete(p, state):
-                new.completed.append(p)
+        return state
+
+    def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
+        """Give states the entries that they are to hold, and what is derived from them where they have changed."""
+        changed = []
+        for p, repaired in live:
+            state = self.state[p]
+            if state.keys() - repaired.keys():  # old names
+                state = self.state[p] = repaired
+            state.update(repaired)
+            store = self._stores.get(p.device)
+            if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
+                changed.append((p, state))
+        find_largest(*(state for _, state in changed))
+        new.completed.extend(p for p, state in changed if complete(p, state))
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -501,17 +615,18 @@ class Lamb16(Optimizer):
         clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
         the host. For a skipped tensor the ratio is the one that was not used.
         """
-        names: dict[Tensor, str] = {}
+        names: dict[int, str] = {}
         for k, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 name = self._name(group, i)
-                names[p] = f"{k}.{name}" if name in names.values() else name
+                if p.numel():
+                    names[id(p)] = f"{k}.{name}" if name in names.values() else name
         stats = {}
         for plan in self._last:
             report = plan.report.clone()
-            for row, p in zip(report, plan.params, strict=False):
-                if p.numel() and p in names:
-                    stats[names[p]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
+            for row, key in zip(report, plan.ids, strict=False):
+                if key in names:
+                    stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -591,8 +706,8 @@ class Lamb16(Optimizer):
             new: dict[str, Any] = {} if k is None else saved[k]
             if k is not None and not ours and not set(OWN) & set(new):
                 new = own_group(new, f"group {k}")
-            check_hyperparameters(new, f".load_state_dict (group {k})", running=True)
             kept = old if k is None else {name: old[name] for name in NAMES}
+            check_hyperparameters(kept | new, f".load_state_dict (group {k})", running=True)
             group = {
                 key: deepcopy(value) for key, value in (kept | new).items() if key not in ("params", "param_names")
             }

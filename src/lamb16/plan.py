@@ -9,7 +9,7 @@ one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from . import update
 from .compiled import Executor, Graph, Kind
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import ForeachPacking, TablePacking, Tail
-from .sharding import MAX_JUMPS, Layout, is_sharded, layout, local
-from .store import MOMENTS, Store
+from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
+from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
+from .wrapped import PLAIN
 
 BATCH = 64  # packed rows that are stepped together, at least
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
@@ -125,7 +126,11 @@ class HyperTable:
     def check(self) -> None:
         """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
         for (group, _, _), seen in zip(self.groups, self.seen, strict=True):
-            if seen is None or _values(group)[1:] != seen[1:]:
+            try:
+                same = seen is not None and _values(group) == seen
+            except (KeyError, TypeError, ValueError):
+                same = False
+            if not same:
                 check_hyperparameters(group, running=True)
 
     def fill(self) -> Tensor:
@@ -181,20 +186,22 @@ class Plan:
         self,
         kind: Kind,
         params: Sequence[Tensor],
-        states: Sequence[dict[str, Any]],
+        homes: list[int],
         store: Store,
         groups: Sequence[tuple[dict[str, Any], int, int]],
         executor: Executor,
     ) -> None:
-        self.kind, self.params, self.states, self.store, self.executor = kind, params, states, store, executor
-        self.distributed = any(is_sharded(p) for p in params)
+        self.kind, self.store, self.executor = kind, store, executor
+        self.ids = list(map(id, params))
+        self.params, self.moments = params, list[list[Tensor]]()  # kept during a step only
+        self.plain = set(map(type, params)) <= PLAIN
         self.layouts = [layout(p) for p in params]
         self.sharded = any(x.groups for x in self.layouts)
         weights = self._weights()
-        self.memory = _memory(weights)
+        self.memory = self._memory()
         device, count = kind.device, max(len(params), 2)  # graphs are compiled for two or more of everything
-        self.homes = store.adopt(states)
-        self.home = torch.tensor(self.homes + [0] * (count - len(self.homes)), device=device)
+        self.homes: list[int] = []
+        self.place(homes)
         self.rows = Rows(kind, [w.numel() for w in weights])
         self.hyper = HyperTable(groups, count, device)
         self.shards = Shards(self.layouts, count, device)
@@ -267,28 +274,47 @@ class Plan:
             found.append(Batch(slice(own[0], own[-1] + 1), packing, block, self.largest[where], sums, len(parts) > 1))
         return found
 
+    def place(self, homes: list[int]) -> None:
+        """Note which rows of the store the states have."""
+        if homes != self.homes:
+            self.homes = homes
+            self.home = torch.tensor(homes + [0] * (2 - len(homes)), device=self.kind.device)  # as count
+
+    def touched(self, states: Sequence[Any]) -> list[Tensor]:
+        """The parameters of which the state is missing, was changed or is in another row."""
+        params, there = self.params, [k for k, state in enumerate(states) if state is not None]
+        changed = self.store.changed([states[k] for k in there], [self.homes[k] for k in there])
+        return [params[there[k]] for k in changed] + [p for p, state in zip(params, states, strict=True) if not state]
+
     def _weights(self) -> list[Tensor]:
-        return [local(p) for p in self.params] if self.distributed else list(self.params)
+        return list(self.params) if self.plain else [local(p) for p in self.params]
+
+    def _memory(self) -> list[Any]:
+        weights = self._weights()
+        kinds = Tensor.size, Tensor.stride, attrgetter("dtype")
+        found = [addresses(weights), list(map(type, self.params)), *(list(map(what, weights)) for what in kinds)]
+        return found if self.plain else [*found, list(map(spread_of, self.params))]
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def fits(self, current: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether parameters and their ``current`` states are still the tensors this plan was made for."""
-        return (
-            _memory(self._weights()) == self.memory
-            and all(map(is_, map(current.get, self.params), self.states))
-            and self.store.holds(self.states)
-        )
+    def fits(self, params: Mapping[int, Tensor]) -> bool:
+        """Whether the parameters, by their ids, are still of the kinds and in the memory that this plan was made for.
 
-    def inspect(self, grads: Sequence[Tensor]) -> None:
+        They are the plan's from now on until the end of the step.
+        """
+        self.params = [params[key] for key in self.ids]
+        return self._memory() == self.memory
+
+    def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Read the gradients; changes no state. ``grads`` are the (local) gradients, in order, kept until the end."""
         weights = self._weights()
         contiguous = [w if w.is_contiguous() else w.contiguous() for w in weights]
         self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
-        moments = [list(map(itemgetter(name), self.states)) for name in MOMENTS]
-        if self.distributed:
+        moments = [list(map(itemgetter(name), states)) for name in MOMENTS]
+        if not self.plain:
             moments = [list(map(local, x)) for x in moments]
-        tensors = [contiguous, [g.contiguous() for g in grads], *moments]
+        self.moments = moments
+        tensors = [contiguous, [g.contiguous().resolve_neg() for g in grads], *moments]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
         if self.kind.device.type != "cpu":
             tensors[2:] = [list(map(as_bytes, x)) for x in moments]
@@ -334,7 +360,7 @@ class Plan:
         inputs = Inputs(
             *self.scaled_from, self.hyper.fill(), self.shards.numel, self.shards.base,
             self.one if inverse_scale is None else inverse_scale.to(k.device, torch.float64).view(()),
-            self.no_inf if found_inf is None else found_inf.to(k.device).view(()),
+            self.no_inf if found_inf is None else found_inf.to(k.device, torch.float32).view(()),
         )  # fmt: skip
         outputs = Outputs(self.outputs[0], self.outputs[1], self.outputs[2], self.counted, skipped)
         self.executor.run(Graph("scale"), k, inputs, self.store.state(self.home), outputs, k.float8)
@@ -359,15 +385,17 @@ class Plan:
         for w, c in self.copies:
             w.copy_(c)
         written = [x for block in self.blocks[: len(self.rows.large)] for x in (block.p, block.m, block.v)]
-        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+        outer = [] if self.plain else list(self.params)
+        torch.autograd.graph.increment_version([x for x in written + outer if not x.is_inference()])
         state = self.store.state(self.home)
         arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
-        self.store.stepped(self.homes)
+        self.store.stepped(self.homes, self.moments)
 
     def let_go(self) -> None:
-        """Forget the gradients, and copies of weights."""
-        self.blocks, self.parts, self.copies = [], [], []
+        """Forget parameters, gradients, moments and copies of weights."""
+        self.params = []
+        self.blocks, self.parts, self.copies, self.moments = [], [], [], []
         self.scaled_from = self.largest, self.rows.tree
 
 
@@ -402,8 +430,3 @@ def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
     """The rows of a large tensor; of contiguous p, g and moments."""
     p, g, m, v = (x.as_strided((rows, ROW), (ROW, 1)) for x in (*tensors[:2], *map(as_bytes, tensors[2:])))
     return Block(p, g, m, v, p, m, v)
-
-
-def _memory(weights: Sequence[Tensor]) -> list[Any]:
-    kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
-    return [list(map(what, weights)) for what in kinds]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .wrapped import plain
+
 if TYPE_CHECKING:
     from .plan import Plan
     from .update import State
@@ -38,12 +40,11 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without a copy; of a plain tensor all."""
+    """What this rank holds of a tensor, as a plain tensor without a copy; of one that is no DTensor all."""
     if not is_sharded(tensor):
-        return tensor.detach()
+        return plain(tensor)
     with torch.no_grad():
-        shard: Tensor = tensor.to_local().detach()  # type: ignore[attr-defined]
-        return shard
+        return plain(tensor.to_local())  # type: ignore[attr-defined]
 
 
 def placement(tensor: Tensor) -> Any:
@@ -69,22 +70,17 @@ def like_param(param: Tensor, tensor: Tensor) -> Tensor:
     A collective where the two are spread differently. ``tensor`` has ``param``'s shape; fp8 must come as uint8.
     """
     if not is_sharded(param):
-        return tensor.detach()
+        return plain(tensor)
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     if is_sharded(tensor):
         if placement(tensor) != placement(param):
             tensor = tensor.redistribute(mesh, placements)  # type: ignore[attr-defined]
-        return _arrived(local(tensor))
-    return tensor.detach()[_slices(param)]
-
-
-def _arrived(tensor: Tensor) -> Tensor:
-    """The tensor itself in place of one that is still being communicated."""
-    return tensor.wait() if hasattr(tensor, "wait") else tensor
+        return local(tensor)
+    return plain(tensor)[_slices(param)]
 
 
 def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
-    """This rank's part of the gradient of ``param``; partial sums are reduced first.
+    """This rank's part of the gradient of ``param``, a plain tensor; partial sums are reduced first.
 
     Raises:
         RuntimeError: one of the two is a DTensor and the other is not.
@@ -96,6 +92,13 @@ def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
             "(torch.distributed.tensor.distribute_tensor, or .full_tensor())"
         )
     return like_param(param, grad)
+
+
+def spread_of(param: Tensor) -> Any:
+    """What to compare to see whether two tensors are spread alike."""
+    if not is_sharded(param):
+        return None
+    return param.shape, param.placements, id(param.device_mesh)  # type: ignore[attr-defined]
 
 
 class Layout(NamedTuple):
@@ -262,7 +265,7 @@ class Bound:
 
     def __init__(self, reduction: Reduction, plans: Sequence[Plan]) -> None:
         self.plans, self.table, self.device = plans, reduction.table, reduction.device
-        self.rows = [torch.tensor([reduction.row[id(p)] for p in plan.params], device=self.device) for plan in plans]
+        self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
 
     def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
         """A table with a row per tensor of the device and one more; what is not stepped has zeros."""
@@ -297,7 +300,7 @@ class Bound:
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
-        own = [x[: len(plan.params)] for x, plan in zip(sums, self.plans, strict=True)]
+        own = [x[: len(plan.homes)] for x, plan in zip(sums, self.plans, strict=True)]
         table = self._filled(own, 2, torch.int64)[:-1]
         self.table.sum(table)
         for x, rows in zip(own, self.rows, strict=True):
@@ -316,7 +319,7 @@ class Bound:
             s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = table[rows].unbind(1)
 
     def _states(self) -> list[State]:
-        return [plan.store.state(plan.home[: len(plan.params)]) for plan in self.plans]
+        return [plan.store.state(plan.home[: len(plan.homes)]) for plan in self.plans]
 
 
 def meet(reductions: Sequence[Bound], signature: int, error: Exception | None) -> None:
@@ -367,7 +370,11 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
 def signature(plans: Sequence[Plan]) -> int:
     """31 bits of which tensors are stepped, by salts and shapes."""
     return digest(
-        [(int(s["salt"]), tuple(p.shape)) for plan in plans for s, p in zip(plan.states, plan.params, strict=True)]
+        [
+            (int(salt), tuple(p.shape))
+            for plan in plans
+            for salt, p in zip(plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, strict=False)
+        ]
     )
 
 

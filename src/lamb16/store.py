@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
 from .sharding import like, local
 from .update import State
+from .wrapped import is_fake
 
 MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 TABLES: dict[torch.dtype, tuple[str, ...]] = {
@@ -42,71 +44,139 @@ class Store:
     """Tables with a row per tensor and a column per scalar; row 0 is padding.
 
     A state whose entries are not this store's views (after loading or unpickling, or when someone replaced one, or its
-    memory) is read in again. 48 bytes per tensor.
+    memory) is read in again. 48 bytes per tensor. Nothing of the states is kept alive. So what is known of one is known
+    by what cannot be taken for another's: its moments by weak references, its scalars by their places in the tables.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.columns: list[Tensor] = []
-        self.states: list[dict[str, Any]] = []  # of rows 1, 2, ...
-        # What the states held when they were read, WIDTH entries of each; where that was in memory; and what the last
-        # step left as the moments' versions, by which it is found out who else writes to them.
-        self.entries: list[Tensor] = []
+        self.rows: dict[int, int] = {}  # id of a state -> row: 1, 2, ...
+        self.order: list[int] = []  # of all rows
+        self.free: list[int] = []  # rows of states that are gone
+        # What the states held when they were read, of each the moments and WIDTH addresses; and what the last step left
+        # as the moments' versions, by which it is found out who else writes to them.
+        self.moments: list[Callable[[], Any]] = []
         self.addresses: list[int] = []
         self.sizes: list[int] = []
         self.versions: list[int] = []
-        self.rows: dict[int, int] = {}  # id of a state (which is kept alive) -> row
+
+    def changed(self, states: Sequence[dict[str, Any]], homes: Sequence[int] | None = None) -> list[int]:
+        """Which of these are new, or have an entry that was replaced or was given other memory: their places.
+
+        With ``homes`` also those that are not in these rows.
+        """
+        rows = list(map(self.rows.get, map(id, states)))
+        try:
+            entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
+            found = _moments(entries), *_memory(entries)
+        except (AttributeError, KeyError, TypeError):  # an entry is missing, or no tensor
+            return [k for k, state in enumerate(states) if len(states) == 1 or self.changed([state])]
+        if None not in rows:
+            everything = rows == self.order
+            moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
+            same = all(map(is_, found[0], [x() for x in moments])) and list(found[1:]) == seen
+            if same and (homes is None or rows == homes):
+                return []
+        return [
+            k
+            for k, row in enumerate(rows)
+            if row is None or not self._is_as_before(row, k, found) or (homes is not None and row != homes[k])
+        ]
+
+    def _known(self) -> list[tuple[list[Any], int]]:
+        """What is known of all rows, and how many numbers of each."""
+        two = len(MOMENTS)
+        return [(self.moments, two), (self.addresses, WIDTH), (self.sizes, two), (self.versions, two)]
+
+    def _is_as_before(self, row: int, k: int, found: Sequence[list[Any]]) -> bool:
+        moments, *seen = [x[(row - 1) * n : row * n] for x, n in self._known()]
+        now, *others = [x[k * n : (k + 1) * n] for x, (_, n) in zip(found, self._known(), strict=True)]
+        return others == seen and all(map(is_, now, [x() for x in moments]))
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether nothing of these states has been replaced, nor given other memory."""
-        rows = list(map(self.rows.get, map(id, states)))
-        if None in rows:
-            return False
-        try:
-            entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
-        except KeyError:
-            return False
-        everything = rows == list(self.rows.values())
+        return not self.changed(states)
 
-        def seen(what: list[Any], width: int = len(MOMENTS)) -> list[Any]:
-            if everything:
-                return what
-            return [x for row in rows if row for x in what[(row - 1) * width : row * width]]
-
-        if not all(map(is_, entries, seen(self.entries, WIDTH))):
-            return False
-        return _memory(entries) == (seen(self.addresses, WIDTH), seen(self.sizes), seen(self.versions))
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> list[int]:
-        """Make every state's scalars views of the tables; returns their rows."""
-        if not self.holds(states):
-            for state in states:
-                if id(state) not in self.rows:
-                    self.states.append(state)
-                    self.rows[id(state)] = len(self.states)
-            self._read()
+    def adopt(self, states: Sequence[dict[str, Any]], live: Collection[dict[str, Any]]) -> list[int]:
+        """Make every state's scalars views of the tables; returns their rows. ``live`` are all states there are."""
+        self._forget_all_but(live)
+        changed, count = [states[k] for k in self.changed(states)], len(self.order)
+        for state in changed:
+            if id(state) not in self.rows:
+                if not self.free:
+                    self.order.append(len(self.order) + 1)
+                    self.free.append(self.order[-1])
+                self.rows[id(state)] = self.free.pop(0)
+        if len(self.order) > count:
+            for known, n in self._known():
+                known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
+            self._grow(count, live)
+        if changed:
+            self._read(changed)
         return [self.rows[id(state)] for state in states]
 
-    def _read(self) -> None:
-        self.columns, views = [], []
-        for dtype, names in TABLES.items():
-            table = torch.zeros(len(self.states) + 1, len(names), dtype=dtype, device=self.device)
-            for k, name in enumerate(names):
-                values = [torch.as_tensor(s[name], dtype=dtype, device=self.device).view(()) for s in self.states]
-                torch.stack(values, out=table[1:, k])
-            self.columns += table.unbind(1)
-            views += [column[1:].unbind(0) for column in table.unbind(1)]
-        for state, scalars in zip(self.states, zip(*views, strict=True), strict=True):
-            state.update(zip(SCALARS, scalars, strict=True))
-        self.entries = list(chain.from_iterable(map(ALL_ENTRIES, self.states)))
-        self.addresses, self.sizes, self.versions = _memory(self.entries)
+    def _forget_all_but(self, live: Collection[dict[str, Any]]) -> None:
+        """Free the rows of states that are gone. An id may be another's by now, whose entries are then new."""
+        there = set(map(id, live))
+        for gone in [key for key in self.rows if key not in there]:
+            row = self.rows.pop(gone)
+            self.free.append(row)
+            self.moments[(row - 1) * len(MOMENTS) : row * len(MOMENTS)] = [_nothing] * len(MOMENTS)
 
-    def stepped(self, rows: Sequence[int]) -> None:
-        """Note that the moments of these rows have been written to by a step."""
+    def _grow(self, count: int, live: Collection[dict[str, Any]]) -> None:
+        """Larger tables, to which the scalars of the first ``count`` rows move."""
+        old, self.columns = self.columns, []
+        for dtype, names in TABLES.items():
+            table = torch.zeros(len(self.order) + 1, len(names), dtype=dtype, device=self.device)
+            self.columns += table.unbind(1)
+        for new, column in zip(self.columns, old, strict=False):
+            new[: len(column)] = column
+        views = [column.unbind(0) for column in self.columns]
+        for state in live:
+            row = self.rows.get(id(state), 0)
+            if not 0 < row <= count:
+                continue
+            for k, name in enumerate(SCALARS):
+                place, value, view = row * WIDTH - len(SCALARS) + k, state.get(name), views[k][row]
+                if type(value) is type(view) and addresses([value]) == [self.addresses[place]]:
+                    state[name] = view
+                self.addresses[place] = addresses([view])[0]
+
+    def _read(self, states: Sequence[dict[str, Any]]) -> None:
+        """Put what these states hold into the tables, and views of them into the states."""
+        rows = [self.rows[id(state)] for state in states]
+        for k, (name, column) in enumerate(zip(SCALARS, self.columns, strict=True)):
+            values = [state[name] for state in states]
+            known = [self.addresses[row * WIDTH - len(SCALARS) + k] for row in rows]
+            if set(map(type, values)) == {Tensor} and list(map(Tensor.data_ptr, values)) == known:
+                continue
+            column[torch.tensor(rows, device=self.device)] = self._stacked(values, column.dtype)
+            views = column.unbind(0)
+            for state, row in zip(states, rows, strict=True):
+                state[name] = views[row]
+        entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
+        found: list[list[Any]] = [list(map(ref, _moments(entries))), *_memory(entries)]
+        for (known, n), read in zip(self._known(), found, strict=True):
+            for k, row in enumerate(rows):
+                known[(row - 1) * n : row * n] = read[k * n : (k + 1) * n]
+
+    def _stacked(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        try:
+            stacked = torch.stack(values)
+            if (stacked.dtype, stacked.device, stacked.dim()) == (dtype, self.device, 1):
+                return stacked
+        except (TypeError, RuntimeError):
+            pass
+        return torch.stack([torch.as_tensor(x, dtype=dtype, device=self.device).view(()) for x in values])
+
+    def stepped(self, rows: Sequence[int], moments: Sequence[Sequence[Tensor]]) -> None:
+        """Note that these moments, the first and the second ones of these rows, have been written to by a step."""
         width = len(MOMENTS)
-        found = _versions(
-            _plain([x for row in rows for x in self.entries[(row - 1) * WIDTH : (row - 1) * WIDTH + width]])
-        )
+        found = _versions(list(chain.from_iterable(zip(*moments, strict=True))))
+        if rows == self.order:
+            self.versions = found
+            return
         for k, row in enumerate(rows):
             self.versions[(row - 1) * width : row * width] = found[k * width : (k + 1) * width]
 
@@ -123,11 +193,32 @@ def _plain(tensors: list[Tensor]) -> list[Tensor]:
     return tensors if set(map(type, tensors)) <= {Tensor} else [x if type(x) is Tensor else local(x) for x in tensors]
 
 
+def _nothing() -> None:
+    """In place of a reference."""
+
+
+def _of(known: list[Any], rows: Sequence[int | None], n: int) -> list[Any]:
+    """What is known of some rows."""
+    return [x for row in rows if row for x in known[(row - 1) * n : row * n]]
+
+
+def _moments(entries: list[Tensor]) -> list[Tensor]:
+    """The moments among the states' entries, a first and a second one for each state."""
+    return list(chain.from_iterable(zip(*(entries[k::WIDTH] for k in range(len(MOMENTS))), strict=True)))
+
+
 def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
     """The addresses of the states' entries, and the moments' sizes and versions."""
     tensors = _plain(entries)
-    moments = list(chain.from_iterable(zip(*(tensors[k::WIDTH] for k in range(len(MOMENTS))), strict=True)))
-    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, moments)), _versions(moments)
+    moments = _moments(tensors)
+    return addresses(tensors), list(map(Tensor.numel, moments)), _versions(moments)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where plain tensors begin; 0 for fake ones."""
+    if tensors and is_fake(tensors[0]):
+        return [0] * len(tensors)
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _versions(moments: list[Tensor]) -> list[int]:
@@ -210,16 +301,32 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
     return found
 
 
-def find_largest(state: dict[str, Any]) -> None:
-    """Set the maxima to those of the codes (or float32 moments) that the state holds, of this rank's part."""
+def find_largest(*states: dict[str, Any]) -> None:
+    """Set the maxima to those of the codes (or float32 moments) that the states hold, of this rank's part."""
     for name, maximum, fmt in zip(MOMENTS, MAXIMA, (E4M3, E5M2), strict=True):
-        moment = local(state[name]).reshape(-1)
-        largest = torch.zeros((), device=moment.device)
-        for part in _parts(moment):
-            if part.numel():
-                top = part.abs().max() if part.dtype == torch.float32 else (part.view(torch.uint8) & 0x7F).max()
-                largest = torch.maximum(largest, top if part.dtype == torch.float32 else fp8.decode(top, fmt))
-        state[maximum] = largest
+        for plain in {state[name].dtype == torch.float32 for state in states}:
+            own = [state for state in states if (state[name].dtype == torch.float32) == plain]
+            moments = [local(state[name]) for state in own]
+            tops = [_largest(x) for x in moments] if plain else _largest_codes(moments, fmt)
+            for state, top in zip(own, tops, strict=True):
+                state[maximum] = top
+
+
+def _largest(moment: Tensor) -> Tensor:
+    if not moment.numel():
+        return torch.zeros((), device=moment.device)
+    least, most = torch.aminmax(moment)
+    return torch.maximum(least.abs(), most.abs())
+
+
+def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Sequence[Tensor]:
+    """The largest magnitudes, float32. As unsigned bytes negative codes are above the others, as signed ones below."""
+    found = []
+    for dtype in (torch.uint8, torch.int8):
+        nothing = torch.zeros((), dtype=dtype, device=codes[0].device)
+        found.append(torch.stack([x.view(dtype).max() if x.numel() else nothing.to(x.device) for x in codes]))
+    top = torch.maximum(found[0] & 0x7F, found[1].clamp(min=0).view(torch.uint8))
+    return fp8.decode(top, fmt).unbind(0)
 
 
 def weight_sum(weights: Tensor) -> Tensor:
