@@ -96,6 +96,11 @@ class Lamb16(Optimizer):
         compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly. A tool
             may hand in an :class:`lamb16.compiled.Executor`.
         seed: enters the rounding words, with each parameter's name or position.
+        amp_scaling: take a ``torch.amp.GradScaler``'s scale and its finding of an inf into the step, as fused AdamW
+            does: the scaler then divides no gradient (float16 ones, which it refuses to divide, work too), and nothing
+            is read back to the host. Off by default: the scaler divides the gradients and does not call ``step`` where
+            one is not finite. Lightning's ``gradient_clip_val`` and accelerate's ``optimizer_step_was_skipped`` need
+            it off.
 
     State of a parameter, plain tensors: ``exp_avg_codes`` (float8_e4m3fn) and ``exp_avg_sq_codes`` (float8_e5m2) of the
     parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
@@ -120,7 +125,7 @@ class Lamb16(Optimizer):
         optimizer.step()
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf over instead of reading them
+    _step_supports_amp_scaling = False  # an instance's is ``amp_scaling``; older pickles have none
 
     def __init__(
         self,
@@ -141,6 +146,7 @@ class Lamb16(Optimizer):
         max_grad_norm: float | None = None,
         compile: bool | Executor = True,
         seed: int = 0,
+        amp_scaling: bool = False,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in NAMES}
@@ -150,7 +156,10 @@ class Lamb16(Optimizer):
             raise ValueError(f"Lamb16: compile={compile!r} is invalid; it must be True or False")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
+        if not isinstance(amp_scaling, bool):
+            raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
         self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
+        self._step_supports_amp_scaling = amp_scaling  # what GradScaler, Lightning and accelerate look for
         self._forget()
         super().__init__(params, defaults)
 
@@ -165,10 +174,13 @@ class Lamb16(Optimizer):
     # -- parameter groups ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with any of the constructor's hyperparameters but ``compile`` and ``seed``."""
+        """Add a group of parameters, with any of the constructor's hyperparameters.
+
+        ``compile``, ``seed`` and ``amp_scaling`` are the optimizer's.
+        """
         if isinstance(param_group, dict):
             # ZeroRedundancyOptimizer writes all arguments into the groups.
-            for name, own in (("compile", self._compile), ("seed", self._seed)):
+            for name, own in self._own_options().items():
                 if param_group.get(name, own) != own:
                     raise ValueError(f"Lamb16: {name} cannot be set in a parameter group; give it to Lamb16(...)")
                 param_group.pop(name, None)
@@ -183,6 +195,10 @@ class Lamb16(Optimizer):
             self.param_groups.pop()
             raise
         self._plans.clear()
+
+    def _own_options(self) -> dict[str, Any]:
+        """The constructor's options that no group can change, by their names."""
+        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._step_supports_amp_scaling}
 
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
@@ -504,8 +520,8 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = {"max_grad_norm": self.max_grad_norm, "_compile": self._compile, "_seed": self._seed}
-        return pickled | own | {"_skipped": skipped}
+        own = ("max_grad_norm", "_compile", "_seed", "_step_supports_amp_scaling")
+        return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.get("_skipped", self.__dict__.get("_skipped", {}))
