@@ -640,9 +640,7 @@ def scaled_steps(optimizer: Lamb16, scaler: torch.amp.GradScaler, steps: range, 
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_scaled_gradients_give_the_bits_of_unscaled_ones(
-    compile_mode: bool, amp_scaling: bool, maximize: bool
-) -> None:
+def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, amp_scaling: bool, maximize: bool) -> None:
     options = {**BASE, "maximize": maximize, "amp_scaling": amp_scaling, "compile": compile_mode}
     plain, scaled = (Lamb16(parameters(), **options) for _ in range(2))
     take_steps(plain, range(6))

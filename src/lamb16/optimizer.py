@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import is_fake
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
@@ -219,9 +221,13 @@ class Lamb16(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # as torch.compiler.disable, but importing lamb16 does not import Dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one optimization step; ``closure``, if given, reevaluates the model and returns the loss."""
+        """Perform one optimization step; ``closure``, if given, reevaluates the model and returns the loss.
+
+        Dynamo does not trace into it: a compiled training step has one graph break here.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -239,10 +245,7 @@ class Lamb16(Optimizer):
             if self.max_grad_norm is not None and plans:
                 self._grad_norm, factor = clip(plans, reductions, self.max_grad_norm, factor)
             for plan in plans:
-                device = plan.kind.device
-                if device not in self._skipped:
-                    self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-                plan.scale(self._skipped[device], found_inf, factor)
+                plan.scale(self._skipped[plan.kind.device], found_inf, factor)
             for plan in plans:
                 plan.update()
             for reduction in reductions:
@@ -279,7 +282,8 @@ class Lamb16(Optimizer):
             if cached is not None or self._holds_dropped_states():  # all is read in again
                 self._plans.clear()
                 self._stores.clear()
-            plans = self._make_plans(grads)
+            with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
+                plans = self._make_plans(grads)
             cached = self._plans[frozen] = Cached(plans, Reduction.of(plans))
             if len(self._plans) > CACHED_PLANS:
                 self._plans.popitem(last=False)
@@ -305,10 +309,10 @@ class Lamb16(Optimizer):
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
-        executor = self._executor()
+        executor = self._executor([p for pairs in members.values() for p, _ in pairs])
         for kind, pairs in members.items():
             params = [p for p, _ in pairs]
-            for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
+            for graph in graphs_of(kind, params, self.max_grad_norm is not None) if type(executor) is not Eager else ():
                 executor.prepare(graph, kind)
         made = {
             p: init_state(p, tensor_salt(self._seed, name), group["moment_dtype"] == "float8")
@@ -317,11 +321,14 @@ class Lamb16(Optimizer):
         _add_up(made)
         for p, state in made.items():
             self.state[p].update(state)
+        for device in {kind.device for kind in members} - set(self._skipped):
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
 
-    def _executor(self) -> Executor:
+    def _executor(self, params: list[Tensor]) -> Executor:
+        """The one that was asked for; eager where there is no memory for generated code to work on."""
         if isinstance(self._compile, bool):
-            return Compiled() if self._compile else Eager()
+            return Compiled() if self._compile and not any(p.is_meta or is_fake(p) for p in params) else Eager()
         return self._compile
 
     def _holds_dropped_states(self) -> bool:
@@ -370,6 +377,8 @@ class Lamb16(Optimizer):
                 )
             if not local(codes).is_contiguous() or codes.device != p.device:
                 codes = like(p, _to(local(codes), p.device))
+            if local(codes).is_inference():  # of a state that was loaded in inference mode
+                codes = like(p, local(codes).clone())
             state[key] = codes
         store = self._stores.get(p.device)
         if store is None or not store.holds([state]):  # the codes may be others than the maxima are of

@@ -20,7 +20,7 @@ from .compiled import Executor, Graph, Kind
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import ForeachPacking, TablePacking, Tail
 from .sharding import MAX_JUMPS, Layout, is_sharded, layout, local
-from .store import MOMENTS, Store
+from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
 
 BATCH = 64  # packed rows that are stepped together, at least
@@ -405,5 +405,5 @@ def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
 
 
 def _memory(weights: Sequence[Tensor]) -> list[Any]:
-    kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype")
-    return [list(map(what, weights)) for what in kinds]
+    kinds = Tensor.size, Tensor.stride, attrgetter("dtype")
+    return [addresses(weights), *(list(map(what, weights)) for what in kinds)]

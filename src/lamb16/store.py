@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import fp8, update
 from .fp8 import E4M3, E5M2
@@ -127,7 +128,14 @@ def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
     """The addresses of the states' entries, and the moments' sizes and versions."""
     tensors = _plain(entries)
     moments = list(chain.from_iterable(zip(*(tensors[k::WIDTH] for k in range(len(MOMENTS))), strict=True)))
-    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, moments)), _versions(moments)
+    return addresses(tensors), list(map(Tensor.numel, moments)), _versions(moments)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors are in memory; 0 for fake ones, which are nowhere."""
+    if FakeTensor in set(map(type, tensors)):
+        return [0 if isinstance(x, FakeTensor) else x.data_ptr() for x in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _versions(moments: list[Tensor]) -> list[int]:
