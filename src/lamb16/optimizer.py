@@ -23,6 +23,7 @@ from .checks import (
     check_parameter,
     check_state,
     check_state_dict,
+    warn_of_other_moments,
 )
 from .compiled import Compiled, Eager, Executor, Kind
 from .gradient_norm import clip
@@ -458,6 +459,7 @@ class Lamb16(Optimizer):
         except Exception as found:
             error = found
         agree(error, [p for group in self.param_groups for p in group["params"]])
+        warn_of_other_moments(groups, self.param_groups)
         self.__setstate__({"state": self._read_state(state_dict, known), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -514,9 +516,9 @@ class Lamb16(Optimizer):
             for name in set(SCALARS) & set(value) - {"salt"}:
                 loaded[name].fill_(float(value[name]) if loaded[name].is_floating_point() else int(value[name]))
             find_largest(loaded)
-            state[p] = loaded
+            state[p] = loaded | foreign_entries(value, p.device)
             if "weight_sum" not in value:
-                derived[p] = loaded
+                derived[p] = state[p]
         _add_up(derived)
         return state
 
@@ -557,6 +559,15 @@ def tensor_salt(seed: int, name: str) -> int:
     """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
     digest = hashlib.blake2s(f"{seed}:{name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the entries that others added to a state, as Lookahead does; tensors on the parameter's device."""
+    added = {key: value for key, value in state.items() if key not in ENTRIES}
+    return {
+        key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in added.items()
+    }
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
