@@ -1,15 +1,18 @@
 """What trainers and wrappers of other libraries do to an optimizer."""
 
 import copy
+import math
 import pickle
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from helpers import all_params, assert_same, differing, parameters, snapshot, take_steps
-from lamb16 import Lamb16, register_timm
+from lamb16 import Lamb16, checkpoint, register_timm
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 
@@ -116,3 +119,76 @@ def test_without_timm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "timm.optim._optim_factory", None)
     with pytest.raises(ImportError, match="install timm"):
         register_timm()
+
+
+# -- gradient scalers of trainers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_lightning_clips_in_mixed_precision(precision: str, amp_scaling: bool, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed (extra: recipes)")
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+            return self.network(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Lamb16:
+            return Lamb16(self.named_parameters(), **BASE, amp_scaling=amp_scaling, compile=False)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if precision == "16-mixed" else None
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", gradient_clip_val=0.1, plugins=[MixedPrecision(precision, "cpu", scaler)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Module()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 48)), 4)
+    with pytest.raises(RuntimeError, match="gradient clipping") if amp_scaling else nullcontext():
+        trainer.fit(module, data)
+        assert all(state["step"] == 2 for state in trainer.optimizers[0].state.values())
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_accelerate_sees_a_skipped_step(amp_scaling: bool) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed (extra: recipes)")
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    model, scaler = network(), torch.amp.GradScaler("cpu")
+    own = Lamb16(model.named_parameters(), **BASE, amp_scaling=amp_scaling, compile=False)
+    optimizer = AcceleratedOptimizer(own, device_placement=False, scaler=scaler)
+    seen = []
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 48)).square().mean() * factor).backward()
+        optimizer.step()
+        seen.append(optimizer.step_was_skipped)
+    assert seen == [False, not amp_scaling, False], "which is why it is off by default"
+    assert all(state["step"] == 2 for state in own.state.values())
+
+
+def test_a_checkpoint_with_foreign_entries_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    def make() -> tuple[torch.nn.Module, Lamb16]:
+        model = network()
+        optimizer = Lamb16(model.named_parameters(), **BASE, compile=False)
+        take_steps(optimizer, [0])
+        return model, optimizer
+
+    model, optimizer = make()
+    for p in model.parameters():
+        optimizer.state[p]["slow"] = p.detach().clone()
+    checkpoint.save(tmp_path / "saved", model, optimizer)
+    model, optimizer = make()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="slow"):
+        checkpoint.load(tmp_path / "saved", model, optimizer)
+    assert_same(before, snapshot(optimizer))
