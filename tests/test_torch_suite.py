@@ -241,6 +241,8 @@ def test_empty_grad(given: OptimizerInput, shape: tuple[int, ...]) -> None:
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------
+#
+# To come with loading by name: test_can_load_from_to_named_state_dict, test_can_load_older_state_dict.
 
 
 @every_input
