@@ -132,11 +132,11 @@ def train(how: str, gradients: str, compile: bool, steps: int) -> Found:
     return found([p for _, p in params], optimizer)
 
 
-def train_scaled(how: str, steps: int) -> tuple[Found, int, float]:
+def train_scaled(how: str, amp_scaling: bool, steps: int) -> tuple[Found, int, float]:
     """With a GradScaler; in step 2 one rank's loss is infinite."""
     model = parallelize(network(), how)
     params = named(model)
-    optimizer = Lamb16(params, **HYPER, compile=False)
+    optimizer = Lamb16(params, **HYPER, amp_scaling=amp_scaling, compile=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
     for step in range(steps):
         optimizer.zero_grad()

@@ -506,7 +506,6 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "a tensor for a state": (lambda saved: saved | {"state": {1: torch.ones(3)}}, "entries"),
     "a group without its parameters": (lambda saved: saved | {"param_groups": [{"lr": 0.1}]}, "params"),
     "a missing entry": (edited(lambda state: state.pop("salt")), "entries"),
-    "an entry too many": (edited(lambda state: state.update(max_exp_avg_sq=1)), "entries"),
 }
 
 

@@ -70,12 +70,13 @@ def test_clipped_gradients(ranks: Ranks, how: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("amp_scaling", [False, True])
 @pytest.mark.parametrize("how", ["FSDP2 on 2", "HSDP", "DDP"])
-def test_a_gradient_scaler_skips_on_all_ranks(ranks: Ranks, how: str) -> None:
-    ((expected, skipped, scale),) = ranks.run(1, parallel.train_scaled, "one process", 5)
-    assert (skipped, scale) == (6, 128.0)
+def test_a_gradient_scaler_skips_on_all_ranks(ranks: Ranks, how: str, amp_scaling: bool) -> None:
+    ((expected, skipped, scale),) = ranks.run(1, parallel.train_scaled, "one process", amp_scaling, 5)
+    assert (skipped, scale) == (6 if amp_scaling else 0, 128.0)
     for tensors, found_skipped, found_scale in ranks.run(
-        math.prod(parallel.MESHES[how]), parallel.train_scaled, how, 5
+        math.prod(parallel.MESHES[how]), parallel.train_scaled, how, amp_scaling, 5
     ):
         assert_same(tensors, expected)
         assert (found_skipped, found_scale) == (skipped, scale)

@@ -1,7 +1,9 @@
 """Lamb16 behaves as a torch.optim.Optimizer, with the reference's bits."""
 
+import copy
 import gc
 import math
+import pickle
 import weakref
 from contextlib import nullcontext
 
@@ -614,6 +616,11 @@ def test_step_hooks_are_called_around_the_step() -> None:
 # -- gradient scaling --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True], ids=["the scaler unscales", "the step unscales"])
+def amp_scaling(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 def scaled_steps(optimizer: Lamb16, scaler: torch.amp.GradScaler, steps: range, bad: int | None = None) -> None:
     """Steps through ``scaler`` with the gradients of :func:`take_steps`, scaled; ``bad`` is a step with an inf."""
     params = all_params(optimizer)
@@ -625,15 +632,17 @@ def scaled_steps(optimizer: Lamb16, scaler: torch.amp.GradScaler, steps: range, 
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         scaler.step(optimizer)
-        assert all(torch.equal(raw(p.grad), raw(g)) for p, g in zip(params, grads, strict=True))
+        left = grads if optimizer._step_supports_amp_scaling else [g / scale for g in grads]
+        assert all(torch.equal(raw(p.grad), raw(g)) for p, g in zip(params, left, strict=True))
         assert not hasattr(optimizer, "grad_scale")
         assert not hasattr(optimizer, "found_inf")
         scaler.update()
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, maximize: bool) -> None:
-    plain, scaled = (Lamb16(parameters(), **BASE, maximize=maximize, compile=compile_mode) for _ in range(2))
+def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, amp_scaling: bool, maximize: bool) -> None:
+    options = {**BASE, "maximize": maximize, "amp_scaling": amp_scaling, "compile": compile_mode}
+    plain, scaled = (Lamb16(parameters(), **options) for _ in range(2))
     take_steps(plain, range(6))
     take_steps(scaled, range(1))
     scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2), range(1, 5))
@@ -641,15 +650,15 @@ def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, max
     assert_same(snapshot(plain), snapshot(scaled))
 
 
-def test_a_found_inf_skips_every_tensor(compile_mode: bool) -> None:
+def test_a_found_inf_skips_every_tensor(compile_mode: bool, amp_scaling: bool) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    optimizer = Lamb16(parameters(), **BASE, amp_scaling=amp_scaling, compile=compile_mode)
     scaled_steps(optimizer, scaler, range(2))
     before = snapshot(optimizer)
     scaled_steps(optimizer, scaler, range(2, 3), bad=2)
     assert_same(before, snapshot(optimizer))
     assert scaler.get_scale() == 512
-    assert optimizer.skipped == 3
+    assert optimizer.skipped == (3 if amp_scaling else 0), "what the scaler skips is no step"
     scaled_steps(optimizer, scaler, range(3, 4))
     plain = Lamb16(parameters(), **BASE, compile=compile_mode)
     take_steps(plain, [0, 1, 3])
@@ -658,13 +667,13 @@ def test_a_found_inf_skips_every_tensor(compile_mode: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (4096,), (3000,)], ids=str)
 def test_a_found_inf_counts_every_tensor_once(compile_mode: bool, shape: tuple[int, ...]) -> None:
-    optimizer = Lamb16(parameters([shape]), **BASE, compile=compile_mode)
+    optimizer = Lamb16(parameters([shape]), **BASE, amp_scaling=True, compile=compile_mode)
     scaled_steps(optimizer, torch.amp.GradScaler("cpu"), range(2), bad=1)
     assert optimizer.skipped == 1
 
 
-def test_gradients_may_be_unscaled_and_clipped_before_the_step() -> None:
-    clipped, plain = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
+def test_gradients_may_be_unscaled_and_clipped_before_the_step(amp_scaling: bool) -> None:
+    clipped, plain = (Lamb16(parameters(), **BASE, amp_scaling=amp_scaling, compile=False) for _ in range(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for t in range(2):
         params = all_params(clipped)
@@ -682,14 +691,37 @@ def test_gradients_may_be_unscaled_and_clipped_before_the_step() -> None:
     assert_same(snapshot(clipped), snapshot(plain))
 
 
-def test_clipping_with_a_gradient_scaler_is_clipping_without(compile_mode: bool) -> None:
+def test_clipping_with_a_gradient_scaler_is_clipping_without(compile_mode: bool, amp_scaling: bool) -> None:
     """The norm is that of the unscaled gradients; a factor of a power of two and the clip factor are one factor."""
-    plain, scaled = (Lamb16(parameters(), **BASE, max_grad_norm=0.7, compile=compile_mode) for _ in range(2))
+    options = {**BASE, "max_grad_norm": 0.7, "amp_scaling": amp_scaling, "compile": compile_mode}
+    plain, scaled = (Lamb16(parameters(), **options) for _ in range(2))
     take_steps(plain, range(3))
     norm = plain.grad_norm.item()
     scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10), range(3))
     assert_same(snapshot(plain), snapshot(scaled))
     assert scaled.grad_norm.item() == pytest.approx(norm, rel=1e-12)
+
+
+def test_float16_gradients_need_the_step_to_unscale_them(amp_scaling: bool) -> None:
+    """The scaler divides no float16 gradients; the step takes them."""
+    optimizer = Lamb16(parameters(dtype=torch.float16), **BASE, amp_scaling=amp_scaling, compile=False)
+    plain = Lamb16(parameters(dtype=torch.float16), **BASE, compile=False)
+    take_steps(plain, range(2))
+    expected = nullcontext() if amp_scaling else pytest.raises(ValueError, match="unscale FP16 gradients")
+    with expected:
+        scaled_steps(optimizer, torch.amp.GradScaler("cpu", init_scale=2.0), range(2))
+        assert_same(snapshot(optimizer), snapshot(plain))
+
+
+def test_amp_scaling_survives_copies_and_is_checked(amp_scaling: bool) -> None:
+    optimizer = Lamb16(parameters(), **BASE, amp_scaling=amp_scaling)
+    for other in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other._step_supports_amp_scaling is amp_scaling
+    assert Lamb16(parameters())._step_supports_amp_scaling is False, "as trainers expect"
+    with pytest.raises(ValueError, match="amp_scaling=1 is invalid"):
+        Lamb16(parameters(), amp_scaling=1)
+    with pytest.raises(ValueError, match="amp_scaling cannot be set in a parameter group"):
+        Lamb16([{"params": parameters(), "amp_scaling": not amp_scaling}], amp_scaling=amp_scaling)
 
 
 def test_grad_norm_is_over_all_groups_kinds_and_finite_tensors(compile_mode: bool) -> None:

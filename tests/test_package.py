@@ -15,7 +15,7 @@ from lamb16.reference import Hyper
 
 
 def test_public_names() -> None:
-    assert sorted(lamb16.__all__) == ["Lamb", "Lamb16", "PublishedLamb16", "__version__"]
+    assert sorted(lamb16.__all__) == ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm"]
     for name in ("Lamb", "Lamb16", "PublishedLamb16"):
         assert issubclass(getattr(lamb16, name), torch.optim.Optimizer)
 
@@ -40,7 +40,7 @@ def test_the_signature_is_the_documented_one() -> None:
         "weight_decay: float = 0.0, *, trust_scale: float = 0.382, trust_lr: float = 0.001, trust_clip: float = 2.0, "
         "bias_correction: bool = True, nesterov: bool = True, caution: bool = False, maximize: bool = False, "
         "moment_dtype: str = float8, max_grad_norm: float | None = None, compile: bool | Executor = True, "
-        "seed: int = 0) -> None"
+        "seed: int = 0, amp_scaling: bool = False) -> None"
     )
 
 

@@ -2,6 +2,7 @@
 
 from .baselines import Lamb, PublishedLamb16
 from .optimizer import Lamb16
+from .trainers import register_timm
 
 __version__ = "0.2.0"
-__all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__"]
+__all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -100,16 +101,17 @@ def check_gradient_memory(grad: Tensor, name: str) -> None:
         )
 
 
-def check_memory(tensors: Sequence[tuple[Tensor, str]]) -> None:
+def check_memory(tensors: Sequence[tuple[Tensor, str]], inference: bool) -> None:
     """Raise ValueError unless every element of these plain tensors, which a step writes to, has memory of its own.
 
-    ``tensors`` come with what they are called. Tensors without elements are nobody's.
+    ``tensors`` come with what they are called. Tensors without elements are nobody's. ``inference``: whether step is
+    called in inference mode.
     """
     placed = []
     for x, what in tensors:
         if not x.numel() or is_fake(x) or x.is_meta:
             continue
-        if x.is_inference() and not torch.is_inference_mode_enabled():
+        if x.is_inference() and not inference:
             raise ValueError(
                 f"Lamb16: {what} is an inference tensor, which cannot be written to here; call step under "
                 "torch.inference_mode() too, or clone the tensor outside of it"
@@ -186,9 +188,9 @@ def check_fake(param: Tensor, grad: Tensor, name: str) -> None:
 def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: str) -> None:
     """Raise ValueError unless ``state`` is a Lamb16 state for ``param`` with codes as uint8 or fp8.
 
-    What version 0.1 did not have may be missing.
+    What version 0.1 did not have may be missing; entries that others added are theirs to check.
     """
-    if not set(ENTRIES) - set(DERIVED) <= set(state) <= set(ENTRIES):
+    if not set(ENTRIES) - set(DERIVED) <= set(state):
         raise ValueError(
             f"Lamb16.load_state_dict: the state of parameter {name} has the entries {sorted(map(str, state))}, not "
             f"{sorted(ENTRIES)}: this is the state of another optimizer"
@@ -235,6 +237,17 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
             raise ValueError(
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {int(state[key])}, expected 0..{most}: the "
                 "checkpoint belongs to another model or is damaged"
+            )
+
+
+def warn_of_other_moments(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
+    """Warn of groups whose moments are kept in another way from here on than the optimizer was made for."""
+    for k, (new, old) in enumerate(zip(saved, own, strict=True)):
+        if new["moment_dtype"] != old["moment_dtype"]:
+            warnings.warn(
+                f"Lamb16.load_state_dict: group {k} has moment_dtype={new['moment_dtype']!r} in the state, and "
+                f"{old['moment_dtype']!r} in the optimizer, which goes on with the state's",
+                stacklevel=3,
             )
 
 

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import update
 from .hyper import NUMBERS
@@ -131,7 +132,10 @@ class Compiled:
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
-        _graph(graph, graph.kind(kind)).prepare()
+        lazy = _graph(graph, graph.kind(kind))
+        if lazy.code is None:
+            _announce(kind)
+        lazy.prepare()
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""
@@ -151,6 +155,15 @@ def _graph(graph: Graph, kind: Kind) -> _Lazy:
     return _Lazy(graph, kind)
 
 
+@functools.cache
+def _announce(kind: Kind) -> None:
+    """One line per process and kind, since nothing else is heard of a first step for up to a minute."""
+    log.info(
+        "lamb16 compiles its step for %s (weights %s, gradients %s): seconds where it is cached on disk, else up to a "
+        "minute, once a process", kind.device, kind.param_dtype, kind.grad_dtype,
+    )  # fmt: skip
+
+
 COMPILING = threading.RLock()  # one at a time: torch's classes are patched meanwhile
 
 
@@ -168,7 +181,8 @@ class _Lazy:
 
     def _compile(self) -> None:
         try:
-            self.code = compile_once(self.graph, self.kind)
+            with _disable_current_modes():  # Dynamo compiles nothing under a dispatch mode, as FlopCounterMode is one
+                self.code = compile_once(self.graph, self.kind)
         except Exception as error:
             raise RuntimeError(
                 f"lamb16 could not compile its {self.graph.function} step for {self.kind.device.type} with "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import (
@@ -25,6 +26,7 @@ from .checks import (
     check_scaler,
     check_state,
     check_state_dict,
+    warn_of_other_moments,
 )
 from .compiled import Compiled, Eager, Executor, Kind
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, to_adamw, unwrapped
@@ -132,6 +134,11 @@ class Lamb16(Optimizer):
             their optimizer's number among those that the process has made with such parameters: optimizers round
             independently of each other, and alike in the next run of a program. Two that are to go the same way in one
             process need names. State dicts keep what follows from all that, each tensor's ``salt``.
+        amp_scaling: take a ``torch.amp.GradScaler``'s scale and its finding of an inf into the step, as fused AdamW
+            does: the scaler then divides no gradient (float16 ones, which it refuses to divide, work too), and nothing
+            is read back to the host. Off by default: the scaler divides the gradients and does not call ``step`` where
+            one is not finite. Lightning's ``gradient_clip_val`` and accelerate's ``optimizer_step_was_skipped`` need
+            it off.
 
     State of a parameter, plain tensors: ``exp_avg_codes`` (float8_e4m3fn) and ``exp_avg_sq_codes`` (float8_e5m2) of the
     parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
@@ -156,7 +163,7 @@ class Lamb16(Optimizer):
         optimizer.step()
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf over instead of reading them
+    _step_supports_amp_scaling = False  # an instance's is ``amp_scaling``; older pickles have none
 
     def __init__(
         self,
@@ -177,6 +184,7 @@ class Lamb16(Optimizer):
         max_grad_norm: float | None = None,
         compile: bool | Executor = True,
         seed: int = 0,
+        amp_scaling: bool = False,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in NAMES}
@@ -186,8 +194,11 @@ class Lamb16(Optimizer):
             raise ValueError(f"Lamb16: compile={compile!r} is invalid; it must be True or False")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
+        if not isinstance(amp_scaling, bool):
+            raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
         self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
         self._number: int | None = None
+        self._step_supports_amp_scaling = amp_scaling  # what GradScaler, Lightning and accelerate look for
         self._forget()
         super().__init__(params, defaults)
 
@@ -202,10 +213,13 @@ class Lamb16(Optimizer):
     # -- parameter groups ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with any of the constructor's hyperparameters but ``compile`` and ``seed``."""
+        """Add a group of parameters, with any of the constructor's hyperparameters.
+
+        ``compile``, ``seed`` and ``amp_scaling`` are the optimizer's.
+        """
         if isinstance(param_group, dict):
             # ZeroRedundancyOptimizer writes all arguments into the groups.
-            for name, own in (("compile", self._compile), ("seed", self._seed)):
+            for name, own in self._own_options().items():
                 if param_group.get(name, own) != own:
                     raise ValueError(f"Lamb16: {name} cannot be set in a parameter group; give it to Lamb16(...)")
                 param_group.pop(name, None)
@@ -229,6 +243,10 @@ class Lamb16(Optimizer):
         return tensor_salt(
             self._seed, f"{self._number}/{name}" if self._number and "param_names" not in group else name
         )
+
+    def _own_options(self) -> dict[str, Any]:
+        """The constructor's options that no group can change, by their names."""
+        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._step_supports_amp_scaling}
 
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
@@ -296,9 +314,13 @@ class Lamb16(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # as torch.compiler.disable, but importing lamb16 does not import Dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one optimization step; ``closure``, if given, reevaluates the model and returns the loss."""
+        """Perform one optimization step; ``closure``, if given, reevaluates the model and returns the loss.
+
+        Dynamo does not trace into it: a compiled training step has one graph break here.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -321,10 +343,7 @@ class Lamb16(Optimizer):
         if self.max_grad_norm is not None and plans:
             self._grad_norm, factor = clip(plans, cached.reductions, self.max_grad_norm, factor)
         for plan in plans:
-            device = plan.kind.device
-            if device not in self._skipped:
-                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-            plan.scale(self._skipped[device], found_inf, factor)
+            plan.scale(self._skipped[plan.kind.device], found_inf, factor)
         for plan in plans:
             plan.update()
         for reduction in cached.reductions:
@@ -388,7 +407,8 @@ class Lamb16(Optimizer):
         """
         grads: dict[int, Tensor] = {}
         params_of: dict[int, Tensor] = {}
-        key: list[Any] = [torch.is_inference_mode_enabled()]
+        inference = torch.is_inference_mode_enabled()
+        key: list[Any] = [inference]
         sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
@@ -414,7 +434,8 @@ class Lamb16(Optimizer):
             cached = None
         changed = cached is None
         if cached is None:
-            plans = self._make_plans(grads, new)
+            with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
+                plans = self._make_plans(grads, new, inference)
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
             cached = self._plans[frozen] = Cached(plans, [], 0, weights)
             if len(self._plans) > CACHED_PLANS:
@@ -423,11 +444,11 @@ class Lamb16(Optimizer):
         if any(
             None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
         ):
-            self._ready_states(
-                grads, {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}, new
-            )
-            for plan in cached.plans:
-                plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
+            touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+            with torch.inference_mode(False), torch.no_grad():
+                self._ready_states(grads, touched, new, inference)
+                for plan in cached.plans:
+                    plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
             states = [[self.state[p] for p in plan.params] for plan in cached.plans]
             changed = True
         if changed:
@@ -447,9 +468,8 @@ class Lamb16(Optimizer):
                 if id(p) in grads:
                     check_gradient_memory(grads[id(p)], self._name(group, i))
 
-    def _make_plans(self, grads: dict[int, Tensor], new: New) -> list[Plan]:
+    def _make_plans(self, grads: dict[int, Tensor], new: New, inference: bool) -> list[Plan]:
         """One plan for each kind of tensor, once everything has been checked and the states are there."""
-        executor = self._executor()
         members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             check_hyperparameters(group, running=True)
@@ -463,23 +483,29 @@ class Lamb16(Optimizer):
                             f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
                             "set the gradient to None when you move a parameter"
                         )
-                    if is_fake(p):
-                        executor = Eager()  # there is no memory that generated code could work on
                     float8 = group["moment_dtype"] == "float8"
                     kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
                     members.setdefault(kind, []).append((p, group))
+        executor = self._executor([p for pairs in members.values() for p, _ in pairs])
 
         def prepare() -> None:
             for kind, pairs in members.items():
-                params = [p for p, _ in pairs]
-                for graph in graphs_of(kind, params, self.max_grad_norm is not None) if self._compile else ():
+                params, clips = [p for p, _ in pairs], self.max_grad_norm is not None
+                for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
                     executor.prepare(graph, kind)
 
-        self._ready_states(grads, set(grads), new, prepare)
+        self._ready_states(grads, set(grads), new, inference, prepare)
+        for device in {kind.device for kind in members} - set(self._skipped):
+            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
 
     def _ready_states(
-        self, grads: dict[int, Tensor], changed: set[int], new: New, prepare: Callable[[], None] = lambda: None
+        self,
+        grads: dict[int, Tensor],
+        changed: set[int],
+        new: New,
+        inference: bool,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         """Check those states of parameters with gradients that have changed, by the parameters' ids, and repair them.
 
@@ -500,7 +526,7 @@ class Lamb16(Optimizer):
                         state = self._checked_live_state(p, group, name)
                         live.append((p, state))
                     written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
-        check_memory(written)
+        check_memory(written, inference)
         prepare()
         self._repair(live, new)
         made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
@@ -508,9 +534,10 @@ class Lamb16(Optimizer):
         for p, state in made.items():
             self.state[p].update(state)
 
-    def _executor(self) -> Executor:
+    def _executor(self, params: list[Tensor]) -> Executor:
+        """The one that was asked for; eager where there is no memory for generated code to work on."""
         if isinstance(self._compile, bool):
-            return Compiled() if self._compile else Eager()
+            return Compiled() if self._compile and not any(p.is_meta or is_fake(p) for p in params) else Eager()
         return self._compile
 
     def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
@@ -571,6 +598,8 @@ class Lamb16(Optimizer):
                 )
             if not local(codes).is_contiguous() or codes.device != p.device:
                 codes = like(p, _to(local(codes), p.device))
+            if local(codes).is_inference():  # of a state that was loaded in inference mode
+                codes = like(p, local(codes).clone())
             state[key] = codes
         return state
 
@@ -691,6 +720,7 @@ class Lamb16(Optimizer):
             error = caught
         agree(error, [p for group in self.param_groups for p in group["params"]])
         share(list(foreign.values()))
+        warn_of_other_moments(groups, self.param_groups)
         self.__setstate__({"state": self._read_state(states, foreign, groups, names, found), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -795,7 +825,8 @@ class Lamb16(Optimizer):
         _add_up({owners[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
         for key, value in states.items():
             if key in owners:
-                state[owners[key][0]] = loaded[key]
+                p = owners[key][0]
+                state[p] = loaded[key] | foreign_entries(value, p.device)
             elif key not in found.keys:  # of no parameter
                 state[key] = value
         return state
@@ -818,13 +849,8 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = {
-            "max_grad_norm": self.max_grad_norm,
-            "_compile": self._compile,
-            "_seed": self._seed,
-            "_number": self._number,
-        }
-        return pickled | own | {"_skipped": skipped}
+        own = ("max_grad_norm", "_compile", "_seed", "_number", "_step_supports_amp_scaling")
+        return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.get("_skipped", self.__dict__.get("_skipped", {}))
@@ -851,6 +877,15 @@ def tensor_salt(seed: int, name: str) -> int:
     """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
     digest = hashlib.blake2s(f"{seed}:{name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the entries that others added to a state, as Lookahead does; tensors on the parameter's device."""
+    added = {key: value for key, value in state.items() if key not in ENTRIES}
+    return {
+        key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in added.items()
+    }
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:

@@ -1,0 +1,222 @@
+"""Lamb16 inside of what others trace, count, fake and fork: compiled training steps, dispatch modes, processes."""
+
+import functools
+import logging
+import multiprocessing.connection
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import DEVICE, SHAPES, all_params, assert_same, model, parameters, snapshot, take_steps
+from lamb16 import Lamb16, compiled
+
+BASE = {"lr": 0.01, "weight_decay": 0.1}
+
+
+def training_step(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    def step(x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = network(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+# -- torch.compile around a whole training step ------------------------------------------------------------------
+
+
+# Dynamo looks at .grad of what is no leaf, and at what it does not trace.
+DYNAMOS_WARNINGS = pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:Profiler record function")
+
+
+def breaks(make: Callable[[torch.nn.Module], torch.optim.Optimizer], dynamic: bool | None) -> int:
+    """Graph breaks of four training steps as one compiled function."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["graph_break"]
+    counters.clear()
+    network = model()
+    step = torch.compile(training_step(make(network), network), backend="eager", dynamic=dynamic)
+    for _ in range(4):
+        step(torch.ones(2, 48, device=DEVICE))
+    return sum(counters.values())
+
+
+@DYNAMOS_WARNINGS
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_training_step_breaks_no_more_often_than_adamws(compile_mode: bool, dynamic: bool | None) -> None:
+    adamw = breaks(lambda network: torch.optim.AdamW(network.parameters()), dynamic)
+    own = breaks(lambda network: Lamb16(network.named_parameters(), compile=compile_mode), dynamic)
+    assert 0 < own <= adamw
+
+
+@DYNAMOS_WARNINGS
+def test_a_compiled_training_step_gives_the_bits_of_the_plain_one(compile_mode: bool) -> None:
+    found = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        network = model()
+        optimizer = Lamb16(network.named_parameters(), **BASE, compile=compile_mode)
+        step = wrap(training_step(optimizer, network))
+        for t in range(3):
+            step(torch.full((2, 48), 0.5 + t, device=DEVICE))
+        found.append(snapshot(optimizer))
+    assert_same(*found)
+
+
+# -- modes -------------------------------------------------------------------------------------------------------
+
+
+class Passing(TorchDispatchMode):
+    """Does nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """As in a new process, without the compiler's time; the graphs that are compiled, with the modes around it."""
+    monkeypatch.setattr(compiled, "_graph", functools.cache(compiled._Lazy))
+    monkeypatch.setattr(compiled, "_announce", functools.cache(compiled._announce.__wrapped__))
+    found: list[object] = []
+
+    def compile_once(graph: compiled.Graph, kind: compiled.Kind) -> compiled.Call:
+        found.append((graph, torch.utils._python_dispatch._get_current_dispatch_mode()))
+        return lambda arguments: getattr(compiled.update, graph.function)(*arguments)
+
+    monkeypatch.setattr(compiled, "compile_once", compile_once)
+    return found
+
+
+MODES = {
+    "TorchDispatchMode": Passing,
+    "FlopCounterMode": lambda: FlopCounterMode(display=False),
+    "MemTracker": MemTracker,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_first_step_compiles_outside_of_modes(nothing_compiled: list[object], mode: str) -> None:
+    inside, outside = (Lamb16(parameters(), **BASE) for _ in range(2))
+    with MODES[mode]():
+        take_steps(inside, range(1))
+    assert len(nothing_compiled) > 4
+    assert {around for _, around in nothing_compiled} == {None}
+    take_steps(outside, range(1))
+    assert_same(snapshot(inside), snapshot(outside))
+
+
+def test_a_graph_really_compiles_under_a_mode() -> None:
+    lazy = compiled._Lazy(compiled.Graph("inspect"), compiled.Kind(DEVICE))
+    with Passing():
+        lazy.prepare()
+    assert lazy.code is not None
+
+
+def test_the_wait_for_the_compiler_is_one_line_of_log_per_kind(
+    nothing_compiled: list[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lamb16")
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        take_steps(Lamb16(parameters(dtype=dtype), **BASE), range(2))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("lamb16")]
+    assert len(lines) == 2
+    for line, dtype in zip(lines, ("float32", "bfloat16"), strict=True):
+        assert line.startswith(f"lamb16 compiles its step for {DEVICE} (weights torch.{dtype}")
+
+
+# -- tensors without memory ----------------------------------------------------------------------------------------
+
+
+def test_meta_parameters_are_stepped_eagerly(nothing_compiled: list[object]) -> None:
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    optimizer = Lamb16(params, **BASE, max_grad_norm=1.0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert nothing_compiled == []
+    assert all(entry.is_meta for p in params for entry in optimizer.state[p].values())
+    assert [optimizer.state[p]["exp_avg_codes"].shape for p in params] == [p.shape for p in params]
+
+
+def test_fake_parameters_are_stepped_eagerly(nothing_compiled: list[object]) -> None:
+    """Without a warning (which pytest makes an error) that they have no data pointer."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(shape)) for shape in SHAPES]
+        optimizer = Lamb16(params, **BASE)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+    assert nothing_compiled == []
+    assert all(isinstance(entry, FakeTensor) for p in params for entry in optimizer.state[p].values())
+
+
+# -- inference mode ----------------------------------------------------------------------------------------------
+
+
+def test_steps_in_inference_mode_and_outside_follow_each_other(compile_mode: bool) -> None:
+    inside, outside = (Lamb16(parameters(), **BASE, compile=compile_mode) for _ in range(2))
+    take_steps(outside, range(4))
+    with torch.inference_mode():
+        take_steps(inside, [0])
+        take_steps(inside, [1])
+    params = all_params(inside)
+    assert not any(entry.is_inference() for p in params for entry in inside.state[p].values())
+    take_steps(inside, [2])
+    with torch.inference_mode():
+        inside.load_state_dict(inside.state_dict())
+    take_steps(inside, [3])
+    assert_same(snapshot(inside), snapshot(outside))
+
+
+def test_inference_tensors_are_stepped_in_inference_mode(compile_mode: bool) -> None:
+    plain = Lamb16(parameters(), **BASE, compile=compile_mode)
+    with torch.inference_mode():
+        params = [nn.Parameter(p.detach().clone()) for p in all_params(plain)]
+        optimizer = Lamb16(params, **BASE, compile=compile_mode)
+        take_steps(optimizer, range(2))
+    assert params[0].is_inference()
+    take_steps(plain, range(2))
+    assert_same(snapshot(optimizer), snapshot(plain))
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+
+def _go_on(optimizer: Lamb16, sent: multiprocessing.connection.Connection) -> None:
+    take_steps(optimizer, [1])
+    sent.send_bytes(pickle.dumps(snapshot(optimizer)))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="CUDA does not survive a fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_goes_on_after_a_compiled_step(compile_mode: bool) -> None:
+    """With one thread: OpenMP's threads do not survive a fork, whoever's code runs in them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+        take_steps(optimizer, [0])
+        context = multiprocessing.get_context("fork")
+        received, sent = context.Pipe(duplex=False)
+        child = context.Process(target=_go_on, args=(optimizer, sent))
+        child.start()
+        assert received.poll(60), "the child hangs"
+        theirs = pickle.loads(received.recv_bytes())
+        child.join(60)
+        assert child.exitcode == 0
+        take_steps(optimizer, [1])
+        assert_same(theirs, snapshot(optimizer))
+    finally:
+        torch.set_num_threads(threads)
