@@ -94,7 +94,7 @@ def check_resize(p: Tensor, index: Tensor, new_p: Tensor, name: str) -> None:
 
 def check_gradient_memory(grad: Tensor, name: str) -> None:
     """Raise RuntimeError for a gradient whose memory was freed."""
-    if grad.numel() and not grad.data_ptr() and not is_fake(grad):
+    if grad.numel() and not (is_fake(grad) or grad.is_meta) and not grad.data_ptr():
         raise RuntimeError(
             f"Lamb16: the gradient of parameter {name} has no memory (its storage was resized to 0 bytes); bring it "
             "back before step, or set it to None"
