@@ -71,28 +71,36 @@ class Store:
             entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
             found = _moments(entries), *_memory(entries)
         except (AttributeError, KeyError, TypeError):  # an entry is missing, or no tensor
-            return [k for k, state in enumerate(states) if len(states) == 1 or self.changed([state])]
-        if None not in rows:
-            everything = rows == self.order
-            moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
-            same = all(map(is_, found[0], [x() for x in moments])) and list(found[1:]) == seen
-            if same and (homes is None or rows == homes):
-                return []
-        return [
-            k
-            for k, row in enumerate(rows)
-            if row is None or not self._is_as_before(row, k, found) or (homes is not None and row != homes[k])
+            if len(states) == 1:
+                return [0]
+            own = [None] * len(states) if homes is None else [[home] for home in homes]
+            return [k for k, state in enumerate(states) if self.changed([state], own[k])]
+        if None in rows:
+            old = [k for k, row in enumerate(rows) if row is not None]
+            again = self.changed([states[k] for k in old], None if homes is None else [homes[k] for k in old])
+            return sorted({*range(len(rows))} - {*old} | {old[k] for k in again})
+        everything = rows == self.order
+        moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
+        there = [x() for x in moments]
+        if (homes is None or rows == homes) and all(map(is_, found[0], there)) and list(found[1:]) == seen:
+            return []
+        pairs: list[tuple[Any, Any]] = [
+            (list(map(is_, found[0], there)), [True] * len(there)),
+            *zip(found[1:], seen, strict=True),
         ]
+        widths = [n for _, n in self._known()]
+        if homes is not None:
+            pairs, widths = [*pairs, (rows, homes)], [*widths, 1]
+        changed: set[int] = set()
+        for (now, before), n in zip(pairs, widths, strict=True):
+            parts = zip(*[iter(now)] * n, strict=True), zip(*[iter(before)] * n, strict=True)
+            changed.update(k for k, (a, b) in enumerate(zip(*parts, strict=True)) if a != b)
+        return sorted(changed)
 
     def _known(self) -> list[tuple[list[Any], int]]:
         """What is known of all rows, and how many numbers of each."""
         two = len(MOMENTS)
         return [(self.moments, two), (self.addresses, WIDTH), (self.sizes, two), (self.versions, two)]
-
-    def _is_as_before(self, row: int, k: int, found: Sequence[list[Any]]) -> bool:
-        moments, *seen = [x[(row - 1) * n : row * n] for x, n in self._known()]
-        now, *others = [x[k * n : (k + 1) * n] for x, (_, n) in zip(found, self._known(), strict=True)]
-        return others == seen and all(map(is_, now, [x() for x in moments]))
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether nothing of these states has been replaced, nor given other memory."""
