@@ -328,3 +328,28 @@ def test_new_memory_of_a_parameter_is_seen(compile_mode: bool, how: str) -> None
         for optimizer in (moved, plain):
             take_steps(optimizer, [t])
         assert_same(snapshot(moved), snapshot(plain))
+
+
+@pytest.mark.parametrize("how", ["states", "dicts", "entries"])
+def test_what_was_taken_out_keeps_its_values(compile_mode: bool, how: str) -> None:
+    """Put back, it goes on from where it was: what took its place was written elsewhere."""
+    optimizer, plain = trained(compile_mode), trained(compile_mode)
+    kept = {p: state if how == "states" else dict(state) for p, state in optimizer.state.items()}
+    before, weights = snapshot(plain), [p.detach().clone() for p in all_params(optimizer)]
+    if how == "entries":
+        for state in optimizer.state.values():
+            state.update({key: value.clone() for key, value in state.items()})
+    else:
+        optimizer.state.clear()
+    take_steps(optimizer, [5, 6])
+    for p, w in zip(all_params(optimizer), weights, strict=True):
+        p.data.copy_(w)
+    if how == "entries":
+        for p, state in kept.items():
+            optimizer.state[p].update(state)
+    else:
+        optimizer.state.update(kept)
+    assert_same(snapshot(optimizer), before)
+    for one in (optimizer, plain):
+        take_steps(one, [2, 3])
+    assert_same(snapshot(optimizer), snapshot(plain))

@@ -108,36 +108,41 @@ def check_memory(tensors: Sequence[tuple[Tensor, str]], inference: bool) -> None
     called in inference mode.
     """
     placed = []
+    inference = torch.is_inference_mode_enabled()
     for x, what in tensors:
-        if not x.numel() or is_fake(x) or x.is_meta:
+        if not x.numel() or x.is_meta or is_fake(x):
             continue
-        if x.is_inference() and not inference:
+        if not inference and x.is_inference():
             raise ValueError(
                 f"Lamb16: {what} is an inference tensor, which cannot be written to here; call step under "
                 "torch.inference_mode() too, or clone the tensor outside of it"
             )
         if x.is_neg():
             raise ValueError(f"Lamb16: {what} is a lazily negated view; give it memory of its own (.resolve_neg())")
-        begin, size = x.data_ptr(), x.element_size()
-        end = begin + size * (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)))
+        begin, whole = x.data_ptr(), x.is_contiguous()
+        end = begin + x.nbytes
+        if not whole:
+            reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            end = begin + x.element_size() * (1 + reach)
         storage = x.untyped_storage()
         if not begin or end > storage.data_ptr() + storage.nbytes():
             raise ValueError(
                 f"Lamb16: {what} has no memory (its storage was resized to {storage.nbytes()} bytes); bring it back "
                 "before step"
             )
-        if not x.is_contiguous() and _overlaps_itself(x):
+        if not whole and _overlaps_itself(x):
             raise ValueError(
                 f"Lamb16: elements of {what} share memory (shape {tuple(x.shape)}, strides {x.stride()}: an expanded "
                 "or overlapping view); optimize the tensor that it is a view of, or give it its own memory (.clone())"
             )
-        placed.append((str(x.device), begin, end, x, what))
-    placed.sort(key=itemgetter(0, 1))
-    for k, (device, _, end, x, what) in enumerate(placed):
-        for other_device, other_begin, _, y, other in placed[k + 1 :]:
-            if other_device != device or other_begin >= end:
+        placed.append((begin, end, x, what))
+    placed.sort(key=itemgetter(0))
+    for k, (_, end, x, what) in enumerate(placed):
+        for n in range(k + 1, len(placed)):
+            begin, _, y, other = placed[n]
+            if begin >= end:
                 break
-            if _share_elements(x, y):
+            if x.device == y.device and _share_elements(x, y):
                 raise ValueError(
                     f"Lamb16: {what} and {other} share memory; give each its own (.clone()), or optimize only one"
                 )

@@ -494,10 +494,20 @@ class Lamb16(Optimizer):
                 for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
                     executor.prepare(graph, kind)
 
-        self._ready_states(grads, set(grads), new, inference, prepare)
+        self._ready_states(grads, self._unknown(members), new, inference, prepare)
         for device in {kind.device for kind in members} - set(self._skipped):
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+
+    def _unknown(self, members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]]) -> set[int]:
+        """The parameters, by id, with states that no store holds, or that were made for a parameter of another kind."""
+        unknown: set[int] = set()
+        for kind, pairs in members.items():
+            there = [(p, state) for p, _ in pairs if (state := self.state.get(p))]
+            store = self._stores.setdefault(kind.device, Store(kind.device))
+            unknown.update(id(there[k][0]) for k in store.changed([state for _, state in there]))
+            unknown.update(id(p) for p, state in there if not _is_ready(p, state, kind.float8))
+        return unknown
 
     def _ready_states(
         self,
@@ -558,6 +568,8 @@ class Lamb16(Optimizer):
         """
         float8 = group["moment_dtype"] == "float8"
         state = dict(renamed(self.state[p]))
+        if _is_ready(p, state, float8):
+            return state
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
@@ -611,9 +623,8 @@ class Lamb16(Optimizer):
             if state.keys() - repaired.keys():  # old names
                 state = self.state[p] = repaired
             state.update(repaired)
-            store = self._stores.get(p.device)
-            if store is None or not store.holds([state]):  # the codes may be others than the maxima are of
-                changed.append((p, state))
+            if not (is_sharded(p) and self._stores[p.device].holds([state])):
+                changed.append((p, state))  # its codes may be others than the maxima are of
         find_largest(*(state for _, state in changed))
         new.completed.extend(p for p, state in changed if complete(p, state))
 
@@ -886,6 +897,24 @@ def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, An
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
     }
+
+
+def _is_ready(p: Tensor, state: dict[str, Any], float8: bool) -> bool:
+    """Whether a state has all entries, and nothing of it is to be repaired; False for all DTensors."""
+    moments = [state.get(name) for name in MOMENTS]
+    return (
+        all(
+            type(x) is Tensor
+            and x.dtype == dtype
+            and x.shape == p.shape
+            and x.device == p.device
+            and x.is_contiguous()
+            and not x.is_inference()
+            for x, dtype in zip(moments, MOMENT_DTYPES["float8" if float8 else "float32"], strict=True)
+        )
+        and not is_sharded(p)
+        and all(type(x) is Tensor and x.numel() == 1 for x in map(state.get, SCALARS))
+    )
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:

@@ -71,28 +71,36 @@ class Store:
             entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
             found = _moments(entries), *_memory(entries)
         except (AttributeError, KeyError, TypeError):  # an entry is missing, or no tensor
-            return [k for k, state in enumerate(states) if len(states) == 1 or self.changed([state])]
-        if None not in rows:
-            everything = rows == self.order
-            moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
-            same = all(map(is_, found[0], [x() for x in moments])) and list(found[1:]) == seen
-            if same and (homes is None or rows == homes):
-                return []
-        return [
-            k
-            for k, row in enumerate(rows)
-            if row is None or not self._is_as_before(row, k, found) or (homes is not None and row != homes[k])
+            if len(states) == 1:
+                return [0]
+            own = [None] * len(states) if homes is None else [[home] for home in homes]
+            return [k for k, state in enumerate(states) if self.changed([state], own[k])]
+        if None in rows:
+            old = [k for k, row in enumerate(rows) if row is not None]
+            again = self.changed([states[k] for k in old], None if homes is None else [homes[k] for k in old])
+            return sorted({*range(len(rows))} - {*old} | {old[k] for k in again})
+        everything = rows == self.order
+        moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
+        there = [x() for x in moments]
+        if (homes is None or rows == homes) and all(map(is_, found[0], there)) and list(found[1:]) == seen:
+            return []
+        pairs: list[tuple[Any, Any]] = [
+            (list(map(is_, found[0], there)), [True] * len(there)),
+            *zip(found[1:], seen, strict=True),
         ]
+        widths = [n for _, n in self._known()]
+        if homes is not None:
+            pairs, widths = [*pairs, (rows, homes)], [*widths, 1]
+        changed: set[int] = set()
+        for (now, before), n in zip(pairs, widths, strict=True):
+            parts = zip(*[iter(now)] * n, strict=True), zip(*[iter(before)] * n, strict=True)
+            changed.update(k for k, (a, b) in enumerate(zip(*parts, strict=True)) if a != b)
+        return sorted(changed)
 
     def _known(self) -> list[tuple[list[Any], int]]:
         """What is known of all rows, and how many numbers of each."""
         two = len(MOMENTS)
         return [(self.moments, two), (self.addresses, WIDTH), (self.sizes, two), (self.versions, two)]
-
-    def _is_as_before(self, row: int, k: int, found: Sequence[list[Any]]) -> bool:
-        moments, *seen = [x[(row - 1) * n : row * n] for x, n in self._known()]
-        now, *others = [x[k * n : (k + 1) * n] for x, (_, n) in zip(found, self._known(), strict=True)]
-        return others == seen and all(map(is_, now, [x() for x in moments]))
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether nothing of these states has been replaced, nor given other memory."""
@@ -108,11 +116,11 @@ class Store:
                     self.order.append(len(self.order) + 1)
                     self.free.append(self.order[-1])
                 self.rows[id(state)] = self.free.pop(0)
-        if len(self.order) > count:
+        if changed:
             for known, n in self._known():
                 known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
-            self._grow(count, live)
-        if changed:
+            if len(self.order) > count or not all(self._places(changed)):
+                self._renew(count, live)
             self._read(changed)
         return [self.rows[id(state)] for state in states]
 
@@ -124,8 +132,20 @@ class Store:
             self.free.append(row)
             self.moments[(row - 1) * len(MOMENTS) : row * len(MOMENTS)] = [_nothing] * len(MOMENTS)
 
-    def _grow(self, count: int, live: Collection[dict[str, Any]]) -> None:
-        """Larger tables, to which the scalars of the first ``count`` rows move."""
+    def _places(self, states: Sequence[dict[str, Any]]) -> list[bool]:
+        """Of every scalar, whether all these states have it where it is known to be."""
+        first = [self.rows[id(state)] * WIDTH - len(SCALARS) for state in states]
+        values = [[state[name] for state in states] for name in SCALARS]
+        return [
+            set(map(type, own)) == {Tensor} and addresses(own) == [self.addresses[place + k] for place in first]
+            for k, own in enumerate(values)
+        ]
+
+    def _renew(self, count: int, live: Collection[dict[str, Any]]) -> None:
+        """New tables, to which the scalars of the first ``count`` rows move.
+
+        Whoever has kept entries that were replaced, or states that were taken out, finds in them what was there.
+        """
         old, self.columns = self.columns, []
         for dtype, names in TABLES.items():
             table = torch.zeros(len(self.order) + 1, len(names), dtype=dtype, device=self.device)
@@ -146,11 +166,10 @@ class Store:
     def _read(self, states: Sequence[dict[str, Any]]) -> None:
         """Put what these states hold into the tables, and views of them into the states."""
         rows = [self.rows[id(state)] for state in states]
-        for k, (name, column) in enumerate(zip(SCALARS, self.columns, strict=True)):
-            values = [state[name] for state in states]
-            known = [self.addresses[row * WIDTH - len(SCALARS) + k] for row in rows]
-            if set(map(type, values)) == {Tensor} and list(map(Tensor.data_ptr, values)) == known:
+        for name, column, in_place in zip(SCALARS, self.columns, self._places(states), strict=True):
+            if in_place:
                 continue
+            values = [state[name] for state in states]
             column[torch.tensor(rows, device=self.device)] = self._stacked(values, column.dtype)
             views = column.unbind(0)
             for state, row in zip(states, rows, strict=True):
