@@ -108,7 +108,6 @@ def check_memory(tensors: Sequence[tuple[Tensor, str]], inference: bool) -> None
     called in inference mode.
     """
     placed = []
-    inference = torch.is_inference_mode_enabled()
     for x, what in tensors:
         if not x.numel() or x.is_meta or is_fake(x):
             continue
