@@ -242,7 +242,39 @@ def test_empty_grad(given: OptimizerInput, shape: tuple[int, ...]) -> None:
 
 # -- state dicts -------------------------------------------------------------------------------------------------
 #
-# To come with loading by name: test_can_load_from_to_named_state_dict, test_can_load_older_state_dict.
+
+
+def goes_on_in(given: OptimizerInput, saved_names: bool, own_names: bool, dropped: tuple[str, ...] = ()) -> None:
+    """A state dict without these hyperparameters, loaded into another optimizer: the steps go on as if nothing was."""
+    runs = []
+    for params, has_names in ((weights(), saved_names), (weights(), own_names)):
+        parts = zip(("weight", "bias"), params, strict=True) if has_names else params
+        runs.append((INFO.optim_cls(parts, **copied(given.kwargs)), params))
+    (optimizer, params), (other, clones) = runs
+    for _ in range(3):
+        optimizer.step(closure_of(optimizer, params))
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in dropped:
+        del state["param_groups"][0][name]
+    other.load_state_dict(state)
+    for p, clone in zip(params, clones, strict=True):
+        clone.data.copy_(p)
+    for _ in range(3):
+        for each, own in runs:
+            each.step(closure_of(each, own))
+    assert_same(snapshot(optimizer), snapshot(other))
+
+
+@every_input
+@pytest.mark.parametrize(("saved_names", "own_names"), [(False, True), (True, False)])
+def test_can_load_from_to_named_state_dict(given: OptimizerInput, saved_names: bool, own_names: bool) -> None:
+    goes_on_in(given, saved_names, own_names)
+
+
+@every_input
+def test_can_load_older_state_dict(given: OptimizerInput) -> None:
+    """Of a version that had fewer hyperparameters."""
+    goes_on_in(given, False, False, ("caution", "nesterov", "maximize", "trust_clip"))
 
 
 @every_input
