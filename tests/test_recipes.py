@@ -51,7 +51,7 @@ def test_the_recipe_runs_and_learns(
 ) -> None:
     missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
     if missing:
-        pytest.skip(f"{', '.join(missing)} not installed (extras: recipes, peers)")
+        pytest.skip(f"{', '.join(missing)} not installed (extra: recipes)")
     if name == "FSDP2":
         request.getfixturevalue("one_rank")
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .wrapped import plain
+from .wrapped import PLAIN, plain
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -36,7 +36,7 @@ def sharded_types() -> tuple[type, ...]:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor."""
-    return isinstance(tensor, sharded_types())
+    return type(tensor) not in PLAIN and isinstance(tensor, sharded_types())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Store:
             for known, n in self._known():
                 known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
             if len(self.order) > count or not all(self._places(changed)):
-                self._renew(count, live)
+                self._renew(count, live, changed)
             self._read(changed)
         return [self.rows[id(state)] for state in states]
 
@@ -141,8 +141,8 @@ class Store:
             for k, own in enumerate(values)
         ]
 
-    def _renew(self, count: int, live: Collection[dict[str, Any]]) -> None:
-        """New tables, to which the scalars of the first ``count`` rows move.
+    def _renew(self, count: int, live: Collection[dict[str, Any]], changed: Sequence[dict[str, Any]]) -> None:
+        """New tables, to which the scalars of the first ``count`` rows move; those of ``changed`` states are read then.
 
         Whoever has kept entries that were replaced, or states that were taken out, finds in them what was there.
         """
@@ -152,13 +152,17 @@ class Store:
             self.columns += table.unbind(1)
         for new, column in zip(self.columns, old, strict=False):
             new[: len(column)] = column
-        views = [column.unbind(0) for column in self.columns]
+        scalars = len(SCALARS)
+        for state in changed:
+            place = self.rows[id(state)] * WIDTH
+            self.addresses[place - scalars : place] = [-1] * scalars
+        views, read = [column.unbind(0) for column in self.columns], set(map(id, changed))
         for state in live:
             row = self.rows.get(id(state), 0)
-            if not 0 < row <= count:
+            if not 0 < row <= count or id(state) in read:
                 continue
             for k, name in enumerate(SCALARS):
-                place, value, view = row * WIDTH - len(SCALARS) + k, state.get(name), views[k][row]
+                place, value, view = row * WIDTH - scalars + k, state.get(name), views[k][row]
                 if type(value) is type(view) and addresses([value]) == [self.addresses[place]]:
                     state[name] = view
                 self.addresses[place] = addresses([view])[0]
