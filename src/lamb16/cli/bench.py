@@ -241,7 +241,7 @@ def plot_sizes(rows: list[Row], path: Path) -> None:
 
 
 def plot(results: dict[str, list[Row]], path: Path) -> None:
-    """Bars of ns per parameter, a panel a set of shapes; the copy is a line."""
+    """Bars of ns per parameter, one panel per set of shapes; the copy is a line."""
     with report.figure(path, len(results)) as panels:
         for axes, (name, rows) in zip(panels, results.items(), strict=True):
             bars = [row for row in rows if "median_s" in row and row["name"] != COPY]

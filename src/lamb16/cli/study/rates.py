@@ -118,7 +118,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
-    """Loss against learning rate, a panel a task."""
+    """Loss against learning rate, one panel per task."""
     found = losses(pairs)
     path = folder / "rates.svg"
     with figure(path, len(found)) as axes:

@@ -58,7 +58,7 @@ def _setting(pair: Pair) -> tuple[int, float, str, float]:
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
-    """Training loss by epoch, a panel a setting."""
+    """Training loss by epoch, one panel per setting."""
     settings = grouped(pairs, lambda pair: pair[0].batch_size)
     path = folder / "reasons.svg"
     with figure(path, len(settings)) as axes:
