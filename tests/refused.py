@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 from unittest import mock
 
@@ -38,6 +39,53 @@ def uneven_strided() -> str:
 def partial_parameter() -> str:
     mesh = init_device_mesh("cpu", (2,))
     return message(Lamb16, [nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))])
+
+
+def other_states_are_missing() -> tuple[str, list[str]]:
+    """Each of two ranks has lost the state of another of two equal parameters; then both are given theirs back."""
+    spread, optimizers = sharded.spreader("rows over 2"), []
+    for _ in range(2):
+        params = [nn.Parameter(spread(torch.ones(6, 4))) for _ in range(2)]
+        optimizers.append(Lamb16(params, lr=0.01, compile=False))
+        give(params, (0, 1))
+        optimizers[-1].step()
+    one, other = optimizers
+    p = one.param_groups[0]["params"][torch.distributed.get_rank()]
+    lost = one.state.pop(p)
+    found = message(one.step)
+    assert not one.state.get(p)
+    one.state[p] = lost
+    for optimizer in optimizers:
+        optimizer.step()
+    return found, differing(snapshot_of(one), snapshot_of(other))
+
+
+def an_error_while_a_plan_is_made() -> list[str]:
+    """Once, on both ranks; what the later steps over the same parameters differ in."""
+    spread, optimizers = sharded.spreader("rows over 2"), []
+    for _ in range(2):
+        params = [nn.Parameter(spread(torch.arange(24.0).view(6, 4) ** 3)) for _ in range(2)]
+        optimizers.append(Lamb16(params, lr=0.01, compile=False))
+        give(params, (0, 1))
+        optimizers[-1].step()
+        give(params, (1,))
+    one, other = optimizers
+    with mock.patch("lamb16.optimizer.signature", side_effect=MemoryError):
+        assert message(one.step).startswith("MemoryError")
+    for optimizer in optimizers:
+        optimizer.step()
+    return differing(snapshot_of(one), snapshot_of(other))
+
+
+def own_plain_parameters() -> tuple[float, float]:
+    """The norm of a sharded parameter's gradient and of one of a plain parameter of this rank's own, and what it is."""
+    rank, spread = torch.distributed.get_rank(), sharded.spreader("rows over 2")
+    w, own = nn.Parameter(spread(torch.ones(8, 8))), nn.Parameter(torch.ones(8))
+    optimizer = Lamb16([("w", w), (f"experts.{rank}", own)], lr=0.01, compile=False, max_grad_norm=1.0)
+    w.grad, own.grad = w.detach().clone(), torch.full((8,), 30.0 if rank else 1e-3)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    return float(optimizer.grad_norm), math.sqrt(64 + float(own.grad.square().sum()))
 
 
 def flat_parameters(use_orig_params: bool) -> str:
@@ -109,6 +157,10 @@ def bad_clipping(optimizer: Lamb16) -> None:
     optimizer.max_grad_norm = -1.0
 
 
+def bad_scale(optimizer: Lamb16) -> None:
+    optimizer.grad_scale = 2.0  # type: ignore[attr-defined]
+
+
 # What two ranks do otherwise: the parameters with gradients on each, and a change on rank 1 alone.
 DIFFERENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
     "as many gradients, others": ((0, 1), (1, 2), None),
@@ -117,6 +169,7 @@ DIFFERENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
     "a wrong eps": ((0, 1, 2), (0, 1, 2), bad_eps),
     "clipping": ((0, 1, 2), (0, 1, 2), clipping),
     "a wrong norm to clip at": ((0, 1, 2), (0, 1, 2), bad_clipping),
+    "a wrong scale": ((0, 1, 2), (0, 1, 2), bad_scale),
 }
 
 
@@ -140,6 +193,7 @@ def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[st
     found = message(one.step)
     assert_same(snapshot_of(one), before)
     one.param_groups[0]["eps"], one.max_grad_norm = old
+    vars(one).pop("grad_scale", None)
     for optimizer in optimizers:
         for which in ((0, 1, 2), (), (3,), (0, 1, 2, 3)):
             give(optimizer.param_groups[0]["params"], which)

@@ -34,8 +34,10 @@ def test_a_mesh_gives_the_bits_of_one_process(
         assert_same(tensors, one_process)
         assert had["bytes"] == 2 * had["elements"]
         split = sum(dim is not None and size > 1 for size, dim in zip(sizes, dims, strict=True))
-        # A maximum and a sum; one sum more where gradients are clipped. The first step adds up the weights.
-        assert had["collectives"][2:] == [split * (3 if sharded.clip_at(t) else 2) for t in range(2, STEPS)]
+        # A maximum and a sum; one sum more where gradients are clipped, and one maximum more where not all tensors are
+        # split over the same axes. The first step adds up the weights.
+        clipped = 3 + (split > 1)
+        assert had["collectives"][2:] == [split * (clipped if sharded.clip_at(t) else 2) for t in range(2, STEPS)]
         tensors_sent = (len(sharded.SHAPES) + 1) * split
         for t, sent in enumerate(had["sent"][2:], 2):
             assert sent <= (REDUCED_BYTES + bool(sharded.clip_at(t)) * CLIP_BYTES) * tensors_sent
@@ -105,6 +107,23 @@ def test_what_cannot_be_stepped_is_refused_on_every_rank(ranks: Ranks) -> None:
         assert text.startswith("ValueError: Lamb16: dimension 0 of parameter 0.weight, (7, 4), is split over mesh axes")
     for text in ranks.run(2, refused.partial_parameter):
         assert text.startswith("ValueError: Lamb16: parameter 0 has partial placements")
+
+
+def test_states_that_other_ranks_lack_are_refused_on_all(ranks: Ranks) -> None:
+    for text, differ in ranks.run(2, refused.other_states_are_missing):
+        assert text.startswith("RuntimeError: Lamb16: the ranks that share parameters do not step the same ones")
+        assert differ == []
+
+
+def test_a_plan_that_could_not_be_made_is_made_at_the_next_step(ranks: Ranks) -> None:
+    """Not remembered without what the ranks tell each other."""
+    assert ranks.run(2, refused.an_error_while_a_plan_is_made) == [[], []]
+
+
+def test_plain_parameters_of_one_rank_enter_its_norm_alone(ranks: Ranks) -> None:
+    """Their gradients' size does not change the units in which squares of shared ones are added up."""
+    for norm, expected in ranks.run(2, refused.own_plain_parameters):
+        assert norm == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])

@@ -382,6 +382,53 @@ def test_states_that_were_cut_by_others_name_resize() -> None:
         state.update(kept)
 
 
+def test_a_state_dict_that_is_kept_survives_the_loading_of_another() -> None:
+    source, theirs = trained("abc")
+    step(source, theirs, 5)
+    target, _ = trained("abc")
+    before = snapshot(target)
+    backup = target.state_dict()
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    assert differing(before, snapshot(target))
+    target.load_state_dict(backup)
+    states = {key: x for key, x in before.items() if not key.endswith("weight")}
+    assert_same(states, {key: x for key, x in snapshot(target).items() if not key.endswith("weight")})
+
+
+def test_moments_in_one_buffer_load_into_others_places() -> None:
+    optimizer, params = trained("ab")
+    p, q = params["a"], params["b"]
+    buffer = torch.cat([raw(optimizer.state[x][key]).view(-1) for x in (p, q) for key in CODES])
+    views = iter(buffer.split(p.numel()))
+    for x in (p, q):
+        for key in CODES:
+            codes = optimizer.state[x][key]
+            optimizer.state[x][key] = next(views).view(codes.shape).view(codes.dtype)
+    step(optimizer, params, 2)
+    wanted = {key: raw(optimizer.state[q][key]).clone() for key in CODES}
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["param_names"] = ["b", "a"]
+    optimizer.load_state_dict(state_dict)
+    for key in CODES:
+        assert torch.equal(raw(optimizer.state[p][key]), wanted[key])
+
+
+@pytest.mark.filterwarnings("ignore:Lamb16.load_state_dict. group 0 has moment_dtype")
+def test_states_that_are_kept_fit_the_groups_moments() -> None:
+    """With another shape and another moment_dtype there is nothing to keep: the parameter starts anew."""
+    q = nn.Parameter(torch.ones(4, 8))
+    source = Lamb16([("p", q)], **BASE, moment_dtype="float32")
+    q.grad = torch.ones(4, 8)
+    source.step()
+    p = nn.Parameter(torch.ones(8, 8))
+    target = Lamb16([("p", p)], **BASE)
+    p.grad = torch.ones(8, 8)
+    target.step()
+    assert target.load_state_dict(source.state_dict(), strict=False).mismatched_keys == ["p"]
+    target.step()
+    assert (int(target.state[p]["step"]), target.state[p]["exp_avg_codes"].dtype) == (1, torch.float32)
+
+
 # -- lamb16.checkpoint ---------------------------------------------------------------------------------------------
 
 

@@ -353,3 +353,43 @@ def test_what_was_taken_out_keeps_its_values(compile_mode: bool, how: str) -> No
     for one in (optimizer, plain):
         take_steps(one, [2, 3])
     assert_same(snapshot(optimizer), snapshot(plain))
+
+
+def test_a_group_that_was_taken_out_is_freed_by_the_next_step() -> None:
+    kept, gone = parameters([(70, 3), (70, 3)])
+    optimizer = Lamb16([{"params": [kept]}, {"params": [gone]}], lr=0.01, compile=False)
+    for p in (kept, gone):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    watched = weakref.ref(gone)
+    optimizer.param_groups.pop()
+    optimizer.state.pop(gone)
+    del gone, p
+    optimizer.step()
+    gc.collect()
+    assert watched() is None
+
+
+def test_memory_that_runs_out_while_states_are_read_changes_nothing() -> None:
+    """The tables are there, or the old ones: the step that is taken next is the one that was to be taken."""
+    optimizer, plain = trained(False), trained(False)
+    p = all_params(optimizer)[1]
+    optimizer.state[p]["step"] = optimizer.state[p]["step"].clone()
+    none_left = mock.patch("lamb16.store.torch.zeros", side_effect=torch.OutOfMemoryError("none left"))
+    with none_left, pytest.raises(torch.OutOfMemoryError):
+        take_steps(optimizer, [2])
+    for each in (optimizer, plain):
+        take_steps(each, [2, 3])
+    assert_same(snapshot(optimizer), snapshot(plain))
+
+
+def test_an_entry_that_was_written_to_while_it_was_out_comes_back_as_it_is() -> None:
+    optimizer = trained(False)
+    first, second, *_ = all_params(optimizer)
+    kept = optimizer.state.pop(first)
+    optimizer.state[second]["step"] = optimizer.state[second]["step"].clone()
+    take_steps(optimizer, [2])
+    kept["step"].fill_(100)
+    optimizer.state[first] = kept
+    take_steps(optimizer, [3])
+    assert int(optimizer.state[first]["step"]) == 101

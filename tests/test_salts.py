@@ -77,6 +77,18 @@ def test_a_checkpoint_keeps_the_salts() -> None:
     assert stepped(other) == salts
 
 
+def test_a_pickle_of_version_0_1_goes_on() -> None:
+    """It has no number, and its salts were those of the first optimizer."""
+    state = Lamb16(equal_parameters(2), compile=False).__getstate__()
+    del state["_number"], state["_step_supports_amp_scaling"]
+    old = Lamb16.__new__(Lamb16)
+    old.__setstate__(state)
+    for p, grad in zip(old.param_groups[0]["params"], equal_parameters(2), strict=True):
+        p.grad = grad.grad
+    restarted = stepped(old)
+    assert [salt & 0xFFFFFFFF for salt in restarted] == [optimizer.tensor_salt(0, str(i)) for i in (0, 1)]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_as_the_original(copied) -> None:  # type: ignore[no-untyped-def]
     Lamb16(equal_parameters(1))

@@ -160,7 +160,7 @@ def _announce(kind: Kind) -> None:
     """One line per process and kind, since nothing else is heard of a first step for up to a minute."""
     log.info(
         "lamb16 compiles its step for %s (weights %s, gradients %s): seconds where it is cached on disk, else up to a "
-        "minute, once a process", kind.device, kind.param_dtype, kind.grad_dtype,
+        "minute, once per process", kind.device, kind.param_dtype, kind.grad_dtype,
     )  # fmt: skip
 
 

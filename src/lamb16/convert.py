@@ -41,7 +41,7 @@ OVERFLOW = 2.0**127  # of a second moment, as in reference.py
 
 @dataclass
 class Foreign:
-    """A checked state of another optimizer: ``values`` are its moments, whole or spread, as they were found.
+    """A checked state of another optimizer: ``state`` has its moments, whole or spread, as they were found.
 
     ``largest``: the largest magnitude of each, 0-d float32; of this rank's part until :func:`share`.
     """

@@ -24,7 +24,13 @@ def clip(
     bits = [plan.whole_largest for plan in plans]
     finite = [x < INF_BITS for x in bits]
     tops = [torch.where(x, b, 0).max().to(device) for x, b in zip(finite, bits, strict=True)]
-    exponent = (torch.stack(tops).max() >> 23).clamp(min=1) - 126  # 2^exponent is above the largest
+    top = torch.stack(tops).max()
+    for reduction in reductions:
+        if not reduction.alone:  # the largest may be in a tensor that others know nothing of
+            shared = top.to(reduction.device, copy=True)
+            reduction.table.largest_anywhere(shared)
+            top = torch.maximum(top, shared.to(device))
+    exponent = (top >> 23).clamp(min=1) - 126  # 2^exponent is above the largest
     half = exponent >> 1
     unit = torch.stack([(127 - half) << 23, (127 - (exponent - half)) << 23]).to(torch.int32).view(torch.float32)
     sums = {id(plan): plan.squared_gradients(unit.to(plan.kind.device)) for plan in plans}

@@ -136,7 +136,7 @@ class Lamb16(Optimizer):
             process need names. State dicts keep what follows from all that, each tensor's ``salt``.
         amp_scaling: take a ``torch.amp.GradScaler``'s scale and its finding of an inf into the step, as fused AdamW
             does: the scaler then divides no gradient (float16 ones, which it refuses to divide, work too), and nothing
-            is read back to the host. Off by default: the scaler divides the gradients and does not call ``step`` where
+            is read back for it. Off by default: the scaler divides the gradients and does not call ``step`` where
             one is not finite. Lightning's ``gradient_clip_val`` and accelerate's ``optimizer_step_was_skipped`` need
             it off.
 
@@ -164,6 +164,8 @@ class Lamb16(Optimizer):
     """
 
     _step_supports_amp_scaling = False  # an instance's is ``amp_scaling``; older pickles have none
+
+    _number: int | None = None  # pickles of version 0.1 have none
 
     def __init__(
         self,
@@ -197,7 +199,6 @@ class Lamb16(Optimizer):
         if not isinstance(amp_scaling, bool):
             raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
         self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
-        self._number: int | None = None
         self._step_supports_amp_scaling = amp_scaling  # what GradScaler, Lightning and accelerate look for
         self._forget()
         super().__init__(params, defaults)
@@ -275,7 +276,7 @@ class Lamb16(Optimizer):
             optimizer.resize(p, index, new_p)
 
         Step, salt and scales are kept. New rows start with moments of 0; the update that the next trust ratio goes by
-        is taken to be, on average over the elements, what it was.
+        is taken to be, on average over the elements, what it was. Entries that others added to the state are left out.
 
         Args:
             p: a parameter of this optimizer, a plain tensor of at least one dimension.
@@ -326,13 +327,11 @@ class Lamb16(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        check_scaler(grad_scale, found_inf)
         try:
             self._last = self._step(grad_scale, found_inf)
         finally:
-            for cached in self._plans.values():
-                for plan in cached.plans:
-                    plan.let_go()
+            for plan in (*self._last, *(plan for cached in self._plans.values() for plan in cached.plans)):
+                plan.let_go()
         return loss
 
     def _step(self, grad_scale: Any, found_inf: Any) -> list[Plan]:
@@ -364,14 +363,15 @@ class Lamb16(Optimizer):
         try:
             reductions = cached.reductions if error is None else self._reductions([])
             if reductions:
-                shapes = [tuple(p.shape) for part in new for p in part]
-                meet(reductions, digest([cached.signature, shapes, self.max_grad_norm is None]), error)
+                salts = [[int(self.state[p]["salt"]) for p in part if is_sharded(p)] for part in new]
+                clips = self.max_grad_norm is not None and [len(cached.plans) > 0, [x.alone for x in reductions]]
+                meet(reductions, digest([cached.signature, salts, clips]), error)
             elif error is not None:
                 raise error
+            _add_up({p: self.state[p] for p in (*new.made, *new.completed)})
         except BaseException:
             self._take_back(new)
             raise
-        _add_up({p: self.state[p] for p in (*new.made, *new.completed)})
         return cached
 
     def _cause(self, error: Exception) -> Exception:
@@ -408,7 +408,7 @@ class Lamb16(Optimizer):
         grads: dict[int, Tensor] = {}
         params_of: dict[int, Tensor] = {}
         inference = torch.is_inference_mode_enabled()
-        key: list[Any] = [inference]
+        key: list[Any] = [inference, self.max_grad_norm is None]
         sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
@@ -437,9 +437,7 @@ class Lamb16(Optimizer):
             with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
                 plans = self._make_plans(grads, new, inference)
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
-            cached = self._plans[frozen] = Cached(plans, [], 0, weights)
-            if len(self._plans) > CACHED_PLANS:
-                self._plans.popitem(last=False)
+            cached = Cached(plans, [], 0, weights)
         states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
         if any(
             None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
@@ -454,13 +452,24 @@ class Lamb16(Optimizer):
         if changed:
             reductions = self._reductions(cached.plans)
             number = signature(cached.plans) if reductions else 0
-            cached = self._plans[frozen] = cached._replace(reductions=reductions, signature=number)
+            self._remember(frozen, cached._replace(reductions=reductions, signature=number))
+            cached = self._plans[frozen]
         self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
         if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
             grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
         return cached, grads, states
+
+    def _remember(self, key: Any, cached: Cached) -> None:
+        """Keep plans for later steps, but for those of groups that are gone."""
+        groups = set(map(id, self.param_groups))
+        for old, other in list(self._plans.items()):
+            if any(id(group) not in groups for plan in other.plans for group, _, _ in plan.hyper.groups):
+                del self._plans[old]
+        self._plans[key] = cached
+        if len(self._plans) > CACHED_PLANS:
+            self._plans.popitem(last=False)
 
     def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
         for group in self.param_groups:
@@ -805,27 +814,17 @@ class Lamb16(Optimizer):
             p: self.state[p]
             for group, own in zip(groups, names, strict=True)
             for p, name in zip(group["params"], own, strict=True)
-            if name in left_out and self.state.get(p)
+            if name in left_out and self._fits(p, group)
         }
         known = [key for key in states if key in owners]
-        memory = {key: self._memory_for(*owners[key]) for key in known}
-        live = {x.untyped_storage().data_ptr() for pair in memory.values() for x in map(local, pair or ())}
-
-        def reads_others(key: Any) -> bool:
-            """Whether it is read from memory that another state's moments are about to be written to."""
-            mine = {x.untyped_storage().data_ptr() for x in map(local, memory[key] or ())}
-            sources = [local(states[key][name]) for name in MOMENTS]
-            return any(x.numel() and x.untyped_storage().data_ptr() in live - mine for x in sources)
-
-        first = {key for key in known if key not in foreign and reads_others(key)}
         loaded: dict[Any, dict[str, Any]] = {}
-        for key in sorted(known, key=lambda key: key not in first):
+        for key in known:
             p, group = owners[key]
             float8, value = group["moment_dtype"] == "float8", states[key]
             if key in foreign:
                 k, i = found.owners[key]
                 value = as_lamb16(foreign[key], self._salt(self.param_groups[k], i), float8)
-            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, None if key in first else memory[key])
+            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group))
             for entry in CODES:
                 part, target = like_param(p, _as_bytes(entry, value[entry])), local(loaded[key][entry])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
@@ -842,8 +841,16 @@ class Lamb16(Optimizer):
                 state[key] = value
         return state
 
+    def _fits(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the parameter has a state with the moments' dtypes of the group."""
+        dtypes = [x.dtype for x in map(self.state.get(p, {}).get, MOMENTS) if isinstance(x, Tensor)]
+        return dtypes == list(MOMENT_DTYPES[group["moment_dtype"]])
+
     def _memory_for(self, p: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
-        """The moments that are there, if a state of this parameter can be copied into them."""
+        """The moments that are there, if a state of this parameter can be copied into them.
+
+        Not if others hold their memory: a state dict that someone kept, or other tensors in one buffer.
+        """
         moments = [self.state.get(p, {}).get(name) for name in MOMENTS]
         for x, dtype in zip(moments, MOMENT_DTYPES[group["moment_dtype"]], strict=True):
             if not isinstance(x, Tensor) or x.is_inference():
@@ -851,7 +858,7 @@ class Lamb16(Optimizer):
             mine, own = local(x), local(p)
             if (x.shape, mine.shape, mine.dtype, mine.device) != (p.shape, own.shape, dtype, own.device):
                 return None
-            if not mine.is_contiguous() or placement(x) != placement(p):
+            if not mine.is_contiguous() or placement(x) != placement(p) or not _is_held_alone(mine):
                 return None
         return moments
 
@@ -897,6 +904,11 @@ def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, An
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
     }
+
+
+def _is_held_alone(x: Tensor) -> bool:
+    """Whether nothing but a tensor, of which this is a detached view, holds its memory."""
+    return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
 
 
 def _is_ready(p: Tensor, state: dict[str, Any], float8: bool) -> bool:

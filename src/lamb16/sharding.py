@@ -219,6 +219,11 @@ class Table:
         """The maximum of every number, in place; a row more than there are tensors goes to all groups."""
         self._reduce(table, torch.distributed.ReduceOp.MAX)
 
+    def largest_anywhere(self, x: Tensor) -> None:
+        """The maximum of a number over all ranks that share any tensor, in place."""
+        for group, _ in self.groups:
+            torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group)
+
     def sum(self, table: Tensor) -> None:
         """The sum of every number, in place."""
         self._reduce(table, torch.distributed.ReduceOp.SUM)
@@ -257,15 +262,17 @@ class Reduction:
 
     def bind(self, plans: Sequence[Plan]) -> Bound:
         """The reduction for these plans, of which it takes those of its device."""
-        return Bound(self, [plan for plan in plans if plan.kind.device == self.device])
+        return Bound(self, [plan for plan in plans if plan.kind.device == self.device], len(plans))
 
 
 class Bound:
     """A :class:`Reduction` and the plans of a step."""
 
-    def __init__(self, reduction: Reduction, plans: Sequence[Plan]) -> None:
+    def __init__(self, reduction: Reduction, plans: Sequence[Plan], count: int) -> None:
         self.plans, self.table, self.device = plans, reduction.table, reduction.device
         self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
+        # Whether all tensors of the step are shared by all ranks that share any, which then know the same of them.
+        self.alone = len(self.plans) == count and all(rows is None for _, rows in self.table.groups)
 
     def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
         """A table with a row per tensor of the device and one more; what is not stepped has zeros."""
@@ -368,12 +375,15 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
 
 
 def signature(plans: Sequence[Plan]) -> int:
-    """31 bits of which tensors are stepped, by salts and shapes."""
+    """31 bits of which split tensors are stepped, by salts and shapes."""
     return digest(
         [
             (int(salt), tuple(p.shape))
             for plan in plans
-            for salt, p in zip(plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, strict=False)
+            for salt, p, place in zip(
+                plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, plan.layouts, strict=False
+            )
+            if place.groups
         ]
     )
 

@@ -130,6 +130,7 @@ class Store:
         for gone in [key for key in self.rows if key not in there]:
             row = self.rows.pop(gone)
             self.free.append(row)
+            self.addresses[(row - 1) * WIDTH : row * WIDTH] = [-1] * WIDTH
             self.moments[(row - 1) * len(MOMENTS) : row * len(MOMENTS)] = [_nothing] * len(MOMENTS)
 
     def _places(self, states: Sequence[dict[str, Any]]) -> list[bool]:
@@ -146,12 +147,12 @@ class Store:
 
         Whoever has kept entries that were replaced, or states that were taken out, finds in them what was there.
         """
-        old, self.columns = self.columns, []
+        columns: list[Tensor] = []
         for dtype, names in TABLES.items():
-            table = torch.zeros(len(self.order) + 1, len(names), dtype=dtype, device=self.device)
-            self.columns += table.unbind(1)
-        for new, column in zip(self.columns, old, strict=False):
+            columns += torch.zeros(len(self.order) + 1, len(names), dtype=dtype, device=self.device).unbind(1)
+        for new, column in zip(columns, self.columns, strict=False):
             new[: len(column)] = column
+        self.columns = columns
         scalars = len(SCALARS)
         for state in changed:
             place = self.rows[id(state)] * WIDTH

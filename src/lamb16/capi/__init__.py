@@ -116,7 +116,7 @@ def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, li
 
 @functools.cache
 def load() -> Library:
-    """The C reference, built with the first compiler found, once a process."""
+    """The C reference, built with the first compiler found, once per process."""
     with tempfile.TemporaryDirectory(prefix="lamb16-capi-") as folder:
         return Library(build(folder))  # once it is loaded its file is not needed
 

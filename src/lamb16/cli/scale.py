@@ -1,6 +1,6 @@
 """`lamb16 scale`: what a step costs on large meshes, on paper: collectives, communicated bytes, state a rank holds.
 
-From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 8 and 32 bytes a tensor;
+From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 12 and 24 bytes per tensor;
 state of 2 bytes for every element of a shard, and 48 for every tensor on every rank. Nothing runs.
 """
 

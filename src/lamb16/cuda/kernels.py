@@ -47,7 +47,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel needs on an architecture, by ptxas; memory in bytes a block (shared) or a thread (the others)."""
+    """What a kernel needs on an architecture, by ptxas; memory in bytes per block (shared) or thread (the others)."""
 
     registers: int
     spills: int

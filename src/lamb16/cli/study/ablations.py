@@ -25,7 +25,7 @@ STORAGE: dict[str, dict[str, Any]] = {
     "nearest rounding": {"parts": (("rounding", "nearest"),)},
     "independent words": {"parts": (("words", "independent"),)},
     "exact max-norm": {"parts": (("norm", "exact"),)},
-    "a scale a row": {"parts": (("scope", "row"),)},
+    "a scale per row": {"parts": (("scope", "row"),)},
     "v may become 0": {"parts": (("never_zero", False),)},
     "no bound C": {"parts": (("bound", False),)},
     "v may become 0, no bound C": {"parts": (("never_zero", False), ("bound", False))},

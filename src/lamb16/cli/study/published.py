@@ -82,7 +82,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             "optimizer",
             f"step, ms ({extra['timed']['threads']} threads)",
             "to AdamW fused",
-            "state bytes a parameter",
+            "state bytes per parameter",
         ]
         found["step time"] = table(header, timed)
         if extra["unusable"]:
