@@ -114,7 +114,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
 
 def moment(state: dict[str, Any], key: str) -> Tensor:
     """A moment as a floating-point tensor, this rank's part of it where it is spread."""
-    value: Tensor = local(state[key])
+    value: Tensor = state[key].to_local() if is_sharded(state[key]) else state[key]
     if key in BITSANDBYTES and value.dtype == torch.uint8:
         return _from_blocks(value, state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"])
     if type(value).dequantize is not Tensor.dequantize:
