@@ -20,6 +20,7 @@ from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.cli.model import build_model
 from lamb16.cli.workers import ALONE, Workers
 from lamb16.hyper import Hyper
+from lamb16.sharding import is_sharded
 
 OPTIMIZERS = tuple(CONTENDERS)
 SCHEDULES = ("constant", "linear", "cosine", "linear-step")
@@ -215,7 +216,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, workers: Workers 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of here."""
-    return sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(
+        _bytes(v.to_local() if is_sharded(v) else v)
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, Tensor)
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
