@@ -216,15 +216,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, workers: Workers 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of here."""
-    return sum(
-        _bytes(v.to_local() if is_sharded(v) else v)
-        for state in optimizer.state.values()
-        for v in state.values()
-        if isinstance(v, Tensor)
-    )
+    return sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:
+    if is_sharded(tensor):
+        return _bytes(tensor.to_local())  # type: ignore[attr-defined]
     parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
     return tensor.numel() * tensor.element_size() if parts is None else sum(_bytes(getattr(tensor, k)) for k in parts)
 
