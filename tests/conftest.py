@@ -12,7 +12,7 @@ from ranks import Ranks
 
 @pytest.fixture(params=["eager", "compiled"])
 def compile_mode(request: pytest.FixtureRequest) -> bool:
-    """``compile=`` for Lamb16, once each; the graphs are compiled once a process."""
+    """``compile=`` for Lamb16, once each; the graphs are compiled once per process."""
     return bool(request.param == "compiled")
 
 
