@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
 from .sharding import is_sharded, local
-from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
+from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, REMAINDER, SCALARS, _parts
 from .wrapped import fake_mode, fault, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +45,15 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise TypeError(
             f"Lamb16: parameter {name} is partitioned by DeepSpeed's ZeRO-3, which hides which layer an element is of; "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def check_rounding(param: Tensor, group: dict[str, Any], name: str) -> None:
+    """Raise ValueError for a parameter whose weights its group cannot keep exactly."""
+    if group["param_rounding"] == "exact" and param.dtype == torch.float16:
+        raise ValueError(
+            f"Lamb16: parameter {name} is float16, and its group has param_rounding='exact', which is for bfloat16: "
+            "float16's range is too small for a remainder to complete; use 'stochastic', or bfloat16 weights"
         )
 
 
@@ -220,6 +229,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, but the parameter "
                 f"has shape {tuple(param.shape)}: the checkpoint belongs to another model"
             )
+    check_remainder(state, param, name, ".load_state_dict")
     for key in (key for key in SCALARS if key in state and key not in MAXIMA):
         value = state[key]
         if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
@@ -236,12 +246,31 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
         ("weight_sum", param.numel() << 20),
         ("update_sum", param.numel() << 20),
         ("mask_count", param.numel()),
+        ("param_checksum", 2**32 - 1),
     ):
         if key in state and not 0 <= int(state[key]) <= most:
             raise ValueError(
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {int(state[key])}, expected 0..{most}: the "
                 "checkpoint belongs to another model or is damaged"
             )
+
+
+def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str = "") -> None:
+    """Raise ValueError for remainders of another kind or shape than the parameter's; there may be none."""
+    value = state.get(REMAINDER)
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != torch.int16 or value.shape != param.shape:
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"Lamb16{where}: {REMAINDER} of parameter {name} is {found}, expected torch.int16 {tuple(param.shape)}; "
+            "without it (delete the entry) the weights go on as they are"
+        )
+    if is_sharded(value) and not is_sharded(param):
+        raise ValueError(
+            f"Lamb16{where}: {REMAINDER} of parameter {name} is spread over ranks (DTensor), the parameter not; gather "
+            "it first (.full_tensor())"
+        )
 
 
 def warn_of_other_moments(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:

@@ -22,7 +22,9 @@ from .checks import (
     check_memory,
     check_owners,
     check_parameter,
+    check_remainder,
     check_resize,
+    check_rounding,
     check_scaler,
     check_state,
     check_state_dict,
@@ -55,12 +57,16 @@ from .store import (
     DERIVED,
     ENTRIES,
     MOMENTS,
+    REMAINDER,
     SCALARS,
     Store,
     addresses,
     complete,
     find_largest,
+    has_remainder,
     init_state,
+    is_exact,
+    no_remainder,
     renamed,
     resized,
 )
@@ -183,6 +189,7 @@ class Lamb16(Optimizer):
         caution: bool = Hyper.caution,
         maximize: bool = Hyper.maximize,
         moment_dtype: str = Hyper.moment_dtype,
+        param_rounding: str = Hyper.param_rounding,
         max_grad_norm: float | None = None,
         compile: bool | Executor = True,
         seed: int = 0,
@@ -231,6 +238,7 @@ class Lamb16(Optimizer):
             for i, p in enumerate(group["params"]):
                 check_parameter(p, self._name(group, i))
                 check_layout(p, self._name(group, i))
+                check_rounding(p, group, self._name(group, i))
         except Exception:
             self.param_groups.pop()
             raise
@@ -411,7 +419,7 @@ class Lamb16(Optimizer):
         key: list[Any] = [inference, self.max_grad_norm is None]
         sharded, fake = sharded_types(), fake_mode()
         for group in self.param_groups:
-            key += (id(group), group["moment_dtype"], group["caution"])
+            key += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
             params = group["params"]
             for i, grad in enumerate(map(attrgetter("grad"), params)):
                 if grad is not None:
@@ -440,7 +448,8 @@ class Lamb16(Optimizer):
             cached = Cached(plans, [], 0, weights)
         states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
         if any(
-            None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
+            None in own or plan.store.changed(own, plan.homes) or plan.misfits(own)
+            for plan, own in zip(cached.plans, states, strict=True)
         ):
             touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
             with torch.inference_mode(False), torch.no_grad():
@@ -487,13 +496,15 @@ class Lamb16(Optimizer):
                     name = self._name(group, i)
                     check_parameter(p, name)
                     check_layout(p, name)
+                    check_rounding(p, group, name)
                     if grads[id(p)].device != p.device:
                         raise RuntimeError(
                             f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
                             "set the gradient to None when you move a parameter"
                         )
+                    rounding = "nearest" if p.dtype == torch.float32 else group["param_rounding"]
                     float8 = group["moment_dtype"] == "float8"
-                    kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
+                    kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"], rounding)
                     members.setdefault(kind, []).append((p, group))
         executor = self._executor([p for pairs in members.values() for p, _ in pairs])
 
@@ -515,7 +526,7 @@ class Lamb16(Optimizer):
             there = [(p, state) for p, _ in pairs if (state := self.state.get(p))]
             store = self._stores.setdefault(kind.device, Store(kind.device))
             unknown.update(id(there[k][0]) for k in store.changed([state for _, state in there]))
-            unknown.update(id(p) for p, state in there if not _is_ready(p, state, kind.float8))
+            unknown.update(id(p) for p, state in there if not _is_ready(p, state, kind.float8, kind.exact))
         return unknown
 
     def _ready_states(
@@ -544,11 +555,15 @@ class Lamb16(Optimizer):
                     if id(p) in changed:
                         state = self._checked_live_state(p, group, name)
                         live.append((p, state))
-                    written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
+                    keys = (*MOMENTS, REMAINDER) if is_exact(p, group) else MOMENTS
+                    written += [(local(state[key]), f"{key} of parameter {name}") for key in keys]
         check_memory(written, inference)
         prepare()
         self._repair(live, new)
-        made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
+        made = {
+            p: init_state(p, salt, group["moment_dtype"] == "float8", exact=is_exact(p, group))
+            for p, group, salt in missing
+        }
         new.made.extend(made)
         for p, state in made.items():
             self.state[p].update(state)
@@ -576,8 +591,10 @@ class Lamb16(Optimizer):
         Raises ValueError for a state that does not fit its parameter.
         """
         float8 = group["moment_dtype"] == "float8"
-        state = dict(renamed(self.state[p]))
-        if _is_ready(p, state, float8):
+        state, exact = dict(renamed(self.state[p])), is_exact(p, group)
+        if not exact:
+            state.pop(REMAINDER, None)
+        if _is_ready(p, state, float8, exact):
             return state
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
@@ -622,6 +639,17 @@ class Lamb16(Optimizer):
             if local(codes).is_inference():  # of a state that was loaded in inference mode
                 codes = like(p, local(codes).clone())
             state[key] = codes
+        if exact and not has_remainder(p, state):
+            check_remainder(state, p, name)
+            remainder = state.get(REMAINDER)
+            state[REMAINDER] = no_remainder(p)
+            if remainder is not None:
+                if local(remainder).shape != local(p).shape:
+                    raise ValueError(
+                        f"Lamb16: {REMAINDER} of parameter {name} is not spread over the ranks as the parameter is; "
+                        "load states with Lamb16.load_state_dict"
+                    )
+                local(state[REMAINDER]).copy_(local(remainder))
         return state
 
     def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
@@ -824,7 +852,10 @@ class Lamb16(Optimizer):
             if key in foreign:
                 k, i = found.owners[key]
                 value = as_lamb16(foreign[key], self._salt(self.param_groups[k], i), float8)
-            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group))
+            exact = is_exact(p, group)
+            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group), exact)
+            if exact and REMAINDER in value:
+                local(loaded[key][REMAINDER]).copy_(like_param(p, value[REMAINDER]))
             for entry in CODES:
                 part, target = like_param(p, _as_bytes(entry, value[entry])), local(loaded[key][entry])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
@@ -899,7 +930,7 @@ def tensor_salt(seed: int, name: str) -> int:
 
 def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Copies of the entries that others added to a state, as Lookahead does; tensors on the parameter's device."""
-    added = {key: value for key, value in state.items() if key not in ENTRIES}
+    added = {key: value for key, value in state.items() if key not in (*ENTRIES, REMAINDER)}
     return {
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
@@ -911,7 +942,7 @@ def _is_held_alone(x: Tensor) -> bool:
     return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
 
 
-def _is_ready(p: Tensor, state: dict[str, Any], float8: bool) -> bool:
+def _is_ready(p: Tensor, state: dict[str, Any], float8: bool, exact: bool) -> bool:
     """Whether a state has all entries, and nothing of it is to be repaired; False for all DTensors."""
     moments = [state.get(name) for name in MOMENTS]
     return (
@@ -925,6 +956,7 @@ def _is_ready(p: Tensor, state: dict[str, Any], float8: bool) -> bool:
             for x, dtype in zip(moments, MOMENT_DTYPES["float8" if float8 else "float32"], strict=True)
         )
         and not is_sharded(p)
+        and (has_remainder(p, state) if exact else REMAINDER not in state)
         and all(type(x) is Tensor and x.numel() == 1 for x in map(state.get, SCALARS))
     )
 

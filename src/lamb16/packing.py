@@ -2,7 +2,7 @@
 
 On the CPU a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for every
 64 tensors of each; there one kernel copies all of them by a table of addresses (compiled steps only). *Parts* are what
-is packed of p, g and the two moments: four lists with a tensor per tail.
+is packed of p, g, the two moments and, if there are, the remainders of the weights: lists with a tensor per tail.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ class Tail(NamedTuple):
         return [(self.tensor, start, min(PIECE, self.start + self.length - start)) for start in starts]
 
 
+def memory(block: Block) -> list[Tensor]:
+    """The buffers of a block of packed rows, in the order of the parts."""
+    found = block.p, block.g, block.m, block.v, block.remainder
+    return [x for x in found if x is not None]
+
+
 class ForeachPacking:
-    """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
+    """Copies with a ``torch._foreach_copy_`` for each of p, g, codes and remainders."""
 
     def __init__(
         self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
@@ -49,19 +55,19 @@ class ForeachPacking:
         The dtypes are those of the states' moments.
         """
         first = tails[0].row
-        dtypes = (block.p.dtype, block.g.dtype, *moments)
-        flat = [x.view(-1).view(dtype) for x, dtype in zip(block[:4], dtypes, strict=True)]
+        p, g, m, v, *remainder = memory(block)
+        flat = [x.view(-1) for x in (p, g, m.view(moments[0]), v.view(moments[1]), *remainder)]
         places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments."""
+        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
         for k in kinds:
             torch._foreach_copy_(self.rows[k], parts[k])
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
-        """Copy weights and codes back."""
-        for k in (0, 2, 3):
+        """Copy all but the gradients back."""
+        for k in (0, *range(2, len(parts))):
             torch._foreach_copy_(parts[k], self.rows[k])
 
 
@@ -70,12 +76,12 @@ class TablePacking:
 
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
-        self.block, self.device, self.launch = block[:4], block.p.device, launch
+        self.block, self.device, self.launch = memory(block), block.p.device, launch
         pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
         self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
-        self.addresses: list[list[int]] = [[], [], [], []]
-        self.tables: list[Tensor] = [self.length] * 4
+        self.addresses: list[list[int]] = [[] for _ in self.block]
+        self.tables: list[Tensor] = [self.length for _ in self.block]
         self.kept: list[Tensor] = []
 
     def _note(self, k: int, parts: Sequence[Tensor]) -> None:
@@ -101,8 +107,14 @@ class TablePacking:
         for k, tensors in enumerate(parts):
             self._note(k, tensors)
         self._keep(*self.tables)
-        self.launch(*self.tables, *self.block, self.length, False)
+        self._launch(False)
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
         """As in :class:`ForeachPacking`."""
-        self.launch(*self.tables, *self.block, self.length, True)
+        self._launch(True)
+
+    def _launch(self, unpack: bool) -> None:
+        """Without remainders the codes stand for them, which nothing is done with."""
+        same = [-1] * (5 - len(self.block))
+        tables, block = ([*x, *(x[k] for k in same)] for x in (self.tables, self.block))
+        self.launch(*tables, *block, self.length, not same, unpack)
