@@ -458,8 +458,8 @@ class Lamb16(Optimizer):
                     key += (id(p), grad.dtype)
         if given is not None and len(grads) < len(given):
             raise RuntimeError(
-                "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the release "
-                "before you take parameters out"
+                "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
+                "release before you take parameters out"
             )
         starts = addresses(list(grads.values()))
         if 0 in starts:

@@ -96,7 +96,7 @@ TWICE = (
     "optimizer.step() after each backward pass, or do not release gradients"
 )
 LEFT = (
-    "lamb16.release_gradients: parameter {} has a gradient at optimizer.step(). It was set by hand or after the backward "
+    "lamb16.release_gradients: parameter {} has a gradient at optimizer.step(), set by hand or after the backward "
     "pass, as DistributedDataParallel does; set it to None, or remove() the release to step it"
 )
 
@@ -116,6 +116,8 @@ class GradientRelease:
     """Gradients of an optimizer's parameters are stepped and freed in the backward pass; :func:`release_gradients`."""
 
     def __init__(self, model: nn.Module, optimizer: Lamb16, bucket_bytes: int) -> None:
+        from torch._dynamo.decorators import skip  # Dynamo is not imported before it is needed
+
         self.bucket_bytes = bucket_bytes
         self._model, self._optimizer = ref(model), ref(optimizer)
         self._lock = threading.RLock()  # autograd has a thread for each device
@@ -131,6 +133,7 @@ class GradientRelease:
         self.watch([p for group in optimizer.param_groups for p in group["params"]])
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
         _MODELS.add(model)
+        skip(_arrived)  # where _disable_dynamo would cost each parameter as much as half of the hook
         optimizer._plans.clear()
         optimizer._release = self
 
@@ -228,33 +231,14 @@ class GradientRelease:
 
     # -- in the backward pass ------------------------------------------------------------------------------------
 
-    def arrived(self, p: Tensor) -> None:
-        """A parameter's gradient is complete: take it, and step what is to be stepped with it."""
-        grad, key = p.grad, id(p)
-        if grad is None:
-            return
-        p.grad = None
-        with self._lock:
-            task = torch._C._current_graph_task_id()
-            if task not in self._passes:
-                self._begin(task)
-            if key in self._seen:
-                self._step({}, RuntimeError(TWICE.format(self._name(p))))
-            self._seen.add(key)
-            bucket = self._buckets.get(key)
-            if bucket is None:
-                bucket = self._place(key, grad.nbytes)
-            bucket.gradients[key] = grad
-            del grad
-            if bucket.full and len(bucket.gradients) == len(bucket.members):
-                self._step_bucket(bucket)
-
+    @_disable_dynamo
     def _begin(self, task: int) -> None:
         """A backward pass has begun; its end is called, or freed where the pass fails."""
         end = _Pass(self, task)
         self._passes[task] = ref(end, partial(_failed, ref(self), task))
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
+    @_disable_dynamo
     def _place(self, key: int, size: int) -> Bucket:
         """The bucket for a parameter that has none."""
         bucket = Bucket() if size >= self.bucket_bytes else self._open
@@ -268,10 +252,12 @@ class GradientRelease:
         self._buckets[key] = bucket
         return bucket
 
+    @_disable_dynamo
     def _step_bucket(self, bucket: Bucket) -> None:
         gradients, bucket.gradients = bucket.gradients, {}
         self._step(gradients)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _step(self, gradients: dict[int, Tensor], error: Exception | None = None) -> None:
         """Step parameters, by id, with these gradients, or raise the error."""
@@ -332,11 +318,28 @@ class _Pass:
 # These hold what they call by weak references: a model does not keep an optimizer alive.
 
 
-@_disable_dynamo
 def _arrived(release: ref[GradientRelease], p: Tensor) -> None:
-    found = release()
-    if found is not None:
-        found.arrived(p)
+    """A parameter's gradient is complete: take it, and step what is to be stepped with it. The parameters' hook."""
+    self, grad = release(), p.grad
+    if self is None or grad is None:
+        return
+    key, p.grad = id(p), None
+    with self._lock:
+        if (task := _current_pass()) not in self._passes:
+            self._begin(task)
+        if key in self._seen:
+            self._step({}, RuntimeError(TWICE.format(self._name(p))))
+        self._seen.add(key)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._place(key, grad.nbytes)
+        bucket.gradients[key] = grad
+        del grad
+        if bucket.full and len(bucket.gradients) == len(bucket.members):
+            self._step_bucket(bucket)
+
+
+_current_pass = torch._C._current_graph_task_id
 
 
 def _failed(release: ref[GradientRelease], task: int, _: Any) -> None:
