@@ -174,8 +174,8 @@ class GradientRelease:
                 )
             if p.grad is not None:
                 raise RuntimeError(
-                    f"lamb16.release_gradients: parameter {self._name(p)} has a gradient already; call "
-                    "optimizer.step() or optimizer.zero_grad() before"
+                    f"lamb16.release_gradients: parameter {self._name(p)} has a gradient already; step "
+                    "it if that is to be, and call optimizer.zero_grad()"
                 )
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         check_memory([(local(p), f"parameter {self._name(p)}") for p in everything], torch.is_inference_mode_enabled())
@@ -195,7 +195,8 @@ class GradientRelease:
         self._hooks.pop(id(p)).remove()
         bucket = self._buckets.pop(id(p), None)
         if bucket is not None:
-            bucket.members.discard(id(p))
+            self._buckets[id(new_p)] = bucket
+            bucket.members ^= {id(p), id(new_p)}
         self._hook(new_p)
 
     def check(self) -> None:
@@ -223,6 +224,7 @@ class GradientRelease:
             if error is not None or self._sharded:
                 self._step({}, error)
 
+    @_disable_dynamo
     def forget(self) -> None:
         """The next gradients are another iteration's."""
         with self._lock:
