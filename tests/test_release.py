@@ -338,7 +338,7 @@ def test_ordinary_and_released_steps_may_follow_each_other(way: str, compile_mod
         train(model, optimizer, range(6, 7))
 
 
-def test_what_is_removed_within_a_pass_is_stepped_first() -> None:
+def test_what_waits_when_a_release_is_removed_is_stepped_with_its_pass() -> None:
     (model, optimizer), (other, ordinary) = make(), make()
     handle = release_gradients(model, optimizer)
     last = model.first.bias.register_hook(lambda g: handle.remove())
@@ -476,8 +476,9 @@ def test_a_pass_that_fails_halfway_leaves_what_was_stepped_and_the_next_one_begi
     ordinary.zero_grad()
     if zeroed:
         optimizer.zero_grad()
-    step(model, optimizer, 1)
-    step(other, ordinary, 1)
+    for part in (slice(2, None), slice(None)):  # at first what waited has no gradient again
+        step(model[part], optimizer, 1)
+        step(other[part], ordinary, 1)
     assert_same(snapshot(optimizer), snapshot(ordinary))
 
 
@@ -499,8 +500,7 @@ def test_a_wrong_hyperparameter_is_told_in_the_backward_pass_before_anything_is_
 def test_several_passes_for_an_iteration_are_refused() -> None:
     model, optimizer = make()
     release_gradients(model, optimizer, bucket_bytes=0)
-    loss = loss_of(model, 0)
-    loss.backward(retain_graph=False)
+    loss_of(model, 0).backward()
     before = snapshot(optimizer)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"the gradient of parameter last.bias came a second time") as told:
@@ -513,6 +513,19 @@ def test_several_passes_for_an_iteration_are_refused() -> None:
     optimizer.zero_grad()  # ends an iteration too
     loss_of(model, 2).backward()
     assert optimizer.state[model.last.bias]["step"] == 4
+
+
+def test_a_graph_that_is_retained_is_not_passed_through_again() -> None:
+    """Its weights are others by then, which autograd itself finds out."""
+    model, optimizer = make()
+    release_gradients(model, optimizer)
+    loss = loss_of(model, 0)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert_same(snapshot(optimizer), before)
 
 
 def test_passes_over_different_parameters_are_one_iteration() -> None:
@@ -670,9 +683,9 @@ def test_compiled_models_are_released_and_the_hooks_not_traced(whole: bool) -> N
         model, optimizer = make()
         if released:
             release_gradients(model, optimizer, bucket_bytes=3000)
-        called: nn.Module = model if whole else torch.compile(model, backend="eager")  # type: ignore[assignment]
+        called: Any = model if whole else torch.compile(model, backend="eager", fullgraph=True)
 
-        def step(t: int, called: nn.Module = called, optimizer: Lamb16 = optimizer) -> None:
+        def step(t: int, called: Any = called, optimizer: Lamb16 = optimizer) -> None:
             loss_of(called, t, branch=True).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -683,8 +696,9 @@ def test_compiled_models_are_released_and_the_hooks_not_traced(whole: bool) -> N
         found.append(snapshot(optimizer))
         traced.append(dict(torch._dynamo.utils.counters["frames"]))
     assert_same(*found)
-    assert traced[0] == traced[1]
-    assert traced[0]["ok"] > 0
+    if whole:
+        assert traced[0] == traced[1]
+        assert traced[1]["ok"] > 0
 
 
 # -- several ranks -----------------------------------------------------------------------------------------------

@@ -141,7 +141,6 @@ class GradientRelease:
         """End the release: ``optimizer.step()`` and ``zero_grad()`` are the ordinary ones again."""
         optimizer, model = self._optimizer(), self._model()
         with self._lock:
-            self._flush()
             for hook in [*self._hooks.values(), self._ddp]:
                 hook.remove()
             if model is not None:
@@ -278,16 +277,10 @@ class GradientRelease:
         """A backward pass has ended: step what waits, unless the pass is part of another."""
         with self._lock:
             if len(self._passes) == 1:
-                self._flush()
+                for bucket in self._order:
+                    if bucket.gradients:
+                        self._step_bucket(bucket)
             del self._passes[task]
-
-    def _flush(self) -> None:
-        """Step what waits."""
-        if self._open.members:
-            self._open.full, self._open = True, Bucket()
-        for bucket in self._order:
-            if bucket.gradients:
-                self._step_bucket(bucket)
 
     def failed(self, task: int) -> None:
         """A backward pass has failed: the next one begins anew."""
