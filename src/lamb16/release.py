@@ -133,7 +133,7 @@ class GradientRelease:
         self.watch([p for group in optimizer.param_groups for p in group["params"]])
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
         _MODELS.add(model)
-        skip(_arrived)  # where _disable_dynamo would cost each parameter as much as half of the hook
+        skip(_arrived)  # _disable_dynamo would take a microsecond of every call
         optimizer._plans.clear()
         optimizer._release = self
 
@@ -176,8 +176,12 @@ class GradientRelease:
                     f"lamb16.release_gradients: parameter {self._name(p)} has a gradient already; step "
                     "it if that is to be, and call optimizer.zero_grad()"
                 )
-        everything = [p for group in optimizer.param_groups for p in group["params"]]
-        check_memory([(local(p), f"parameter {self._name(p)}") for p in everything], torch.is_inference_mode_enabled())
+        named = [
+            (local(p), f"parameter {optimizer._name(group, i)}")
+            for group in optimizer.param_groups
+            for i, p in enumerate(group["params"])
+        ]
+        check_memory(named, torch.is_inference_mode_enabled())
         for p in params:
             self._hook(p)
 
