@@ -15,7 +15,14 @@ from lamb16.reference import Hyper
 
 
 def test_public_names() -> None:
-    assert sorted(lamb16.__all__) == ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm"]
+    assert sorted(lamb16.__all__) == [
+        "Lamb",
+        "Lamb16",
+        "PublishedLamb16",
+        "__version__",
+        "register_timm",
+        "release_gradients",
+    ]
     for name in ("Lamb", "Lamb16", "PublishedLamb16"):
         assert issubclass(getattr(lamb16, name), torch.optim.Optimizer)
 

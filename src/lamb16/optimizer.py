@@ -8,7 +8,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from operator import attrgetter
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ from .store import (
     weight_sum,
 )
 from .wrapped import fake_mode, is_fake
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
@@ -175,7 +178,8 @@ class Lamb16(Optimizer):
         optimizer.step()
     """
 
-    _step_supports_amp_scaling = False  # an instance's is ``amp_scaling``; older pickles have none
+    _amp_scaling = False  # older pickles have none
+    _release: GradientRelease | None = None  # what steps the parameters within backward passes
 
     _number: int | None = None  # pickles of version 0.1 have none
 
@@ -211,8 +215,7 @@ class Lamb16(Optimizer):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
         if not isinstance(amp_scaling, bool):
             raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
-        self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
-        self._step_supports_amp_scaling = amp_scaling  # what GradScaler, Lightning and accelerate look for
+        self.max_grad_norm, self._compile, self._seed, self._amp_scaling = max_grad_norm, compile, seed, amp_scaling
         self._forget()
         super().__init__(params, defaults)
 
@@ -245,6 +248,8 @@ class Lamb16(Optimizer):
                 check_parameter(p, self._name(group, i))
                 check_layout(p, self._name(group, i))
                 check_rounding(p, group, self._name(group, i))
+            if self._release is not None:
+                self._release.watch(group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -261,7 +266,12 @@ class Lamb16(Optimizer):
 
     def _own_options(self) -> dict[str, Any]:
         """The constructor's options that no group can change, by their names."""
-        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._step_supports_amp_scaling}
+        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._amp_scaling}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler, Lightning and accelerate look for. It makes a scaler call ``step``, also to be refused."""
+        return self._amp_scaling or self._release is not None
 
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
@@ -317,6 +327,8 @@ class Lamb16(Optimizer):
         group["params"][i] = new_p
         if state:
             self.state[new_p] = state
+        if self._release is not None:
+            self._release.replace(p, new_p)
         self._plans.clear()
         self._stores.clear()
         self._last = []
@@ -341,15 +353,30 @@ class Lamb16(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        try:
+        if self._release is None:
             self._last = self._step(grad_scale, found_inf)
+        else:
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)  # a scaler that is refused does not
+            self._release.end(scaled=grad_scale is not None or found_inf is not None)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch's optimizers do; of released ones it marks the end of an iteration."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.forget()
+
+    def _step(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None = None) -> list[Plan]:
+        """Step the parameters that have gradients, or those that they are ``given`` for by id; returns their plans."""
+        try:
+            return self._run(grad_scale, found_inf, given)
         finally:
             for plan in (*self._last, *(plan for cached in self._plans.values() for plan in cached.plans)):
                 plan.let_go()
-        return loss
 
-    def _step(self, grad_scale: Any, found_inf: Any) -> list[Plan]:
-        cached = self._begin(grad_scale, found_inf)
+    def _run(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None) -> list[Plan]:
+        cached = self._begin(grad_scale, found_inf, given)
         plans = cached.plans
         factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
         self._grad_norm = None
@@ -363,13 +390,15 @@ class Lamb16(Optimizer):
             reduction.after()
         return plans
 
-    def _begin(self, grad_scale: Any, found_inf: Any) -> Cached:
+    def _begin(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None) -> Cached:
         """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
         cached, new, error = Cached([], [], 0, set()), New([], []), None
         try:
             check_max_grad_norm(self.max_grad_norm)
             check_scaler(grad_scale, found_inf)
-            cached, grads, states = self._current_plans(new)
+            if self._release is not None:
+                self._release.check()
+            cached, grads, states = self._current_plans(new, given)
             for plan, own in zip(cached.plans, states, strict=True):
                 plan.inspect([grads[key] for key in plan.ids], own)
         except Exception as found:
@@ -412,7 +441,9 @@ class Lamb16(Optimizer):
             self._plans.clear()
             self._stores.clear()
 
-    def _current_plans(self, new: New) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
+    def _current_plans(
+        self, new: New, given: dict[int, Tensor] | None
+    ) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
         """The plans for the parameters that have gradients, from the cache or new; these gradients' local parts; and
         the states of each plan's parameters.
 
@@ -424,10 +455,11 @@ class Lamb16(Optimizer):
         inference = torch.is_inference_mode_enabled()
         key: list[Any] = [inference, self.max_grad_norm is None]
         sharded, fake = sharded_types(), fake_mode()
+        gradient = attrgetter("grad") if given is None else lambda p: given.get(id(p))
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
             params = group["params"]
-            for i, grad in enumerate(map(attrgetter("grad"), params)):
+            for i, grad in enumerate(map(gradient, params)):
                 if grad is not None:
                     p = params[i]
                     special = type(grad) is not Tensor or (sharded and isinstance(p, sharded))
@@ -438,6 +470,11 @@ class Lamb16(Optimizer):
                         grad = local_gradient(p, grad, self._name(group, i))
                     grads[id(p)], params_of[id(p)] = grad, p
                     key += (id(p), grad.dtype)
+        if given is not None and len(grads) < len(given):
+            raise RuntimeError(
+                "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
+                "release before you take parameters out"
+            )
         starts = addresses(list(grads.values()))
         if 0 in starts:
             self._check_gradients_memory(grads)
@@ -483,7 +520,7 @@ class Lamb16(Optimizer):
             if any(id(group) not in groups for plan in other.plans for group, _, _ in plan.hyper.groups):
                 del self._plans[old]
         self._plans[key] = cached
-        if len(self._plans) > CACHED_PLANS:
+        if len(self._plans) > (CACHED_PLANS if self._release is None else self._release.cached_plans):
             self._plans.popitem(last=False)
 
     def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
@@ -934,7 +971,7 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = ("max_grad_norm", "_compile", "_seed", "_number", "_step_supports_amp_scaling")
+        own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
