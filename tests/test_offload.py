@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sharded
 from helpers import DEVICE, all_params, assert_same, model, parameters, snapshot, take_steps
 from lamb16 import Lamb16, checkpoint, offload
-from lamb16.store import ENTRIES, MOMENTS
+from lamb16.store import ENTRIES, MOMENTS, init_state
 from ranks import Ranks
 from refused import message
 
@@ -425,6 +428,26 @@ def test_inference_mode_leaves_no_inference_tensors(compile_mode: bool) -> None:
 
 
 # -- on a mesh ------------------------------------------------------------------------------------------------------
+
+
+def test_dtensors_on_a_gpu_keep_mesh_and_placements() -> None:
+    """A shard on the CPU of a mesh of GPUs: made by hand, DTensor.from_local would bring it back."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = DeviceMesh("cuda", [0, 1])
+        with FakeTensorMode():
+            shard = torch.empty(3, 4, device="cuda")
+            p = nn.Parameter(DTensor.from_local(shard, mesh, [Shard(0)], run_check=False))
+            optimizer = Lamb16([p], **BASE)
+            optimizer.state[p] = init_state(p, 1, True)
+            for move, device in ((optimizer.offload, "cpu"), (optimizer.reload, "cuda")):
+                move()
+                assert {x.device.type for x in entries(optimizer)} == {device}
+                for x in map(optimizer.state[p].get, MOMENTS):
+                    assert (x.to_local().device.type, x.to_local().shape) == (device, (3, 4))
+                    assert (x.device_mesh, x.placements, x.shape) == (mesh, p.placements, p.shape)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def away_on_a_mesh(placement: str) -> tuple[sharded.Found, str, list[bool]]:
