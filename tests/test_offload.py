@@ -254,6 +254,22 @@ def test_before_the_first_step_there_is_nothing_to_reload(compile_mode: bool) ->
     assert_same(snapshot(optimizer), snapshot(trained(compile_mode)))
 
 
+def test_states_of_nobody_are_left_alone() -> None:
+    """Whatever a state dict held that belongs to no parameter."""
+    optimizer, other = trained(), torch.ones(2)
+    optimizer.state["number"], optimizer.state["tensor"] = 3, other  # type: ignore[assignment]
+    optimizer.offload()
+    assert optimizer.offloaded == CPU
+    with pytest.raises(RuntimeError, match="reload"):
+        optimizer.step()
+    optimizer.reload()
+    assert optimizer.state["tensor"] is other
+    for p in all_params(optimizer):
+        del optimizer.state[p]
+    optimizer.offload()
+    assert optimizer.offloaded is None
+
+
 def test_groups_are_added_meanwhile() -> None:
     found = []
     for away in (True, False):

@@ -734,7 +734,8 @@ class Lamb16(Optimizer):
     @property
     def offloaded(self) -> torch.device | None:
         """The device that :meth:`offload` has moved the state to; None where it is on the parameters' own."""
-        return self._offloaded if any(self.state.values()) else None
+        away = self._offloaded
+        return away if away and any(state for p, state in self.state.items() if isinstance(p, Tensor)) else None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
