@@ -192,6 +192,7 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, before = [p.grad for p in params], dict(optimizer.state)
     frozen = [p for p in params if not p.requires_grad]
+    offloaded = getattr(optimizer, "offloaded", None)
     for p in params:
         p.grad = None
         p.requires_grad_(True)  # or torch makes no room for its state, and does not hand it on
@@ -201,6 +202,8 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     except BaseException:
         optimizer.state.clear()
         optimizer.state.update(before)
+        if offloaded is not None:
+            optimizer.offload(offloaded)  # type: ignore[attr-defined]
         raise
     finally:
         for p, gradient in zip(params, gradients, strict=True):

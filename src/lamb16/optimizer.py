@@ -34,6 +34,7 @@ from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group,
 from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
+from .offload import check_homes, check_reloaded, checked_device, move
 from .plan import Plan, graphs_of
 from .remainder import (
     REMAINDER,
@@ -226,6 +227,7 @@ class Lamb16(Optimizer):
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
         self._grad_norm: Tensor | None = None
+        self._offloaded: torch.device | None = None
 
     # -- parameter groups ----------------------------------------------------------------------------------------
 
@@ -310,7 +312,9 @@ class Lamb16(Optimizer):
 
         Raises:
             ValueError: one of these is something else; nothing is changed then.
+            RuntimeError: the state is offloaded.
         """
+        check_reloaded(self.offloaded, "resize")
         places = {id(x): (group, i) for group in self.param_groups for i, x in enumerate(group["params"])}
         if id(p) not in places or id(new_p) in places:
             fault = "new_p is in it already" if id(p) in places else "p is not one of its parameters"
@@ -394,6 +398,8 @@ class Lamb16(Optimizer):
         """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
         cached, new, error = Cached([], [], 0, set()), New([], []), None
         try:
+            check_reloaded(self.offloaded, "step")
+            self._offloaded = None  # a state that there is none of is nowhere
             check_max_grad_norm(self.max_grad_norm)
             check_scaler(grad_scale, found_inf)
             if self._release is not None:
@@ -682,7 +688,7 @@ class Lamb16(Optimizer):
             if local(codes).is_inference():  # of a state that was loaded in inference mode
                 codes = like(p, local(codes).clone())
             state[key] = codes
-        if exact and not has_remainder(p, state):
+        if exact:
             state[REMAINDER] = fitted(p, state, name)
         return state
 
@@ -724,7 +730,8 @@ class Lamb16(Optimizer):
         Returns for every non-empty parameter that had a gradient a dict of ``weight_norm`` (of the weights before that
         step, as the step before left them), ``update_norm`` (of the step before that; √numel before the first), both
         clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
-        the host. For a skipped tensor the ratio is the one that was not used.
+        the host. For a skipped tensor the ratio is the one that was not used. Empty until the first step, and from
+        :meth:`offload`, :meth:`resize` or :meth:`load_state_dict` to the next one.
         """
         names = {id(p): name for name, (p, _, _) in self._named().items() if p.numel()}
         stats = {}
@@ -765,8 +772,9 @@ class Lamb16(Optimizer):
         """
         named, error = self._named(), None
         try:
+            check_reloaded(self.offloaded, "load_float32_weights")
             check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
-        except ValueError as found:
+        except (ValueError, RuntimeError) as found:
             error = found
         agree(error, [p for p, _, _ in named.values()], "load_float32_weights")
         missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
@@ -778,6 +786,58 @@ class Lamb16(Optimizer):
             if is_exact(p, group) and not has_remainder(p, self.state[p]):
                 self.state[p][REMAINDER] = no_remainder(p)
         load_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()}, weights)
+
+    # -- state that leaves the device --------------------------------------------------------------------------------
+
+    def offload(self, device: torch.device | str = "cpu") -> None:
+        """Move the state to another device, and keep nothing on the parameters': for phases without steps.
+
+        All tensors in the states of parameters go, also those that others added; DTensors keep their placements, with
+        this rank's part elsewhere (no collective: each rank for itself). :attr:`grad_norm` goes with them, plans and
+        work buffers are dropped. From CUDA to the CPU through pinned memory, which torch keeps for the next time; this
+        waits for the copies. Weights, gradients and hyperparameters that are tensors are not the optimizer's to move.
+
+        ``step`` and ``resize`` then raise a RuntimeError until :meth:`reload`. State dicts, checkpoints, ``deepcopy``
+        and pickle take the state where it is, and copies of the optimizer are offloaded too; ``add_param_group`` works.
+        Loading (:meth:`load_state_dict`, :func:`lamb16.checkpoint.load`) brings all of the state to the parameters'
+        devices. Repeated calls are harmless; without a state there is nothing to reload.
+
+        Args:
+            device: where to. With the parameters' own, states stay where they are and all else is as for others.
+
+        Raises:
+            ValueError: there is no such device, or it is the meta device; nothing is changed then.
+        """
+        target = checked_device(device)
+        with torch.inference_mode(False), torch.no_grad():
+            norm, *counts = (
+                None if x is None or x.is_meta else x.to(target, copy=True)
+                for x in (self._grad_norm, *self._skipped.values())
+            )
+            skipped = [x for x in counts if x is not None]
+            total = {target: torch.stack(skipped).sum()} if skipped else {}
+        move(self.state, lambda _: target, detach=True)
+        self._forget()
+        self._grad_norm, self._skipped, self._offloaded = norm, total, target
+
+    def reload(self) -> None:
+        """Move the state to the devices that its parameters are on by now: steps go on as if it had never been away.
+
+        Waits for nothing: what uses the current stream comes after the copies. Repeated calls are harmless.
+
+        Raises:
+            RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
+        """
+        named = ((self._name(group, i), p) for group in self.param_groups for i, p in enumerate(group["params"]))
+        check_homes(self.state, named)
+        move(self.state, lambda p: p.device)
+        self._offloaded = None
+
+    @property
+    def offloaded(self) -> torch.device | None:
+        """The device that :meth:`offload` has moved the state to; None where it is on the parameters' own."""
+        away = self._offloaded
+        return away if away and any(state for p, state in self.state.items() if isinstance(p, Tensor)) else None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -842,7 +902,10 @@ class Lamb16(Optimizer):
         agree(error, [p for group in self.param_groups for p in group["params"]])
         share(list(foreign.values()))
         warn_of_other_moments(groups, self.param_groups)
+        offloaded = self._offloaded
         self.__setstate__({"state": self._read_state(states, foreign, groups, names, found), "param_groups": groups})
+        if offloaded is not None:
+            move(self.state, lambda p: p.device)  # what is kept
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
         return found.loaded
@@ -971,7 +1034,7 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling")
+        own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -983,7 +1046,7 @@ class Lamb16(Optimizer):
             for name in NAMES:
                 group.setdefault(name, self.defaults[name])
         self._forget()
-        self._skipped = skipped
+        self._skipped, self._offloaded = skipped, state.get("_offloaded")
 
 
 def _add_up(states: dict[Tensor, dict[str, Any]]) -> None:

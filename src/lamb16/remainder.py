@@ -45,13 +45,16 @@ def no_remainder(param: Tensor) -> Tensor:
 
 
 def fitted(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
-    """A state's remainders where a step can use them, 0 where there are none; of this rank's part alone.
+    """A state's remainders, where a step can use them as they are, else copies; 0 where there are none.
 
     Raises:
         ValueError: they do not fit the parameter.
     """
+    given: Tensor | None = state.get(REMAINDER)
+    if given is not None and has_remainder(param, state):
+        return given
     check_remainder(state, param, name)
-    found, given = no_remainder(param), state.get(REMAINDER)
+    found = no_remainder(param)
     if given is not None:
         if local(given).shape != local(param).shape:
             raise ValueError(
@@ -105,13 +108,13 @@ def checksums(params: Sequence[Tensor]) -> list[int]:
 
 def float32_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
     """The float32 weights of parameters with their states, by name."""
-    kept = [name for name, (p, state) in params.items() if p.dtype == torch.bfloat16 and has_remainder(p, state)]
+    kept = {n: fitted(p, x, n) for n, (p, x) in params.items() if p.dtype == torch.bfloat16 and REMAINDER in x}
     sums = dict(zip(kept, checksums([params[name][0] for name in kept]), strict=True))
     found = {}
     for name, (p, state) in params.items():
         weights = local(p).to(torch.float32, copy=True)
-        if name in sums and sums[name] == int(state[CHECKSUM]):
-            bits, remainder = weights.view(-1).view(torch.int32), local(state[REMAINDER]).view(-1)
+        if name in kept and sums[name] == int(state[CHECKSUM]):
+            bits, remainder = weights.view(-1).view(torch.int32), local(kept[name]).view(-1)
             for part, own in zip(torch.split(bits, CHUNK), torch.split(remainder, CHUNK), strict=True):
                 part += own
         found[name] = like(p, weights)

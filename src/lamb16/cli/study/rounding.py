@@ -122,15 +122,15 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         for form, group in grouped(pairs, _form).items()
     }
     rows = []
-    for form, found in losses.items():
+    for form, own in losses.items():
         base = losses["lamb16" if form[0] == "lamb16" else "adamw", "float32", None]
-        to_float32 = [100 * (a / b - 1) for a, b in zip(found, base, strict=True)]
+        to_float32 = [100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
         rows.append([
-            label(form), number(statistics.mean(found), ".5g"), f"{min(found):.5g} to {max(found):.5g}",
+            label(form), number(statistics.mean(own), ".5g"), f"{min(own):.5g} to {max(own):.5g}",
             f"{statistics.mean(to_float32):+.2f}", f"{min(to_float32):+.2f} to {max(to_float32):+.2f}",
         ])  # fmt: skip
     header = ["weights", "mean loss", "seeds", "to float32 weights of the same seed, %", "seeds"]
-    stall = [[f"{lr:g}", *(number(x, ".4f") for x in found)] for lr, *found in extra["stall"]]
+    stall = [[f"{lr:g}", *(number(x, ".4f") for x in moves)] for lr, *moves in extra["stall"]]
     names = ["float32", *(f"bfloat16, {rounding}" for _, rounding in STALLED[1:])]
     found = {"losses": table(header, rows), "stall": table(["lr", *names], stall)}
     missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
