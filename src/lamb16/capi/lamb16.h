@@ -26,7 +26,7 @@ extern "C" {
 /* The rounding word with which the encoders round to nearest, ties away from zero; with a word of 0 they truncate. */
 #define LAMB16_NEAREST 0x80000000u
 
-/* What the weights or gradients of a tensor are. C has no type for the two with 16 bits: they are the bits of uint16_t. */
+/* What the weights or gradients of a tensor are. C has no type for those with 16 bits: they are the bits of uint16_t. */
 typedef enum {
     LAMB16_FLOAT32 = 0,  /* float */
     LAMB16_BFLOAT16 = 1, /* the upper 16 bits of a float */
@@ -188,8 +188,8 @@ float lamb16_scale_e5m2(float largest);
  *
  * LAMB16_ROUNDING_STOCHASTIC: as the encoders above do, but the lowest 16 (float16: 13) bits of the word decide, and
  * what is beyond the largest value lies between that and infinity as if the grid went on. LAMB16_ROUNDING_NEAREST: to
- * nearest, ties to even. LAMB16_ROUNDING_EXACT: to nearest, ties away from zero, and remainders[count] get what is left,
- * see param_remainder. NaN gives the bits 0x7fc0 (0x7e00) and the remainder 0.
+ * nearest, ties to even. LAMB16_ROUNDING_EXACT: to nearest, ties away from zero, and remainders[count] get what is
+ * left, see param_remainder. NaN gives the bits 0x7fc0 (0x7e00) and the remainder 0.
  *
  * `words` are read with LAMB16_ROUNDING_STOCHASTIC only, `remainders` written with LAMB16_ROUNDING_EXACT only; else
  * they may be NULL. The arrays must not overlap. LAMB16_BAD_PARAM_DTYPE, LAMB16_BAD_PARAM_ROUNDING,
@@ -248,9 +248,9 @@ lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hype
  * weights become 0, and param_checksum that of the weights.
  *
  * Any status but LAMB16_OK has changed nothing. Checked are, in this order: pointers, hyperparameters in the order of
- * their fields, grad_factor, then the tensor's dtypes, whether they and param_remainder go with param_rounding, pointers,
- * numel, alignment, overlap, scalars in the order of their fields, codes, and whether the maxima are as large as what the
- * codes hold. */
+ * their fields, grad_factor, then the tensor's dtypes, whether they and param_remainder go with param_rounding,
+ * pointers, numel, alignment, overlap, scalars in the order of their fields, codes, and whether the maxima are as large
+ * as what the codes hold. */
 lamb16_status lamb16_step(lamb16_tensor *tensor, const lamb16_hyper *hyper, double grad_factor, lamb16_stats *stats);
 
 /* One step for each of tensors[count], all with the same hyperparameters and factor; stats[count] or NULL. As
