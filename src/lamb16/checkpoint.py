@@ -21,7 +21,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .hyper import NAMES
-from .store import DERIVED, OLD_NAMES, REMAINDER
+from .remainder import REMAINDER
+from .store import DERIVED, OLD_NAMES
 
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
+from .remainder import check_remainder
 from .sharding import is_sharded, local
-from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, REMAINDER, SCALARS, _parts
+from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
 from .wrapped import fake_mode, fault, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -253,24 +254,6 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {int(state[key])}, expected 0..{most}: the "
                 "checkpoint belongs to another model or is damaged"
             )
-
-
-def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str = "") -> None:
-    """Raise ValueError for remainders of another kind or shape than the parameter's; there may be none."""
-    value = state.get(REMAINDER)
-    if value is None:
-        return
-    if not isinstance(value, Tensor) or value.dtype != torch.int16 or value.shape != param.shape:
-        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} is {found}, expected torch.int16 {tuple(param.shape)}; "
-            "without it (delete the entry) the weights go on as they are"
-        )
-    if is_sharded(value) and not is_sharded(param):
-        raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} is spread over ranks (DTensor), the parameter not; gather "
-            "it first (.full_tensor())"
-        )
 
 
 def warn_of_other_moments(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:

@@ -424,9 +424,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         p, g, m, v, *remainder = (dynamic(size, width, dtype=dtype) for dtype in kind.dtypes)
         new_p, new_m, new_v, *new = (dynamic(size, width, dtype=x.dtype) for x in (p, m, v, *remainder))
         places = [dynamic(size, dtype=torch.int64), *(dynamic(size, 1, dtype=torch.int32) for _ in range(2))]
-        return Block(
-            p, g, m, v, new_p, new_m, new_v, *(places if graph.packed else [None] * 3), *remainder, *new
-        )
+        return Block(p, g, m, v, new_p, new_m, new_v, *(places if graph.packed else [None] * 3), *remainder, *new)
 
     def sums(size: int) -> Sums:
         return Sums.of(lambda: unaligned(size, torch.int32), kind.caution, kind.exact)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any, NamedTuple, overload
@@ -22,7 +22,6 @@ from .checks import (
     check_memory,
     check_owners,
     check_parameter,
-    check_remainder,
     check_resize,
     check_rounding,
     check_scaler,
@@ -36,6 +35,16 @@ from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
 from .plan import Plan, graphs_of
+from .remainder import (
+    REMAINDER,
+    check_float32_weights,
+    fitted,
+    float32_weights,
+    has_remainder,
+    is_exact,
+    load_weights,
+    no_remainder,
+)
 from .sharding import (
     Bound,
     Reduction,
@@ -57,18 +66,15 @@ from .store import (
     DERIVED,
     ENTRIES,
     MOMENTS,
-    REMAINDER,
     SCALARS,
     Store,
     addresses,
     complete,
     find_largest,
-    has_remainder,
     init_state,
-    is_exact,
-    no_remainder,
     renamed,
     resized,
+    weight_sum,
 )
 from .wrapped import fake_mode, is_fake
 
@@ -640,16 +646,7 @@ class Lamb16(Optimizer):
                 codes = like(p, local(codes).clone())
             state[key] = codes
         if exact and not has_remainder(p, state):
-            check_remainder(state, p, name)
-            remainder = state.get(REMAINDER)
-            state[REMAINDER] = no_remainder(p)
-            if remainder is not None:
-                if local(remainder).shape != local(p).shape:
-                    raise ValueError(
-                        f"Lamb16: {REMAINDER} of parameter {name} is not spread over the ranks as the parameter is; "
-                        "load states with Lamb16.load_state_dict"
-                    )
-                local(state[REMAINDER]).copy_(local(remainder))
+            state[REMAINDER] = fitted(p, state, name)
         return state
 
     def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
@@ -692,12 +689,7 @@ class Lamb16(Optimizer):
         clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
         the host. For a skipped tensor the ratio is the one that was not used.
         """
-        names: dict[int, str] = {}
-        for k, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                name = self._name(group, i)
-                if p.numel():
-                    names[id(p)] = f"{k}.{name}" if name in names.values() else name
+        names = {id(p): name for name, (p, _, _) in self._named().items() if p.numel()}
         stats = {}
         for plan in self._last:
             report = plan.report.clone()
@@ -705,6 +697,50 @@ class Lamb16(Optimizer):
                 if key in names:
                     stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
+
+    def _named(self) -> dict[str, tuple[Tensor, dict[str, Any], int]]:
+        """All parameters with their groups and places in these, by name; one that is there has its group before it."""
+        named: dict[str, tuple[Tensor, dict[str, Any], int]] = {}
+        for k, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = self._name(group, i)
+                named[f"{k}.{name}" if name in named else name] = (p, group, i)
+        return named
+
+    @torch.no_grad()
+    def float32_weights(self) -> dict[str, Tensor]:
+        """The weights of all parameters in float32, by name (or position): copies, on the parameters' devices.
+
+        Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
+        the weights since the last step. A collective for such weights that are DTensors.
+        """
+        return float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in self._named().items()})
+
+    @torch.no_grad()
+    def load_float32_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights to what :meth:`float32_weights` returned, and the remainders of those that are kept exactly.
+
+        After :meth:`load_state_dict` a run goes on with the bits that it had. bfloat16 weights that are not kept
+        exactly, and float16 ones, are rounded to nearest. All ranks must call this with the same, or with DTensors.
+
+        Raises:
+            ValueError: names, shapes or dtypes do not fit, on this rank or another; nothing is changed then.
+        """
+        named, error = self._named(), None
+        try:
+            check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
+        except ValueError as found:
+            error = found
+        agree(error, [p for p, _, _ in named.values()], "load_float32_weights")
+        missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
+        for name, (p, group, i) in missing.items():
+            self.state[p] = init_state(p, self._salt(group, i), group["moment_dtype"] == "float8", exact=True)
+            self.state[p]["weight_sum"] = weight_sum(local(like(p, like_param(p, weights[name]).to(p.device))))
+        _add_up({p: self.state[p] for p, _, _ in missing.values()})
+        for p, group, _ in named.values():
+            if is_exact(p, group) and not has_remainder(p, self.state[p]):
+                self.state[p][REMAINDER] = no_remainder(p)
+        load_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()}, weights)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

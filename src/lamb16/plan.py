@@ -20,8 +20,9 @@ from .compiled import Executor, Graph, Kind
 from .fp8 import as_int32
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import ForeachPacking, TablePacking, Tail, memory
+from .remainder import REMAINDER, has_remainder
 from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
-from .store import MOMENTS, REMAINDER, Store, addresses, has_remainder
+from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 from .wrapped import PLAIN
 
@@ -272,9 +273,7 @@ class Plan:
                 shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
                 packing = ForeachPacking(tails, block, shapes, moments)
             read = [x[where] for x in (self.largest, self.checksum) if x is not None]
-            found.append(
-                Batch(slice(own[0], own[-1] + 1), packing, block, read, self.sums.rows(where), len(parts) > 1)
-            )
+            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, read, self.sums.rows(where), len(parts) > 1))
         return found
 
     def place(self, homes: list[int]) -> None:
@@ -284,10 +283,11 @@ class Plan:
             self.home = torch.tensor(homes + [0] * (2 - len(homes)), device=self.kind.device)  # as count
 
     def touched(self, states: Sequence[Any]) -> list[Tensor]:
-        """The parameters of which the state is missing, was changed or is in another row."""
-        params, there = self.params, [k for k, state in enumerate(states) if state is not None]
+        """The parameters of which the state is missing, does not fit, was changed or is in another row."""
+        there = [k for k, state in enumerate(states) if state]
         changed = self.store.changed([states[k] for k in there], [self.homes[k] for k in there])
-        return [params[there[k]] for k in changed] + [params[k] for k in self.misfits(states)] + [p for p, state in zip(params, states, strict=True) if not state]
+        missing = [k for k, state in enumerate(states) if not state]
+        return [self.params[k] for k in (*(there[k] for k in changed), *missing, *self.misfits(states))]
 
     def misfits(self, states: Sequence[Any]) -> list[int]:
         """Which of the states have no remainders that fit the weights, where they are to have some."""
@@ -389,7 +389,9 @@ class Plan:
             )  # fmt: skip
         places = None if self.shards.spread is None else [self.shards.spread]
         for batch in self.batches:
-            batch.pack(self.parts, [0, *range(2, len(self.parts))] if len(self.batches) == 1 else range(len(self.parts)))
+            batch.pack(
+                self.parts, [0, *range(2, len(self.parts))] if len(self.batches) == 1 else range(len(self.parts))
+            )
             run(
                 Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
                 self.columns, [batch.sums], places, stochastic,

@@ -83,9 +83,11 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     beta1, beta2 = h.betas
     weights = p.float()
     if state.param_remainder is not None:  # exact: weights and remainders together are the float32 weights
+        remainder = state.param_remainder
         if state.param_checksum != checksum(p):  # somebody else has changed the weights, which count as they are
-            state = replace(state, param_remainder=torch.zeros_like(state.param_remainder), param_checksum=checksum(p))
-        weights = joined(p, state.param_remainder)
+            remainder = torch.zeros_like(remainder)
+            state = replace(state, param_remainder=remainder, param_checksum=checksum(p))
+        weights = joined(p, remainder)
     g = f32(-grad_factor if h.maximize else grad_factor) * grad.float()
     fp8 = h.moment_dtype == "float8"
 
@@ -152,6 +154,8 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     else:
         state = replace(state, exp_avg_codes=m, exp_avg_sq_codes=v)
     if bound_m == 0 and bound_v == 0:  # all moments are 0 and stay so: no step to count
+        if h.lr != 0 and h.weight_decay != 0:  # but the weights are rounded, the next time by other words
+            state = replace(state, salt=(state.salt + 1) & 0xFFFFFFFF)
         return new_p, state, stats
     return (
         new_p,

@@ -414,7 +414,7 @@ def digest(what: Any) -> int:
     return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & MOST
 
 
-def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
+def agree(error: Exception | None, params: Sequence[Tensor], where: str = "load_state_dict") -> None:
     """Raise on every rank that shares parameters with this one, or has replicas, if one of them has found an error.
 
     A collective for DTensor parameters; else it raises this rank's error, if there is one.
@@ -432,4 +432,4 @@ def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ValueError("Lamb16.load_state_dict: another rank found its part of the state at fault, see its error")
+        raise ValueError(f"Lamb16.{where}: another rank found its part at fault, see its error. Nothing was changed.")

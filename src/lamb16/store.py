@@ -14,7 +14,9 @@ from torch import Tensor
 from . import fp8, update
 from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
-from .sharding import like, local, placement
+from .remainder import CHECKSUM, REMAINDER, checksums, no_remainder
+from .remainder import resized as resized_remainder
+from .sharding import like, local
 from .update import State
 from .wrapped import is_fake
 
@@ -29,7 +31,6 @@ ENTRIES = (*MOMENTS, *SCALARS)
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
 DERIVED = (*MAXIMA, "weight_sum", "update_sum", "mask_count", "param_checksum")
-REMAINDER = "param_remainder"  # of bfloat16 weights with param_rounding="exact": not derived from anything, but 0
 # What versions before 0.2 called the entries, as torch's Adam calls its moments, which these are not.
 OLD_NAMES = {
     "exp_avg": "exp_avg_codes",
@@ -253,28 +254,6 @@ def _versions(moments: list[Tensor]) -> list[int]:
         return [0 if x.is_inference() else x._version for x in moments]
 
 
-def is_exact(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a parameter of this group has remainders."""
-    return param.dtype == torch.bfloat16 and group["param_rounding"] == "exact"
-
-
-def has_remainder(param: Tensor, state: dict[str, Any]) -> bool:
-    """Whether a state has remainders that a step can use as they are."""
-    x = state.get(REMAINDER)
-    if not isinstance(x, Tensor) or x.dtype != torch.int16 or placement(x) != placement(param):
-        return False
-    own, weights = local(x), local(param)
-    return x.shape == param.shape and (own.shape, own.device) == (weights.shape, weights.device) and (
-        own.is_contiguous() and not own.is_inference()
-    )
-
-
-def no_remainder(param: Tensor) -> Tensor:
-    """Remainders of 0, int16, contiguous and spread as the parameter is."""
-    weights = local(param)
-    return like(param, torch.zeros(weights.shape, dtype=torch.int16, device=weights.device))
-
-
 def init_state(
     param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor] | None = None, exact: bool = False
 ) -> dict[str, Any]:
@@ -349,6 +328,9 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
         for name in ("update_sum", "mask_count"):
             found[name].fill_(int(state[name]) * new.numel() // old.numel())
     find_largest(found)
+    if REMAINDER in state:
+        found[REMAINDER] = resized_remainder(state, index, old, new)
+        found[CHECKSUM].fill_(checksums([new])[0])
     return found
 
 

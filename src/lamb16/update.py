@@ -354,6 +354,9 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     state.scale_m[state.home] = torch.where(skip, old_m, fresh_m)
     state.scale_v[state.home] = torch.where(skip, old_v, fresh_v)
     state.step[state.home] = step + counted.int()
+    # Where decay alone moves the weights, which is no step to count, they are to be rounded by other words each time.
+    decays = (lr != 0) & (h["weight_decay"] != 0) & torch.logical_not(skip | counted)
+    state.salt[state.home] = state.salt[state.home] + decays.int()
 
 
 def fold(rows: Sums, tree: Tree, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
@@ -457,11 +460,10 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
     """Round the new weights (float32) to what the block has and store them, with their sums."""
     dtype = block.p.dtype
     if block.new_remainder is not None and sums.checksum is not None:
-        exact = signed(weights, torch.clamp(bits(weights), max=NAN_BITS)).view(torch.int32)
-        nearest = (exact + (LOW_BITS + 1) // 2) & ~LOW_BITS
-        block.new_p.copy_(nearest.view(torch.float32).to(dtype))
-        block.new_remainder.copy_((exact - nearest).to(torch.int16))
-        sums.checksum.copy_(sum_of_rows(hashes_of(nearest.view(torch.float32)), block, 0, torch.int32))
+        exact, nearest = split(weights)
+        block.new_p.copy_(nearest.to(dtype))
+        block.new_remainder.copy_((exact - nearest.view(torch.int32)).to(torch.int16))
+        sums.checksum.copy_(sum_of_rows(hashes_of(nearest), block, 0, torch.int32))
     else:
         if dtype != torch.float32 and stochastic:
             weights = round_weights(weights, words, dtype)
@@ -470,6 +472,12 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
         weights = new_p.float()
     squares = units(weights * weights, WEIGHT_FLOOR_BITS)
     sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
+
+
+def split(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of float32 weights, int32, and the nearest bfloat16 values, float32; ties go away from 0."""
+    exact = signed(weights, torch.clamp(bits(weights), max=NAN_BITS)).view(torch.int32)
+    return exact, ((exact + (LOW_BITS + 1) // 2) & ~LOW_BITS).view(torch.float32)
 
 
 def round_weights(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,13 @@ CONTENDERS = {
     "adam": Contender("Adam", torch.optim.Adam, 0.001),
     "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
     "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
-    "adamw8bit": Contender("AdamW8bit (torchao)", _foreign("torchao.optim", "AdamW8bit"), 0.001, "torchao"),
+    "adamw8bit": Contender(
+        "AdamW8bit (torchao)",
+        _foreign("torchao.optim", "AdamW8bit"),
+        0.001,
+        "torchao",
+        special=frozenset({"bf16_stochastic_round"}),
+    ),
     "adamwfp8": Contender("AdamWFp8 (torchao)", _foreign("torchao.optim", "AdamWFp8"), 0.001, "torchao"),
     "adamw4bit": Contender("AdamW4bit (torchao)", _foreign("torchao.optim", "AdamW4bit"), 0.001, "torchao"),
     "adamw8bit-bnb": Contender(

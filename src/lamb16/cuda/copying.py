@@ -23,8 +23,8 @@ def copy_pieces(
 ):
     """Copy one piece (a row of PIECE elements) of weights, gradients and codes into the packed buffer, or back.
 
-    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v``, ``r`` [rows, PIECE] the buffer,
-    ``length`` [rows] int32 how much of a row is used. Gradients are not copied back, remainders only where EXACT.
+    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` and ``r`` [rows, PIECE] the
+    buffer, ``length`` [rows] int32 how much of a row is used. Gradients are not copied back, remainders only if EXACT.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PIECE)
