@@ -35,7 +35,7 @@ KINDS = [
     if (dtype, rounding) != (torch.float16, "exact")
 ]
 C_CASES = st.builds(
-    lambda case, kind: replace(case, dtype=kind[0], hyper=case.hyper | {"param_rounding": kind[1]}),
+    lambda case, kind: replace(case, dtype=kind[0], param_rounding=kind[1]),
     FLOAT32_CASES,
     st.sampled_from(KINDS),
 )
@@ -85,9 +85,8 @@ def run_c_beside_reference(
 
     Tensor i has the i-th dtype of gradients, in turn. Before every second step something else sets a weight.
     """
-    hyper = Hyper(**case.hyper)
-    weights = case.weights()
-    rounding = hyper.param_rounding
+    hyper = Hyper(**case.hyper, **case.words)
+    weights, rounding = case.weights(), case.param_rounding
     states = [reference.init(w, case.seed * 977 + i, param_rounding=rounding) for i, w in enumerate(weights)]
     for w, state in zip(weights, states, strict=True):
         assert_same("before", (w, library.init(w, state.salt, rounding), NO_STATS), (w, state, NO_STATS))
@@ -382,6 +381,9 @@ CHANGES = {
     "fused": ("f->beta2 * old_v + f->new2 * (g * g)", "fmaf(f->beta2, old_v, f->new2 * (g * g))"),
     "never zero": ("code_v == 0 && e.v > 0.0f", "code_v == 0 && e.v > 1e30f"),
     "skipped": ("!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)", "bound_v >= OVERFLOW_V"),
+    "salt where nothing is counted": ("x->salt += 1;", "x->salt += 0;"),
+    "salt without decay": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->lr != 0.0) {"),
+    "salt without a rate": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->weight_decay != 0.0) {"),
     "counted": ("if (bound_m > 0.0f || bound_v > 0.0f)", "if (1)"),
     "trust scale": ("pow(base, h->trust_scale)", "pow(base, h->trust_scale * 1.001)"),
     "gradient factor": ("h->maximize ? -grad_factor : grad_factor", "h->maximize ? -grad_factor : 1.0"),
@@ -440,13 +442,13 @@ WITNESSES: list[tuple[Case, Sequence[float]]] = [
     ),
     *(
         (
-            Case(
-                [(5000,), (3,)], CONTROL.hyper | {"param_rounding": rounding}, dtype, "float8", [["normal", "nan"]] * 4
-            ),
+            Case([(5000,), (3,)], CONTROL.hyper, dtype, param_rounding=rounding, kinds=[["normal", "nan"]] * 4),
             (1.0,),
         )
         for dtype, rounding in KINDS[len(ROUNDINGS) :]
     ),
+    # Gradients of zero only: without decay, and with a rate of 0, the salt stays.
+    *((Case([(7,)], CONTROL.hyper | {name: 0.0}, kinds=[["zero"]]), (1.0,)) for name in ("weight_decay", "lr")),
     # Weights that become infinite, and then NaN.
     (Case([(64,)], CONTROL.hyper | {"weight_decay": 1e300}, kinds=[["normal"]] * 3), (1.0,)),
 ]

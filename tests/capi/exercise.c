@@ -369,6 +369,17 @@ static void zero_gradients_leave_no_trace(void)
     free_tensor(&before);
 }
 
+static void decay_alone_changes_the_salt(void)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(7, UINT32_MAX);
+    memset((void *)x.grad, 0, 7 * sizeof(float));
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && x.salt == 0 && x.step == 0);
+    h.weight_decay = 0.0;
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && x.salt == 0);
+    free_tensor(&x);
+}
+
 static void lists(void)
 {
     lamb16_hyper h = usual();
@@ -794,6 +805,7 @@ int main(void)
         skipped_steps(sizes[i]);
     decoded_moments_that_overflow();
     zero_gradients_leave_no_trace();
+    decay_alone_changes_the_salt();
     lists();
     gradient_norms();
     mistakes();

@@ -95,8 +95,8 @@ class CTensor(ctypes.Structure):
     SCALARS = tuple(field[0] for field in _fields_[8:])
 
     def results(self) -> dict[str, Any]:
-        """The scalars that a function may have changed: all but the salt."""
-        return {name: getattr(self, name) for name in self.SCALARS if name != "salt"}
+        """The scalars, all of which a step may have changed."""
+        return {name: getattr(self, name) for name in self.SCALARS}
 
 
 class CStats(ctypes.Structure):
@@ -178,11 +178,9 @@ class Library:
         remainder = None
         if param.dtype == torch.bfloat16 and param_rounding == "exact":
             remainder = torch.ones(param.shape, dtype=torch.int16)
-        tensor = _struct(weights, None, codes, remainder, step=-1)
+        tensor = _struct(weights, None, codes, remainder, step=-1, salt=salt & 0xFFFFFFFF)
         self._call("init", ctypes.byref(tensor))
-        return State(
-            exp_avg_codes=codes[0], exp_avg_sq_codes=codes[1], salt=salt, param_remainder=remainder, **tensor.results()
-        )
+        return State(exp_avg_codes=codes[0], exp_avg_sq_codes=codes[1], param_remainder=remainder, **tensor.results())
 
     def step(
         self, p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0

@@ -907,7 +907,7 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
         x->param_checksum = checksum(x);
     x->exp_avg_scale = scale_m;
     x->exp_avg_sq_scale = scale_v;
-    if (bound_m > 0.0f || bound_v > 0.0f) { /* else all moments are 0 and stay so: no step to count */
+    if (bound_m > 0.0f || bound_v > 0.0f) {
         x->exp_avg_max = found.max_m;
         x->exp_avg_sq_max = found.max_v;
         x->weight_sum = found.weight_sum;
@@ -915,6 +915,8 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
         if (h->caution)
             x->mask_count = found.mask_count;
         x->step += 1;
+    } else if (h->lr != 0.0 && h->weight_decay != 0.0) { /* all moments are 0 and stay so: no step to count */
+        x->salt += 1; /* but the weights are rounded, the next time by other words */
     }
     return stats;
 }

@@ -79,7 +79,7 @@ typedef struct {
     int64_t mask_count;    /* elements of that update with the gradient's sign, 0 .. numel; counted with caution only */
     int64_t param_checksum; /* of the weights that param_remainder belongs to, see below; 0 .. 2^32 - 1 */
     int32_t step;          /* steps that counted so far, 0 .. 2^31 - 2 */
-    uint32_t salt;         /* enters the rounding words; any number, best another for every tensor; never changed */
+    uint32_t salt;         /* enters the rounding words; any number, best another for every tensor */
 } lamb16_tensor;
 
 /* Both sums are in units of 2^-20: each clamped square is rounded to an integer, half to even, and a NaN counts as 1.
@@ -241,7 +241,8 @@ lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hype
  * A tensor whose gradient, multiplied, holds an inf or a NaN, or whose first moment could be infinite, or whose second
  * moment could reach 2^127, judged by the largest magnitudes in gradient and state, is left exactly as it is, its step
  * count too; that is no error: the status is LAMB16_OK and stats->skipped is 1. A step that leaves all moments 0 is not
- * counted, and its sums are not kept. Weights are not checked: one that is NaN stays NaN and counts as 1 in the sums.
+ * counted, and its sums are not kept; where decay alone changes the weights it adds 1 to the salt, so that they are not
+ * rounded by the same words again. Weights are not checked: one that is NaN stays NaN and counts as 1 in the sums.
  *
  * With LAMB16_ROUNDING_EXACT and bfloat16 the weights are read as param_remainder says, and written so with a new
  * param_checksum. Before anything else, and even where the tensor is then skipped, remainders that are not those of the

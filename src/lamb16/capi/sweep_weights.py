@@ -27,11 +27,8 @@ def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor
 
 def split(x: Tensor) -> Tensor:
     """The exact weights that the step stores for float32 ``x``: bfloat16 bits, followed by the remainders' bits."""
-    p, remainder = torch.empty((1, len(x)), dtype=torch.bfloat16), torch.empty((1, len(x)), dtype=torch.int16)
-    block = update.in_place([p, p, p, p, remainder])
-    sums = update.Sums.of(lambda: torch.zeros(1, dtype=torch.int32), caution=False, exact=True)
-    update.store_weights(block, x[None], torch.zeros(1, dtype=torch.int32), sums, stochastic=False)
-    return packed(p[0], remainder[0])
+    exact, nearest = update.split(x)
+    return packed(nearest.to(torch.bfloat16), (exact - nearest.view(torch.int32)).to(torch.int16))
 
 
 def packed(weights: Tensor, remainder: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from lamb16.cli.study.report import table
 from lamb16.hyper import Hyper
 from lamb16.optimizer import tensor_salt
 from lamb16.reference import State
-from lamb16.store import MOMENTS, REMAINDER, SCALARS
+from lamb16.remainder import REMAINDER
+from lamb16.store import MOMENTS, SCALARS
 
 EXPORTED = "exported"
 CHANGED = 0.5  # INPUTS_CHANGED of capi/inputs.h
