@@ -140,6 +140,11 @@ class Lamb16(Optimizer):
             arXiv:2411.16085).
         maximize: ascend instead of descend.
         moment_dtype: ``"float8"``, or ``"float32"`` to keep a group's moments in FP32 under the same rule.
+        param_rounding: how bfloat16 and float16 weights are rounded; float32 ones are not. ``"stochastic"``: up or down
+            with probabilities by which small steps add up as they do in float32. ``"nearest"``: steps below half of
+            the gap between two weights are lost. ``"exact"``, for bfloat16: the state keeps 16 bits more,
+            ``param_remainder``, which with the weight are the float32 weight; every step has the bits of a float32
+            run with the same gradients, and the weight is the nearest bfloat16 (ties away from 0).
         max_grad_norm: scale all gradients so that their norm, over all groups and ranks, is at most this, as
             ``torch.nn.utils.clip_grad_norm_`` before the step does; the gradients themselves are not changed. A tensor
             with a non-finite gradient is skipped and does not enter the norm. ``math.inf`` only measures
@@ -160,8 +165,9 @@ class Lamb16(Optimizer):
     parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
     ``exp_avg_sq_max`` (float32), ``step``, ``salt`` (int32), ``weight_sum``, ``update_sum``, ``mask_count`` (int64).
     The moments are the codes times their scales; no code is above the maximum (of a shard, its own; without the scale);
-    the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``state_dict()`` hands the codes
-    out as uint8 views. An entry may be replaced, or given other memory, between steps.
+    the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``param_checksum`` (int64) is of the weights
+    that ``param_remainder`` (int16, of the parameter's shape; with ``"exact"`` only) belongs to: of weights that
+    somebody else has changed since, the remainders are forgotten. ``state_dict()`` hands the codes out as uint8 views. An entry may be replaced, or given other memory, between steps.
 
     A tensor whose gradient holds an inf or a NaN, or is so large (about 1e19) that v could overflow, is left untouched
     for that step and counted in :attr:`skipped`.
