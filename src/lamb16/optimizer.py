@@ -38,9 +38,11 @@ from .offload import check_homes, check_reloaded, checked_device, move
 from .plan import Plan, graphs_of
 from .remainder import (
     REMAINDER,
+    as_bytes,
     check_float32_weights,
     fitted,
     float32_weights,
+    from_bytes,
     has_remainder,
     is_exact,
     load_weights,
@@ -167,7 +169,8 @@ class Lamb16(Optimizer):
     The moments are the codes times their scales; no code is above the maximum (of a shard, its own; without the scale);
     the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``param_checksum`` (int64) is of the weights
     that ``param_remainder`` (int16, of the parameter's shape; with ``"exact"`` only) belongs to: of weights that
-    somebody else has changed since, the remainders are forgotten. ``state_dict()`` hands the codes out as uint8 views. An entry may be replaced, or given other memory, between steps.
+    somebody else has changed since, the remainders are forgotten. ``state_dict()`` hands codes and remainders out as
+    uint8 views, these with a last dimension of 2. An entry may be replaced, or given other memory, between steps.
 
     A tensor whose gradient holds an inf or a NaN, or is so large (about 1e19) that v could overflow, is left untouched
     for that step and counted in :attr:`skipped`.
@@ -997,7 +1000,7 @@ class Lamb16(Optimizer):
             exact = is_exact(p, group)
             loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group), exact)
             if exact and REMAINDER in value:
-                local(loaded[key][REMAINDER]).copy_(like_param(p, value[REMAINDER]))
+                local(loaded[key][REMAINDER]).copy_(from_bytes(like_param(p, as_bytes(value[REMAINDER]))))
             for entry in CODES:
                 part, target = like_param(p, _as_bytes(entry, value[entry])), local(loaded[key][entry])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
@@ -1104,17 +1107,22 @@ def _is_ready(p: Tensor, state: dict[str, Any], float8: bool, exact: bool) -> bo
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
-    """A copy of one parameter's state with its codes converted."""
+    """A copy of one parameter's state with its codes and remainders converted."""
     if not isinstance(state, dict):
         return state
-    return {key: convert(key, value) if key in CODES else value for key, value in state.items()}
+    return {key: convert(key, value) if key in (*CODES, REMAINDER) else value for key, value in state.items()}
 
 
 def _as_bytes(key: str, codes: Tensor) -> Tensor:
+    if key == REMAINDER:
+        return as_bytes(codes)
     return like(codes, local(codes).view(torch.uint8)) if codes.dtype == CODES[key] else codes
 
 
 def _as_fp8(key: str, codes: Tensor) -> Tensor:
+    if key == REMAINDER:
+        found: Tensor = from_bytes(codes)
+        return found
     return like(codes, local(codes).view(CODES[key])) if codes.dtype == torch.uint8 else codes
 
 

@@ -44,13 +44,28 @@ def no_remainder(param: Tensor) -> Tensor:
     return like(param, torch.zeros(weights.shape, dtype=torch.int16, device=weights.device))
 
 
+def as_bytes(remainder: Tensor) -> Tensor:
+    """int16 [...] as uint8 [..., 2], which every collective knows; int16 neither NCCL's nor gloo's do. In place."""
+    if remainder.dtype != torch.int16:
+        return remainder
+    return like(remainder, local(remainder).unsqueeze(-1).view(torch.uint8), 2)
+
+
+def from_bytes(value: Any) -> Any:
+    """int16 [...] of what :func:`as_bytes` gave; everything else as it is."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape[-1:] != (2,):
+        return value
+    found = local(value).contiguous().view(torch.int16).squeeze(-1)
+    return like(value[..., 0], found) if is_sharded(value) else found
+
+
 def fitted(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
     """A state's remainders, where a step can use them as they are, else copies; 0 where there are none.
 
     Raises:
         ValueError: they do not fit the parameter.
     """
-    given: Tensor | None = state.get(REMAINDER)
+    given: Tensor | None = from_bytes(state.get(REMAINDER))
     if given is not None and has_remainder(param, state):
         return given
     check_remainder(state, param, name)
@@ -77,7 +92,7 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> T
 
 def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str = "") -> None:
     """Raise ValueError for remainders of another kind or shape than the parameter's; there may be none."""
-    value = state.get(REMAINDER)
+    value = from_bytes(state.get(REMAINDER))
     if value is None:
         return
     if not isinstance(value, Tensor) or value.dtype != torch.int16 or value.shape != param.shape:

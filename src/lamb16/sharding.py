@@ -55,21 +55,26 @@ def placement(tensor: Tensor) -> Any:
 
 
 @torch.no_grad()
-def like(param: Tensor, shard: Tensor) -> Tensor:
-    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor."""
+def like(param: Tensor, shard: Tensor, *trailing: int) -> Tensor:
+    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor.
+
+    It has ``param``'s dimensions, and ``trailing`` ones after these.
+    """
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
 
-    strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
+    shape = torch.Size((*param.shape, *trailing))
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=tuple(strides))
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
 def like_param(param: Tensor, tensor: Tensor) -> Tensor:
     """This rank's part of ``tensor``, which is whole (the same on every rank) or spread in any way, as of ``param``.
 
-    A collective where the two are spread differently. ``tensor`` has ``param``'s shape; fp8 must come as uint8.
+    A collective where the two are spread differently. ``tensor`` has ``param``'s dimensions, and maybe more after
+    these; fp8 and int16 must come as uint8.
     """
     if not is_sharded(param):
         return plain(tensor)
