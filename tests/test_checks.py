@@ -58,6 +58,9 @@ BAD = [
     ("moment_dtype", torch.float32),
     ("moment_dtype", None),
     ("moment_dtype", ["float8"]),
+    ("param_rounding", "up"),
+    ("param_rounding", None),
+    ("param_rounding", True),
 ]
 EDGES: list[dict[str, Any]] = [
     {"lr": 0.0},

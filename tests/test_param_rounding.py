@@ -126,12 +126,6 @@ def test_float16_cannot_be_exact() -> None:
     assert_same(snapshot(optimizer), before)
 
 
-@pytest.mark.parametrize("value", ["up", None, True])
-def test_an_unknown_rounding_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"param_rounding=.*'stochastic', 'nearest' or 'exact'"):
-        Lamb16(parameters(), param_rounding=value)
-
-
 @pytest.mark.parametrize("damage", [lambda x: x.float(), lambda x: x.view(-1)[:-1], lambda x: 3])
 def test_remainders_of_another_kind_are_refused(damage, compile_mode: bool) -> None:
     optimizer = exact(compile_mode)
