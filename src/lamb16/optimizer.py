@@ -47,7 +47,6 @@ from .sharding import (
     local_gradient,
     meet,
     placement,
-    sharded_types,
     signature,
     whole_sums,
 )
@@ -64,10 +63,11 @@ from .store import (
     renamed,
     resized,
 )
-from .wrapped import fake_mode, is_fake
+from .wrapped import PLAIN, fake_mode, is_fake
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
+GRAD, DTYPE, LAYOUT = map(attrgetter, ("grad", "dtype", "layout"))
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
 
@@ -409,21 +409,22 @@ class Lamb16(Optimizer):
         params_of: dict[int, Tensor] = {}
         inference = torch.is_inference_mode_enabled()
         key: list[Any] = [inference, self.max_grad_norm is None]
-        sharded, fake = sharded_types(), fake_mode()
+        fake = fake_mode()
         for group in self.param_groups:
             key += (id(group), group["moment_dtype"], group["caution"])
-            params = group["params"]
-            for i, grad in enumerate(map(attrgetter("grad"), params)):
-                if grad is not None:
-                    p = params[i]
-                    special = type(grad) is not Tensor or (sharded and isinstance(p, sharded))
-                    if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
-                        check_gradient(p, grad, self._name(group, i))
-                    if special or fake:
-                        check_fake(p, grad, self._name(group, i))
-                        grad = local_gradient(p, grad, self._name(group, i))
-                    grads[id(p)], params_of[id(p)] = grad, p
-                    key += (id(p), grad.dtype)
+            pairs = [(p, g) for p, g in zip(group["params"], map(GRAD, group["params"]), strict=True) if g is not None]
+            params, own = [p for p, _ in pairs], [g for _, g in pairs]
+            if fake or not _are_plain(params, own):
+                own = [
+                    self._checked_gradient(p, group, i, fake)
+                    for i, p in enumerate(group["params"])
+                    if GRAD(p) is not None
+                ]
+            ids = list(map(id, params))
+            grads.update(zip(ids, own, strict=True))
+            params_of.update(zip(ids, params, strict=True))
+            key += ids
+            key += map(DTYPE, own)
         starts = addresses(list(grads.values()))
         if 0 in starts:
             self._check_gradients_memory(grads)
@@ -439,10 +440,8 @@ class Lamb16(Optimizer):
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
             cached = Cached(plans, [], 0, weights)
         states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
-        if any(
-            None in own or plan.store.changed(own, plan.homes) for plan, own in zip(cached.plans, states, strict=True)
-        ):
-            touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+        touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+        if touched:
             with torch.inference_mode(False), torch.no_grad():
                 self._ready_states(grads, touched, new, inference)
                 for plan in cached.plans:
@@ -460,6 +459,17 @@ class Lamb16(Optimizer):
         if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
             grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
         return cached, grads, states
+
+    def _checked_gradient(self, p: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:
+        """This rank's part of the gradient of a group's parameter."""
+        grad, name = GRAD(p), self._name(group, i)
+        special = type(grad) is not Tensor or is_sharded(p)
+        if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+            check_gradient(p, grad, name)
+        if special or fake:
+            check_fake(p, grad, name)
+            return local_gradient(p, grad, name)
+        return grad
 
     def _remember(self, key: Any, cached: Cached) -> None:
         """Keep plans for later steps, but for those of groups that are gone."""
@@ -904,6 +914,17 @@ def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, An
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
     }
+
+
+def _are_plain(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether all are plain strided tensors, and the gradients of the parameters' dtypes and shapes."""
+    return (
+        set(map(type, params)) <= PLAIN
+        and set(map(type, grads)) <= {Tensor}
+        and set(map(LAYOUT, grads)) <= {torch.strided}
+        and list(map(DTYPE, grads)) == list(map(DTYPE, params))
+        and list(map(Tensor.size, grads)) == list(map(Tensor.size, params))
+    )
 
 
 def _is_held_alone(x: Tensor) -> bool:

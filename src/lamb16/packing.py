@@ -1,18 +1,21 @@
 """Copying what is packed of many tensors into one buffer and back.
 
-On the CPU a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for every
-64 tensors of each; there one kernel copies all of them by a table of addresses (compiled steps only). *Parts* are what
-is packed of p, g and the two moments: four lists with a tensor per tail.
+Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for
+every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps copy by
+tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is packed of
+p, g and the two moments, or where that is: four lists with one for each tail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .store import addresses
 from .update import PIECE, Block
 
 
@@ -38,8 +41,25 @@ class Tail(NamedTuple):
         return [(self.tensor, start, min(PIECE, self.start + self.length - start)) for start in starts]
 
 
+class Packing(Protocol):
+    """Copies the tails of some tensors into a block and back."""
+
+    pads: bool  # whether the block's padding becomes 0
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Any]]:
+        """What is packed of these contiguous p, g and moments, each a list of all tensors of the plan."""
+
+    def pack(self, parts: Sequence[list[Any]], kinds: Sequence[int]) -> None:
+        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments."""
+
+    def unpack(self, parts: Sequence[list[Any]]) -> None:
+        """Copy weights and codes back."""
+
+
 class ForeachPacking:
     """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
+
+    pads = False
 
     def __init__(
         self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
@@ -48,35 +68,80 @@ class ForeachPacking:
 
         The dtypes are those of the states' moments.
         """
-        first = tails[0].row
+        self.tails, first = tails, tails[0].row
         dtypes = (block.p.dtype, block.g.dtype, *moments)
         flat = [x.view(-1).view(dtype) for x, dtype in zip(block[:4], dtypes, strict=True)]
         places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """Of every tail a view."""
+        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
+
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments."""
+        """As in :class:`Packing`."""
         for k in kinds:
             torch._foreach_copy_(self.rows[k], parts[k])
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
-        """Copy weights and codes back."""
+        """As in :class:`Packing`."""
         for k in (0, 2, 3):
             torch._foreach_copy_(parts[k], self.rows[k])
+
+
+class AddressPacking:
+    """Copies on the CPU with a call for each of p, g and codes; the tables are renewed when an address has changed."""
+
+    pads = True
+
+    def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
+        """``block`` as for :class:`ForeachPacking`; ``launch`` is the function of ``cpu_copying.py``."""
+        self.buffers, self.launch, first = block[:4], launch, tails[0].row
+        owners = [tail.tensor for tail in tails]
+        self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
+        self.places = torch.tensor([(tail.start, tail.length, tail.row - first) for tail in tails], device="cpu")
+        self.addresses: list[list[int]] = [[], [], [], []]
+        self.tables: list[Tensor] = [self.places] * 4
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
+        """Where the tensors begin that tails belong to; they are to be kept until all is copied."""
+        return [addresses(self.owned(x)[:-1]) for x in tensors]
+
+    def pack(self, parts: Sequence[list[int]], kinds: Sequence[int]) -> None:
+        """As in :class:`Packing`."""
+        for k in kinds:
+            if parts[k] != self.addresses[k]:
+                self.addresses[k], self.tables[k] = parts[k], torch.tensor(parts[k], device="cpu")
+            self._copy(k, unpack=False)
+
+    def unpack(self, parts: Sequence[list[int]]) -> None:
+        """As in :class:`Packing`, to where it was packed from."""
+        for k in (0, 2, 3):
+            self._copy(k, unpack=True)
+
+    def _copy(self, k: int, unpack: bool) -> None:
+        buffer, size = self.buffers[k], self.buffers[k].element_size()
+        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PIECE * size, unpack)
 
 
 class TablePacking:
     """Copies with one launch each way, by tables of addresses; the tables are renewed when an address has changed."""
 
+    pads = False
+
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
-        self.block, self.device, self.launch = block[:4], block.p.device, launch
+        self.tails, self.block, self.device, self.launch = tails, block[:4], block.p.device, launch
         pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
         self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
         self.addresses: list[list[int]] = [[], [], [], []]
         self.tables: list[Tensor] = [self.length] * 4
         self.kept: list[Tensor] = []
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """Of every tail a view."""
+        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
 
     def _note(self, k: int, parts: Sequence[Tensor]) -> None:
         """Bring the table of one kind of tensors up to date."""
@@ -95,7 +160,7 @@ class TablePacking:
             self.kept += tables
 
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """As in :class:`ForeachPacking`, but that one launch copies all kinds, when it is the gradients' turn."""
+        """As in :class:`Packing`, but that one launch copies all kinds, when it is the gradients' turn."""
         if 1 not in kinds:
             return
         for k, tensors in enumerate(parts):
@@ -104,5 +169,5 @@ class TablePacking:
         self.launch(*self.tables, *self.block, self.length, False)
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
-        """As in :class:`ForeachPacking`."""
+        """As in :class:`Packing`."""
         self.launch(*self.tables, *self.block, self.length, True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import update
 from .compiled import Executor, Graph, Kind
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
-from .packing import ForeachPacking, TablePacking, Tail
+from .packing import Packing, Tail
 from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
 from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
@@ -265,13 +265,10 @@ class Plan:
             block = Block(p, g, m, v, p, m, v, *(x[part] for x in pieces))
             own = [k for k, tail in enumerate(rows.tails) if part.start <= tail.row < part.stop]
             tails, where = rows.tails[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
-            if executor.packs_by_table(kind.device):
-                packing: Any = TablePacking(tails, block, executor.copy)
-            else:
-                shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
-                packing = ForeachPacking(tails, block, shapes, moments)
+            shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
+            packing = executor.packing(tails, block, shapes, moments)
             sums = Sums._make(None if x is None else x[where] for x in self.sums)
-            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, self.largest[where], sums, len(parts) > 1))
+            found.append(Batch(packing, block, self.largest[where], sums, len(parts) > 1 and not packing.pads))
         return found
 
     def place(self, homes: list[int]) -> None:
@@ -308,25 +305,25 @@ class Plan:
     def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Read the gradients; changes no state. ``grads`` are the (local) gradients, in order, kept until the end."""
         weights = self._weights()
-        contiguous = [w if w.is_contiguous() else w.contiguous() for w in weights]
+        contiguous = list(map(Tensor.contiguous, weights))
         self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
         moments = [list(map(itemgetter(name), states)) for name in MOMENTS]
         if not self.plain:
             moments = [list(map(local, x)) for x in moments]
         self.moments = moments
-        tensors = [contiguous, [g.contiguous().resolve_neg() for g in grads], *moments]
+        tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
         if self.kind.device.type != "cpu":
             tensors[2:] = [list(map(as_bytes, x)) for x in moments]
-        self.parts = [[tail.of(x[tail.tensor]) for tail in self.rows.tails] for x in tensors]
+        self.tensors, self.parts = tensors, [batch.packing.parts(tensors) for batch in self.batches]
         self._inspect([[x] for x in self.row_largest], None)
 
     def _inspect(self, results: list[list[Tensor]], unit: Tensor | None) -> None:
         squares = unit is not None
         packed = Graph("inspect", packed=True, squares=squares)
-        for batch in self.batches:
+        for batch, parts in zip(self.batches, self.parts, strict=True):
             if unit is None or len(self.batches) > 1:
-                batch.pack(self.parts, [1])
+                batch.pack(parts, [1])
             found = [batch.largest] if unit is None else [batch.sums.weights, batch.sums.updates]
             self.executor.run(packed, self.kind, [batch.block], [found], unit)
         for k in self.readings:
@@ -375,18 +372,18 @@ class Plan:
                 self.columns, self.row_sums[k], places,
             )  # fmt: skip
         places = None if self.shards.spread is None else [self.shards.spread]
-        for batch in self.batches:
-            batch.pack(self.parts, [0, 2, 3] if len(self.batches) == 1 else [0, 1, 2, 3])
+        for batch, parts in zip(self.batches, self.parts, strict=True):
+            batch.pack(parts, [0, 2, 3] if len(self.batches) == 1 else [0, 1, 2, 3])
             run(
                 Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
                 self.columns, [batch.sums], places,
             )  # fmt: skip
-            batch.unpack(self.parts)
+            batch.packing.unpack(parts)
         for w, c in self.copies:
             w.copy_(c)
-        written = [x for block in self.blocks[: len(self.rows.large)] for x in (block.p, block.m, block.v)]
-        outer = [] if self.plain else list(self.params)
-        torch.autograd.graph.increment_version([x for x in written + outer if not x.is_inference()])
+        written = [x for k in (0, 2, 3) for x in self.tensors[k]] + ([] if self.plain else list(self.params))
+        inference = any(map(Tensor.is_inference, written))
+        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()] if inference else written)
         state = self.store.state(self.home)
         arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
@@ -395,30 +392,25 @@ class Plan:
     def let_go(self) -> None:
         """Forget parameters, gradients, moments and copies of weights."""
         self.params = []
-        self.blocks, self.parts, self.copies, self.moments = [], [], [], []
+        self.blocks, self.tensors, self.parts, self.copies, self.moments = [], [], [], [], []
         self.scaled_from = self.largest, self.rows.tree
 
 
 class Batch(NamedTuple):
     """Some of the packed tensors, and their rows of what is found in every row."""
 
-    tails: slice
-    packing: ForeachPacking | TablePacking
+    packing: Packing
     block: Block
     largest: Tensor
     sums: Sums
-    shared: bool  # whether other batches use the buffer too
+    dirty: bool  # whether other batches leave something in the padding
 
-    def pack(self, parts: list[list[Tensor]], kinds: list[int]) -> None:
-        """Copy these kinds of the plan's parts into the buffer, where the padding is 0."""
-        if self.shared:
+    def pack(self, parts: list[list[Any]], kinds: list[int]) -> None:
+        """Copy these kinds of parts into the buffer, where the padding is 0."""
+        if self.dirty:
             buffers = self.block.p, self.block.g, self.block.m, self.block.v
             torch._foreach_zero_([buffers[k] for k in kinds])
-        self.packing.pack([x[self.tails] for x in parts], kinds)
-
-    def unpack(self, parts: list[list[Tensor]]) -> None:
-        """Copy weights and codes back."""
-        self.packing.unpack([x[self.tails] for x in parts])
+        self.packing.pack(parts, kinds)
 
 
 def as_bytes(codes: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lamb16 import Lamb16
 from lamb16.compiled import Graph, Kind
-from lamb16.update import PIECE
+from lamb16.packing import TablePacking, Tail
+from lamb16.update import PIECE, Block
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
@@ -120,9 +121,9 @@ class Recorder:
         self.copied: list[Eager] = []
         self.used: dict[str, Program] = {}
 
-    def packs_by_table(self, device: torch.device) -> bool:
+    def packing(self, tails: Sequence[Tail], block: Block, *_: Any) -> TablePacking:
         """As on CUDA."""
-        return True
+        return TablePacking(tails, block, self.copy)
 
     def clear(self) -> None:
         """Forget what was launched."""
