@@ -130,7 +130,7 @@ class Compiled:
         """By tables of addresses, with Triton on CUDA and C++ on the CPU."""
         if block.p.device.type == "cuda":
             return TablePacking(tails, block, launch_copy)
-        copy = cpu_copying.copy() if block.p.device.type == "cpu" else None
+        copy = cpu_copying.kernel() if block.p.device.type == "cpu" else None
         return ForeachPacking(tails, block, shapes, moments) if copy is None else AddressPacking(tails, block, copy)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
@@ -139,6 +139,8 @@ class Compiled:
         if lazy.code is None:
             _announce(kind)
         lazy.prepare()
+        if kind.device.type == "cpu":
+            cpu_copying.kernel()
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""

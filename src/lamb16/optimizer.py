@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple, overload
 
@@ -51,10 +52,12 @@ from .sharding import (
     whole_sums,
 )
 from .store import (
+    ALL_ENTRIES,
     DERIVED,
     ENTRIES,
     MOMENTS,
     SCALARS,
+    WIDTH,
     Store,
     addresses,
     complete,
@@ -67,7 +70,7 @@ from .wrapped import PLAIN, fake_mode, is_fake
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
-GRAD, DTYPE, LAYOUT = map(attrgetter, ("grad", "dtype", "layout"))
+GRAD, DTYPE, LAYOUT, SHAPE, DEVICE = map(attrgetter, ("grad", "dtype", "layout", "shape", "device"))
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
 
@@ -297,7 +300,7 @@ class Lamb16(Optimizer):
         check_resize(p, index, new_p, self._name(group, i))
         state = self.state.get(p)
         if state:
-            self._repair([(p, self._checked_live_state(p, group, self._name(group, i)))], New([], []))
+            self._repair([(p, self._checked_live_state(p, group, i))], New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
         self.state.pop(p, None)
         group["params"][i] = new_p
@@ -415,11 +418,8 @@ class Lamb16(Optimizer):
             pairs = [(p, g) for p, g in zip(group["params"], map(GRAD, group["params"]), strict=True) if g is not None]
             params, own = [p for p, _ in pairs], [g for _, g in pairs]
             if fake or not _are_plain(params, own):
-                own = [
-                    self._checked_gradient(p, group, i, fake)
-                    for i, p in enumerate(group["params"])
-                    if GRAD(p) is not None
-                ]
+                every = enumerate(group["params"])
+                own = [self._checked_gradient(p, group, i, fake) for i, p in every if p.grad is not None]
             ids = list(map(id, params))
             grads.update(zip(ids, own, strict=True))
             params_of.update(zip(ids, params, strict=True))
@@ -445,7 +445,9 @@ class Lamb16(Optimizer):
             with torch.inference_mode(False), torch.no_grad():
                 self._ready_states(grads, touched, new, inference)
                 for plan in cached.plans:
-                    plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
+                    own = [self.state[p] for p in plan.params]
+                    read = [state for state, key in zip(own, plan.ids, strict=True) if key in touched]
+                    plan.place(plan.store.adopt(own, read, self.state.values()))
             states = [[self.state[p] for p in plan.params] for plan in cached.plans]
             changed = True
         if changed:
@@ -462,7 +464,8 @@ class Lamb16(Optimizer):
 
     def _checked_gradient(self, p: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:
         """This rank's part of the gradient of a group's parameter."""
-        grad, name = GRAD(p), self._name(group, i)
+        grad, name = p.grad, self._name(group, i)
+        assert grad is not None
         special = type(grad) is not Tensor or is_sharded(p)
         if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
             check_gradient(p, grad, name)
@@ -513,10 +516,12 @@ class Lamb16(Optimizer):
                 for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
                     executor.prepare(graph, kind)
 
-        self._ready_states(grads, self._unknown(members), new, inference, prepare)
+        unknown = self._unknown(members)
+        self._ready_states(grads, unknown, new, inference, prepare)
+        unknown.update(map(id, new.made))
         for device in {kind.device for kind in members} - set(self._skipped):
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+        return [self._make_plan(kind, pairs, executor, unknown) for kind, pairs in members.items()]
 
     def _unknown(self, members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]]) -> set[int]:
         """The parameters, by id, with states that no store holds, or that were made for a parameter of another kind."""
@@ -525,7 +530,8 @@ class Lamb16(Optimizer):
             there = [(p, state) for p, _ in pairs if (state := self.state.get(p))]
             store = self._stores.setdefault(kind.device, Store(kind.device))
             unknown.update(id(there[k][0]) for k in store.changed([state for _, state in there]))
-            unknown.update(id(p) for p, state in there if not _is_ready(p, state, kind.float8))
+            if not _are_ready([p for p, _ in there], [state for _, state in there], kind.float8):
+                unknown.update(id(p) for p, state in there if not _are_ready([p], [state], kind.float8))
         return unknown
 
     def _ready_states(
@@ -542,20 +548,28 @@ class Lamb16(Optimizer):
         """
         missing: list[tuple[Tensor, dict[str, Any], int]] = []
         live: list[tuple[Tensor, dict[str, Any]]] = []
-        written: list[tuple[Tensor, str]] = []
+        written: list[Tensor] = []
+        called: list[tuple[dict[str, Any], int, tuple[str, ...]]] = []
         for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if id(p) in grads:
-                    name, state = self._name(group, i), self.state.get(p)
-                    written.append((local(p), f"parameter {name}"))
-                    if not state:
-                        missing.append((p, group, self._salt(group, i)))
-                        continue
-                    if id(p) in changed:
-                        state = self._checked_live_state(p, group, name)
-                        live.append((p, state))
-                    written += [(local(state[key]), f"{key} of parameter {name}") for key in MOMENTS]
-        check_memory(written, inference)
+            there = [(i, p, self.state.get(p)) for i, p in enumerate(group["params"]) if id(p) in grads]
+            pairs = [(p, state) for _, p, state in there if state and id(p) in changed]
+            ready = _are_ready([p for p, _ in pairs], [state for _, state in pairs], group["moment_dtype"] == "float8")
+            for i, p, state in there:
+                called.append((group, i, MOMENTS if state else ()))
+                written.append(p if type(p) in PLAIN else local(p))
+                if not state:
+                    missing.append((p, group, self._salt(group, i)))
+                    continue
+                if id(p) in changed:
+                    state = state if ready else self._checked_live_state(p, group, i)
+                    live.append((p, state))
+                written += [x if type(x) is Tensor else local(x) for x in map(state.get, MOMENTS)]
+
+        def names() -> list[str]:
+            owners = [(f"parameter {self._name(group, i)}", keys) for group, i, keys in called]
+            return [name for owner, keys in owners for name in (owner, *(f"{key} of {owner}" for key in keys))]
+
+        check_memory(written, names, inference)
         prepare()
         self._repair(live, new)
         made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
@@ -569,7 +583,9 @@ class Lamb16(Optimizer):
             return Compiled() if self._compile and not any(p.is_meta or is_fake(p) for p in params) else Eager()
         return self._compile
 
-    def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
+    def _make_plan(
+        self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor, changed: set[int]
+    ) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
         for i, (_, group) in enumerate(pairs):
             if not slices or slices[-1][0] is not group:
@@ -577,18 +593,20 @@ class Lamb16(Optimizer):
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
         store = self._stores.setdefault(kind.device, Store(kind.device))
-        homes = store.adopt([self.state[p] for p in params], self.state.values())
+        read = [self.state[p] for p in params if id(p) in changed]
+        homes = store.adopt([self.state[p] for p in params], read, self.state.values())
         return Plan(kind, params, homes, store, slices, executor)
 
-    def _checked_live_state(self, p: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
-        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in it.
+    def _checked_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> dict[str, Any]:
+        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in a copy.
 
         Raises ValueError for a state that does not fit its parameter.
         """
         float8 = group["moment_dtype"] == "float8"
-        state = dict(renamed(self.state[p]))
-        if _is_ready(p, state, float8):
+        state: dict[str, Any] = renamed(self.state[p])
+        if _are_ready([p], [state], float8):
             return state
+        state, name = dict(state), self._name(group, i)
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
@@ -636,16 +654,18 @@ class Lamb16(Optimizer):
 
     def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
         """Give states the entries that they are to hold, and what is derived from them where they have changed."""
-        changed = []
+        changed: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, repaired in live:
             state = self.state[p]
             if state.keys() - repaired.keys():  # old names
                 state = self.state[p] = repaired
-            state.update(repaired)
+            if state is not repaired:
+                state.update(repaired)
             if not (is_sharded(p) and self._stores[p.device].holds([state])):
-                changed.append((p, state))  # its codes may be others than the maxima are of
-        find_largest(*(state for _, state in changed))
-        new.completed.extend(p for p, state in changed if complete(p, state))
+                changed.setdefault(p.device, []).append((p, state))  # its codes may be others than the maxima are of
+        for device, pairs in changed.items():
+            find_largest(*(state for _, state in pairs), store=self._stores.get(device))
+            new.completed.extend(p for p, state in pairs if complete(p, state))
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -932,22 +952,24 @@ def _is_held_alone(x: Tensor) -> bool:
     return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
 
 
-def _is_ready(p: Tensor, state: dict[str, Any], float8: bool) -> bool:
-    """Whether a state has all entries, and nothing of it is to be repaired; False for all DTensors."""
-    moments = [state.get(name) for name in MOMENTS]
-    return (
-        all(
-            type(x) is Tensor
-            and x.dtype == dtype
-            and x.shape == p.shape
-            and x.device == p.device
-            and x.is_contiguous()
-            and not x.is_inference()
-            for x, dtype in zip(moments, MOMENT_DTYPES["float8" if float8 else "float32"], strict=True)
-        )
-        and not is_sharded(p)
-        and all(type(x) is Tensor and x.numel() == 1 for x in map(state.get, SCALARS))
-    )
+def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], float8: bool) -> bool:
+    """Whether these states have all entries, and nothing of them is to be repaired; False for DTensors."""
+    try:
+        entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
+    except KeyError:
+        return False
+    if not set(map(type, entries)) <= {Tensor} or any(map(is_sharded, set(map(type, params)) - PLAIN and params)):
+        return False
+    shapes, devices = list(map(SHAPE, params)), list(map(DEVICE, params))
+    for k, dtype in enumerate(MOMENT_DTYPES["float8" if float8 else "float32"]):
+        moments = entries[k::WIDTH]
+        if set(map(DTYPE, moments)) - {dtype} or list(map(SHAPE, moments)) != shapes:
+            return False
+        if list(map(DEVICE, moments)) != devices or not all(map(Tensor.is_contiguous, moments)):
+            return False
+        if any(map(Tensor.is_inference, moments)):
+            return False
+    return all(set(map(Tensor.numel, entries[k::WIDTH])) <= {1} for k in range(len(MOMENTS), WIDTH))
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .cpu_copying import PACK, UNPACK
 from .store import addresses
 from .update import PIECE, Block
 
@@ -112,16 +113,16 @@ class AddressPacking:
         for k in kinds:
             if parts[k] != self.addresses[k]:
                 self.addresses[k], self.tables[k] = parts[k], torch.tensor(parts[k], device="cpu")
-            self._copy(k, unpack=False)
+            self._copy(k, PACK)
 
     def unpack(self, parts: Sequence[list[int]]) -> None:
         """As in :class:`Packing`, to where it was packed from."""
         for k in (0, 2, 3):
-            self._copy(k, unpack=True)
+            self._copy(k, UNPACK)
 
-    def _copy(self, k: int, unpack: bool) -> None:
+    def _copy(self, k: int, task: int) -> None:
         buffer, size = self.buffers[k], self.buffers[k].element_size()
-        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PIECE * size, unpack)
+        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PIECE * size, task)
 
 
 class TablePacking:
