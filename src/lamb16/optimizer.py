@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from operator import attrgetter
@@ -34,6 +34,7 @@ from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group,
 from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
+from .parts import Part, divisible
 from .plan import Plan, graphs_of
 from .sharding import (
     Bound,
@@ -81,6 +82,8 @@ class Cached(NamedTuple):
     reductions: list[Bound]
     signature: int
     weights: set[int]  # where the weights begin
+    setting: Any = None  # what must be equal in steps of parts of these plans
+    members: Mapping[int, Any] = {}  # by parameters' ids their groups' and their gradients' dtypes
 
 
 class New(NamedTuple):
@@ -210,6 +213,7 @@ class Lamb16(Optimizer):
         """Drop everything that is derived from parameters and state."""
         self._stores: dict[torch.device, Store] = {}
         self._plans: OrderedDict[Any, Cached] = OrderedDict()
+        self._seen: OrderedDict[Any, None] = OrderedDict()  # sets that came lately
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
         self._grad_norm: Tensor | None = None
@@ -411,10 +415,12 @@ class Lamb16(Optimizer):
         grads: dict[int, Tensor] = {}
         params_of: dict[int, Tensor] = {}
         inference = torch.is_inference_mode_enabled()
-        key: list[Any] = [inference, self.max_grad_norm is None]
+        setting: list[Any] = [inference, self.max_grad_norm is None]
+        key: list[Any] = [*setting]
         fake = fake_mode()
         for group in self.param_groups:
-            key += (id(group), group["moment_dtype"], group["caution"])
+            setting += (id(group), group["moment_dtype"], group["caution"])
+            key += setting[-3:]
             pairs = [(p, g) for p, g in zip(group["params"], map(GRAD, group["params"]), strict=True) if g is not None]
             params, own = [p for p, _ in pairs], [g for _, g in pairs]
             if fake or not _are_plain(params, own):
@@ -433,12 +439,13 @@ class Lamb16(Optimizer):
         if cached is not None and not all(plan.fits(params_of) for plan in cached.plans):
             self._plans.clear()
             cached = None
-        changed = cached is None
+        part = None if cached is not None else self._part(frozen, setting, grads, params_of)
+        cached, changed = cached or part, cached is None and part is None
         if cached is None:
             with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
                 plans = self._make_plans(grads, new, inference)
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
-            cached = Cached(plans, [], 0, weights)
+            cached = Cached(plans, [], 0, weights, setting, self._members(grads))
         states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
         touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
         if touched:
@@ -450,12 +457,13 @@ class Lamb16(Optimizer):
                     plan.place(plan.store.adopt(own, read, self.state.values()))
             states = [[self.state[p] for p in plan.params] for plan in cached.plans]
             changed = True
-        if changed:
+        if changed and part is None:
             reductions = self._reductions(cached.plans)
             number = signature(cached.plans) if reductions else 0
             self._remember(frozen, cached._replace(reductions=reductions, signature=number))
             cached = self._plans[frozen]
-        self._plans.move_to_end(frozen)
+        if part is None:
+            self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
         if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
@@ -473,6 +481,34 @@ class Lamb16(Optimizer):
             check_fake(p, grad, name)
             return local_gradient(p, grad, name)
         return grad
+
+    def _members(self, grads: dict[int, Tensor]) -> dict[int, Any]:
+        """By parameters' ids what must be equal in plans of which a step can be a part."""
+        return {
+            id(p): (id(group), grads[id(p)].dtype)
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in grads
+        }
+
+    def _part(self, key: Any, setting: list[Any], grads: dict[int, Tensor], params: dict[int, Tensor]) -> Cached | None:
+        """Parts of plans that are remembered for more parameters, where these ones have come for the first time."""
+        if key in self._seen:
+            return None
+        self._seen[key] = None
+        if len(self._seen) > CACHED_PLANS:
+            self._seen.popitem(last=False)
+        own = self._members(grads)
+        for known, cached in reversed(self._plans.items()):
+            if cached.setting != setting or not own or not own.items() <= cached.members.items():
+                continue
+            if cached.reductions or not all(map(divisible, cached.plans)):
+                continue
+            parts: list[Plan] = [Part(plan, own) for plan in cached.plans if not own.keys().isdisjoint(plan.ids)]
+            if all(part.fits(params) for part in parts):
+                self._plans.move_to_end(known)
+                return cached._replace(plans=parts)
+        return None
 
     def _remember(self, key: Any, cached: Cached) -> None:
         """Keep plans for later steps, but for those of groups that are gone."""
@@ -702,8 +738,7 @@ class Lamb16(Optimizer):
                     names[id(p)] = f"{k}.{name}" if name in names.values() else name
         stats = {}
         for plan in self._last:
-            report = plan.report.clone()
-            for row, key in zip(report, plan.ids, strict=False):
+            for row, key in zip(plan.reports, plan.ids, strict=True):
                 if key in names:
                     stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats

@@ -9,6 +9,7 @@ p, g and the two moments, or where that is: four lists with one for each tail.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -60,7 +61,7 @@ class Packing(Protocol):
 class ForeachPacking:
     """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
 
-    pads = False
+    pads = True
 
     def __init__(
         self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
@@ -69,11 +70,17 @@ class ForeachPacking:
 
         The dtypes are those of the states' moments.
         """
-        self.tails, first = tails, tails[0].row
+        self.tails, self.block, first = tails, block[:4], tails[0].row
         dtypes = (block.p.dtype, block.g.dtype, *moments)
         flat = [x.view(-1).view(dtype) for x, dtype in zip(block[:4], dtypes, strict=True)]
         places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
+
+    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> ForeachPacking:
+        """For the ``kept`` ones among the tails, which are now ``tails``."""
+        found = copy(self)
+        found.tails, found.rows = tails, [[x[k] for k in kept] for x in self.rows]
+        return found
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
         """Of every tail a view."""
@@ -81,6 +88,7 @@ class ForeachPacking:
 
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
         """As in :class:`Packing`."""
+        torch._foreach_zero_([self.block[k] for k in kinds])
         for k in kinds:
             torch._foreach_copy_(self.rows[k], parts[k])
 
@@ -97,12 +105,21 @@ class AddressPacking:
 
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """``block`` as for :class:`ForeachPacking`; ``launch`` is the function of ``cpu_copying.py``."""
-        self.buffers, self.launch, first = block[:4], launch, tails[0].row
-        owners = [tail.tensor for tail in tails]
+        self.buffers, self.launch, self.first = block[:4], launch, tails[0].row
+        self._note(tails)
+
+    def _note(self, tails: Sequence[Tail]) -> None:
+        self.tails, owners = tails, [tail.tensor for tail in tails]
         self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
-        self.places = torch.tensor([(tail.start, tail.length, tail.row - first) for tail in tails], device="cpu")
+        self.places = torch.tensor([(tail.start, tail.length, tail.row - self.first) for tail in tails], device="cpu")
         self.addresses: list[list[int]] = [[], [], [], []]
         self.tables: list[Tensor] = [self.places] * 4
+
+    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> AddressPacking:
+        """As in :class:`ForeachPacking`."""
+        found = copy(self)
+        found._note(tails)
+        return found
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
         """Where the tensors begin that tails belong to; they are to be kept until all is copied."""

@@ -389,6 +389,11 @@ class Plan:
         run(Graph("fold"), self.kind, *arguments)
         self.store.stepped(self.homes, self.moments)
 
+    @property
+    def reports(self) -> Tensor:
+        """Weight norm, update norm and trust ratio of every parameter in the last step, float64 [tensors, 3]."""
+        return self.report[: len(self.ids)].clone()
+
     def let_go(self) -> None:
         """Forget parameters, gradients, moments and copies of weights."""
         self.params = []
@@ -403,7 +408,7 @@ class Batch(NamedTuple):
     block: Block
     largest: Tensor
     sums: Sums
-    dirty: bool  # whether other batches leave something in the padding
+    dirty: bool  # whether others leave something in the padding
 
     def pack(self, parts: list[list[Any]], kinds: list[int]) -> None:
         """Copy these kinds of parts into the buffer, where the padding is 0."""
