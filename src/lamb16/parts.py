@@ -32,6 +32,7 @@ class Part(Plan):
     def __init__(self, whole: Plan, ids: Collection[int]) -> None:
         """``ids`` are those of the parameters that are stepped."""
         self.__dict__.update(vars(whole))
+        self.whole = whole
         self.own = [k for k, key in enumerate(whole.ids) if key in ids]
         place = {k: n for n, k in enumerate(self.own)}
 
@@ -53,7 +54,11 @@ class Part(Plan):
         """As in :class:`Plan`; of tensors that are left out the padding."""
         if homes != self.homes:
             self.homes = homes
-            self.home = torch.zeros_like(self.home)
+            everywhere = list(self.whole.homes)
+            for k, home in zip(self.own, homes, strict=True):
+                everywhere[k] = home
+            self.whole.place(everywhere)
+            self.home = torch.zeros_like(self.whole.home)
             self.home[self.own] = torch.tensor(homes)
 
     def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
