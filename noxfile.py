@@ -107,7 +107,8 @@ def gpu(session: nox.Session, torch: str) -> None:
 def capi(session: nox.Session, compiler: str) -> None:
     """The C code's tests, then 100 steps of ResNet-18's and a transformer's tensors against the C reference.
 
-    A quarter of an hour or more on two cores. The tests alone, on small tensors, are in the ordinary ones.
+    And 100 steps of a few tensors of bfloat16 and float16, in each rounding. A quarter of an hour or
+    more on two cores. The tests alone, on small tensors, are in the ordinary ones.
     """
     if shutil.which(compiler) is None:
         session.skip(f"SKIPPED: {compiler} is not installed on this machine")
@@ -117,6 +118,11 @@ def capi(session: nox.Session, compiler: str) -> None:
     for shapes in ("resnet18", "transformer"):
         folder = f"{session.create_tmp()}/{shapes}"
         session.run("lamb16", "export", "--shapes", shapes, "--weight-decay", "0.01", "-o", folder)
+        session.run("lamb16", "check", folder, "--steps", "100", "--compiler", compiler)
+    for dtype, rounding in (("bfloat16", "stochastic"), ("bfloat16", "exact"), ("float16", "nearest")):
+        folder = f"{session.create_tmp()}/{dtype}-{rounding}"
+        options = ["--param-dtype", dtype, "--param-rounding", rounding, "--weight-decay", "0.01", "-o", folder]
+        session.run("lamb16", "export", "--shapes", "300x70", "1023", "7x3x5x5", *options)
         session.run("lamb16", "check", folder, "--steps", "100", "--compiler", compiler)
 
 

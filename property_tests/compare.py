@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper, State
+from lamb16.remainder import REMAINDER
 from lamb16.store import SCALARS
 from strategies import Case
 
@@ -32,6 +33,9 @@ def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: T
     for name in ("exp_avg_codes", "exp_avg_sq_codes"):
         codes = mine[name] if mine[name].dtype == torch.float32 else mine[name].view(torch.uint8)
         assert same_bits(codes, getattr(theirs, name)), f"{where}: {name} differs"
+    assert (REMAINDER in mine) == (theirs.param_remainder is not None)
+    if theirs.param_remainder is not None:
+        assert same_bits(mine[REMAINDER], theirs.param_remainder), f"{where}: remainders differ"
     for name in set(SCALARS) - {"salt"}:
         a, b = mine[name].item(), getattr(theirs, name)
         assert a == b or (math.isnan(a) and math.isnan(b)), f"{where}: {name} differs"
@@ -39,7 +43,7 @@ def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: T
 
 def make(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     params = [nn.Parameter(w.to(DEVICE)) for w in case.weights()]
-    return params, Lamb16(params, **case.hyper, moment_dtype=case.moment_dtype, compile=compile, seed=case.seed)
+    return params, Lamb16(params, **case.words, **case.hyper, compile=compile, seed=case.seed)
 
 
 def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
@@ -55,7 +59,7 @@ def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
 def run_beside_reference(case: Case, compile: bool, rule: StepFunction = reference.step) -> int:
     """Compare after every step; returns how many tensor updates were skipped."""
     params, optimizer = make(case, compile)
-    hyper = Hyper(**case.hyper, moment_dtype=case.moment_dtype)
+    hyper = Hyper(**case.hyper, **case.words)
     weights = case.weights()
     states: list[State | None] = [None] * len(params)
     skipped = 0
@@ -69,7 +73,7 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
                 continue
             assert same_bits(p.grad, grad), "the gradient was modified"
             mine = optimizer.state[p]
-            state = states[i] or reference.init(weights[i], int(mine["salt"]) & 0xFFFFFFFF, case.moment_dtype)
+            state = states[i] or reference.init(weights[i], int(mine["salt"]) & 0xFFFFFFFF, **case.words)
             weights[i], states[i], stats = rule(weights[i], grad, state, hyper)
             skipped += stats.skipped
             assert_same_state(f"step {step}, tensor {i} {tuple(p.shape)}", p, mine, weights[i], states[i])

@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lamb16.hyper import ROUNDINGS
+
 # Around every edge of the blocks: 1024 columns, rows from two rows on, pieces of at most 1024.
 EDGES = [
     (),
@@ -112,10 +114,16 @@ class Case:
     hyper: dict[str, Any]
     dtype: torch.dtype = torch.float32
     moment_dtype: str = "float8"
+    param_rounding: str = "stochastic"
     kinds: list[list[str | None]] = field(default_factory=list)  # [steps][tensors]; None: no gradient
     exponent: int = 0
     weight_exponent: int = 0
     seed: int = 0
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The hyperparameters that are no numbers."""
+        return {"moment_dtype": self.moment_dtype, "param_rounding": self.param_rounding}
 
     def weights(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -140,10 +148,13 @@ def cases(
     """A run of one to ``max_steps`` steps over a list of random shapes."""
     case_shapes = draw(shape_lists)
     one = st.sampled_from([*kinds, None])
+    dtype = draw(st.sampled_from(dtypes))
+    roundings = [x for x in ROUNDINGS if x != "exact" or dtype != torch.float16]
     return Case(
         shapes=case_shapes,
         hyper=draw(hyperparameters()),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=dtype,
+        param_rounding=draw(st.sampled_from(roundings)) if dtype != torch.float32 else "stochastic",
         moment_dtype=draw(st.sampled_from(moment_dtypes)),
         kinds=draw(
             st.lists(

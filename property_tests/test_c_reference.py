@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from compare import run_beside_reference, same_bits
 from helpers import edited_c_source
 from lamb16 import capi, reference
-from lamb16.hyper import Hyper
+from lamb16.capi.sweep_weights import boundaries
+from lamb16.hyper import ROUNDINGS, Hyper
 from lamb16.reference import State, Stats
 from strategies import Case, cases
 
@@ -26,7 +27,18 @@ FORMATS = {
     "e4m3": (torch.float8_e4m3fn, 20, 448.0, reference.MIN_SCALE_M),
     "e5m2": (torch.float8_e5m2, 21, 57344.0, reference.MIN_SCALE_V),
 }
-C_CASES = cases(dtypes=(torch.float32,), moment_dtypes=("float8",))
+FLOAT32_CASES = cases(dtypes=(torch.float32,), moment_dtypes=("float8",))
+KINDS = [
+    (dtype, rounding)
+    for dtype in capi.DTYPES
+    for rounding in ROUNDINGS
+    if (dtype, rounding) != (torch.float16, "exact")
+]
+C_CASES = st.builds(
+    lambda case, kind: replace(case, dtype=kind[0], param_rounding=kind[1]),
+    FLOAT32_CASES,
+    st.sampled_from(KINDS),
+)
 CONTROL = Case(
     shapes=[(2049,), (70, 3), (1,)],
     hyper={"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.999)},
@@ -41,8 +53,11 @@ FACTORS = st.one_of(
 
 
 def same(a: object, b: object) -> bool:
-    """Tensors by their bits, numbers by their values; NaN is NaN."""
+    """Tensors by their bits, numbers by their values; NaN is NaN, as a weight too where torch's cast has made it."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype in capi.DTYPES[1:] and a.dtype == b.dtype:
+            nan = a.isnan() & b.isnan()
+            a, b = a.masked_fill(nan, 0), b.masked_fill(nan, 0)
         return same_bits(a, b)
     return a == b or (a != a and b != b)
 
@@ -52,26 +67,41 @@ def assert_same(where: str, mine: tuple[torch.Tensor, State, Stats], theirs: tup
 
     Sums are of integers, and the ratio's power comes from the same C library in both, which Python's calls.
     """
-    assert same_bits(mine[0], theirs[0]), f"{where}: weights differ"
+    weights = same if theirs[1].param_remainder is None else same_bits
+    assert weights(mine[0], theirs[0]), f"{where}: weights differ"
     for k in (1, 2):
         for f in fields(theirs[k]):
             a, b = getattr(mine[k], f.name), getattr(theirs[k], f.name)
             assert same(a, b), f"{where}: {f.name} differs: {a}, {b}"
 
 
-def run_c_beside_reference(case: Case, library: capi.Library, factors: Sequence[float] = (1.0,)) -> None:
-    """All tensors of a step in one call of C, against the reference one by one; step k has the k-th factor, in turn."""
-    hyper = Hyper(**case.hyper)
-    weights = case.weights()
-    states = [reference.init(w, case.seed * 977 + i) for i, w in enumerate(weights)]
+def run_c_beside_reference(
+    case: Case,
+    library: capi.Library,
+    factors: Sequence[float] = (1.0,),
+    grad_dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
+    """All tensors of a step in one call of C, against the reference one by one; step k has the k-th factor, in turn.
+
+    Tensor i has the i-th dtype of gradients, in turn. Before every second step something else sets a weight.
+    """
+    hyper = Hyper(**case.hyper, **case.words)
+    weights, rounding = case.weights(), case.param_rounding
+    states = [reference.init(w, case.seed * 977 + i, param_rounding=rounding) for i, w in enumerate(weights)]
     for w, state in zip(weights, states, strict=True):
-        assert_same("before", (w, library.init(w, state.salt), NO_STATS), (w, state, NO_STATS))
+        assert_same("before", (w, library.init(w, state.salt, rounding), NO_STATS), (w, state, NO_STATS))
     for step in range(len(case.kinds)):
-        grads, factor = case.gradients(step, weights), factors[step % len(factors)]
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        mine = library.step_list([(weights[i], grads[i], states[i]) for i in present], hyper, factor)
-        for i, result in zip(present, mine, strict=True):
-            theirs = reference.step(weights[i], grads[i], states[i], hyper, factor)
+        grads, factor = case.gradients(step, [w.float() for w in weights]), factors[step % len(factors)]
+        tensors = {
+            i: (weights[i], grad.to(grad_dtypes[i % len(grad_dtypes)]), states[i])
+            for i, grad in enumerate(grads)
+            if grad is not None
+        }
+        for w, _, _ in tensors.values() if step % 2 else ():
+            w.view(-1)[w.numel() // 2 :][:1] = 0.5
+        mine = library.step_list(list(tensors.values()), hyper, factor)
+        for (i, own), result in zip(tensors.items(), mine, strict=True):
+            theirs = reference.step(*own, hyper, factor)
             assert_same(f"step {step}, tensor {i} {tuple(weights[i].shape)}", result, theirs)
             weights[i], states[i] = theirs[:2]
 
@@ -79,12 +109,60 @@ def run_c_beside_reference(case: Case, library: capi.Library, factors: Sequence[
 NO_STATS = Stats(0.0, 0.0, 0.0, False)
 
 
-@given(case=C_CASES, factors=st.lists(FACTORS, min_size=1, max_size=5))
-def test_c_equals_reference(case: Case, factors: list[float]) -> None:
-    run_c_beside_reference(case, capi.load(), factors)
+@given(
+    case=C_CASES,
+    factors=st.lists(FACTORS, min_size=1, max_size=5),
+    grad_dtypes=st.lists(st.sampled_from(capi.DTYPES), min_size=1, max_size=3),
+)
+def test_c_equals_reference(case: Case, factors: list[float], grad_dtypes: list[torch.dtype]) -> None:
+    run_c_beside_reference(case, capi.load(), factors, grad_dtypes)
 
 
-@given(case=C_CASES)
+ALL_BITS = torch.arange(1 << 16).to(torch.int16)
+# Large steps, after which weights are infinite; usual ones; and steps in the order of float16's subnormal weights.
+STEPS = {"large": 100.0, "usual": 0.3, "small": 1e-7}
+
+
+@pytest.mark.parametrize("lr", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("dtype", "rounding"), KINDS[len(ROUNDINGS) :])
+def test_all_weights_with_16_bits(dtype: torch.dtype, rounding: str, lr: float) -> None:
+    """Infinite, subnormal and NaN ones, both zeros; with the remainders at the ends and around 0."""
+    hyper = Hyper(lr=lr, trust_scale=0.0, weight_decay=0.01 if lr < 1 else 0.0, maximize=True, param_rounding=rounding)
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, len(ALL_BITS), generator=generator)
+    grads[1, 7] = math.nan
+    for rest in (-32768, -1, 0, 1, 32767) if rounding == "exact" else (0,):
+        p = ALL_BITS.view(dtype)
+        state = reference.init(p, 3, param_rounding=rounding)
+        if rounding == "exact":
+            remainder = torch.full_like(ALL_BITS, rest)
+            state = replace(state, param_remainder=remainder, param_checksum=reference.checksum(p))
+        for step, grad in enumerate(grads):
+            mine, theirs = capi.load().step(p, grad, state, hyper), reference.step(p, grad, state, hyper)
+            assert_same(f"remainder {rest}, step {step}", mine, theirs)
+            assert theirs[2].skipped == (step == 1)
+            p, state = theirs[:2]
+        if dtype == torch.float16:
+            assert p.isinf().any() or lr < 1, "of finite ones; infinite ones have become NaN"
+
+
+def test_remainders_go_with_other_weights_even_where_the_tensor_is_skipped() -> None:
+    hyper = replace(CONTROL_HYPER, param_rounding="exact")
+    p, grad = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    p, state, _ = reference.step(p.bfloat16(), grad, reference.init(p.bfloat16(), 1, param_rounding="exact"), hyper)
+    other = p.clone()
+    other[7] += 1
+    for weights, factor, kept in ((p, 1e300, True), (other, 1e300, False), (other, 1.0, False)):
+        mine, theirs = (rule(weights, grad, state, hyper, factor) for rule in (capi.load().step, reference.step))
+        assert_same(f"factor {factor}", mine, theirs)
+        if factor > 1:
+            assert mine[2].skipped
+            assert torch.equal(mine[1].param_remainder, state.param_remainder) == kept
+            assert bool(mine[1].param_remainder.any()) == kept
+            assert (mine[1].param_checksum == state.param_checksum) == kept
+
+
+@given(case=FLOAT32_CASES)
 def test_step_equals_c(compile: bool, case: Case) -> None:
     """The eager and the compiled step, with the C reference in place of the Python one."""
     run_beside_reference(case, compile, capi.load().step)
@@ -158,6 +236,12 @@ GRADIENT_LISTS = st.lists(
 )
 
 
+@given(grads=GRADIENT_LISTS, dtype=st.sampled_from(capi.DTYPES[1:]))
+def test_the_norm_of_gradients_with_16_bits_is_the_references(grads: list[torch.Tensor], dtype: torch.dtype) -> None:
+    mixed = [grad.to(dtype) if k % 2 == 0 else grad for k, grad in enumerate(grads)]
+    assert capi.load().grad_norm(mixed) == reference.grad_norm(mixed)
+
+
 @given(grads=GRADIENT_LISTS)
 def test_the_gradients_norm_is_the_references_and_close_to_torchs(grads: list[torch.Tensor]) -> None:
     norm = capi.load().grad_norm(grads)
@@ -220,6 +304,24 @@ def test_encoders_are_the_references_rounding(values, exponent, word, negative) 
         assert torch.equal(capi.load().encode(x, words.to(torch.int32), name), theirs)
 
 
+def check_rounding_of_weights(library: capi.Library, x: torch.Tensor, words: torch.Tensor) -> None:
+    """C against the reference in every rounding, on float32 values and int64 words."""
+    own = (words - (1 << 32) * (words >> 31)).to(torch.int32)
+    for dtype in capi.DTYPES[1:]:
+        mine, _ = library.round_weights(x, dtype, "stochastic", own)
+        assert same(mine, reference.round_weights(x, words, dtype)), "stochastically rounded weights differ"
+        mine, _ = library.round_weights(x, dtype, "nearest")
+        assert same(mine, x.to(dtype)), "weights to nearest differ"
+    mine, theirs = library.round_weights(x, torch.bfloat16, "exact"), reference.split(x)
+    assert all(map(same_bits, mine, theirs)), "exact weights differ"
+    assert same_bits(library.widen_weights(*mine), reference.joined(*theirs)), "joined weights differ"
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=50), word=st.integers(0, 2**32 - 1))
+def test_weights_are_rounded_as_the_references(values: list[float], word: int) -> None:
+    check_rounding_of_weights(capi.load(), torch.tensor(values), torch.full((len(values),), word))
+
+
 @given(largest=st.floats(0, 2.0**127, width=32))
 def test_scales_are_the_references(largest) -> None:
     for name, (_, _, format_max, smallest) in FORMATS.items():
@@ -245,12 +347,12 @@ CHANGES = {
     "sum of NaN": ("else if (!(square <= 1.0f))", "else if (square > 1.0f)"),
     "sums of the step before": ("x->update_sum = found.update_sum;", "x->update_sum += 0;"),
     "weights before the step": (
-        "found.weight_sum += clamped_square(x->param[i], WEIGHT_FLOOR);",
-        "found.weight_sum += clamped_square(x->param[i] + f->step_size * e.u, WEIGHT_FLOOR);",
+        "found.weight_sum += clamped_square(weight, WEIGHT_FLOOR);",
+        "found.weight_sum += clamped_square(weight + f->step_size * e.u, WEIGHT_FLOOR);",
     ),
     "overflow": ("OVERFLOW_V = 0x1p127f", "OVERFLOW_V = INFINITY"),
-    "largest of e4m3": ("448.0f, 0x1p-117f", "256.0f, 0x1p-117f"),
-    "smallest scale of v": ("57344.0f, 0x1p-110f", "57344.0f, 0x1p-111f"),
+    "largest of e4m3": ("E4M3_MAX = 448.0f", "E4M3_MAX = 256.0f"),
+    "smallest scale of v": ("MIN_SCALE_V = 0x1p-110f", "MIN_SCALE_V = 0x1p-111f"),
     "beta2": ("f.beta2 = (float)h->beta2;", "f.beta2 = (float)h->beta2 * 0.9999f;"),
     "1 - beta in float": ("f.new1 = (float)(1.0 - h->beta1);", "f.new1 = 1.0f - (float)h->beta1;"),
     "bound of m": (
@@ -270,18 +372,49 @@ CHANGES = {
     "share of this step": (
         "totals found = apply(",
         "int64_t now = 0;\n"
-        "for (size_t i = 0; i < x->numel; i++) now += evaluate(x, i, &f).agrees;\n"
+        "for (size_t i = 0; i < x->numel; i++) now += evaluate(x, i, 0.0f, &f).agrees;\n"
         "f.gain = (float)gain(x->numel, now);\n"
         "totals found = apply(",
     ),
     "counted without caution": ("if (h->caution)\n            x->mask_count", "x->mask_count"),
-    "weight decay": ("f->weight_decay * x->param[i]", "f->weight_decay * 0.999f * x->param[i]"),
+    "weight decay": ("f->weight_decay * weight", "f->weight_decay * 0.999f * weight"),
     "fused": ("f->beta2 * old_v + f->new2 * (g * g)", "fmaf(f->beta2, old_v, f->new2 * (g * g))"),
     "never zero": ("code_v == 0 && e.v > 0.0f", "code_v == 0 && e.v > 1e30f"),
     "skipped": ("!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)", "bound_v >= OVERFLOW_V"),
+    "salt where nothing is counted": ("x->salt += 1;", "x->salt += 0;"),
+    "salt without decay": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->lr != 0.0) {"),
+    "salt without a rate": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->weight_decay != 0.0) {"),
     "counted": ("if (bound_m > 0.0f || bound_v > 0.0f)", "if (1)"),
     "trust scale": ("pow(base, h->trust_scale)", "pow(base, h->trust_scale * 1.001)"),
     "gradient factor": ("h->maximize ? -grad_factor : grad_factor", "h->maximize ? -grad_factor : 1.0"),
+}
+WEIGHT_CHANGES = {
+    "bits of bfloat16": ("{7, -126, 16,", "{7, -126, 15,"),
+    "bits of float16": ("{10, -14, 13,", "{10, -14, 12,"),
+    "mask of the word": ("word & ((1u << f->random_bits) - 1)", "word & ((1u << f->random_bits) - 2)"),
+    "top bits of the word": ("word & ((1u << f->random_bits) - 1)", "word >> (32 - f->random_bits)"),
+    "ties to even": ("found.code % 2 == 1", "found.code % 2 == 0"),
+    "ties from zero": ("found.fraction >= 0.5", "found.fraction > 0.5"),
+    "all to nearest": ("if (rounding == LAMB16_ROUNDING_STOCHASTIC)\n            code", "if (0)\n            code"),
+    "remainders stay": (
+        "if (x->numel > 0)\n            memset(x->param_remainder",
+        "if (0)\n            memset(x->param_remainder",
+    ),
+    "remainders stay where skipped": (
+        "int64_t sum = is_exact(x, h) ?",
+        "int64_t sum = is_exact(x, h) && isfinite(largest_gradient(x, 1.0f)) ?",
+    ),
+    "checksum of the step before": ("        x->param_checksum = checksum(x);", "        x->param_checksum += 0;"),
+    "hash of 16 bits": ("[i] << 16);\n    return sum;", "[i]);\n    return sum;"),
+    "sum of rounded weights": ("return load_weight(x, i, h);\n}", "return load(x->param, x->param_dtype, i);\n}"),
+    "weights without remainders": (
+        "float weight = load_weight(x, i, h);",
+        "float weight = load(x->param, x->param_dtype, i);",
+    ),
+    "dtype of gradients": (
+        "fabsf(factor * load(x->grad, x->grad_dtype, i))",
+        "fabsf(factor * load(x->grad, x->param_dtype, i))",
+    ),
 }
 NORM_CHANGES = {
     "norm truncated": ("nearbyint((double)(x * x) * NORM_UNITS)", "floor((double)(x * x) * NORM_UNITS)"),
@@ -307,6 +440,15 @@ WITNESSES: list[tuple[Case, Sequence[float]]] = [
         Case([(2049,)], CONTROL.hyper | {"caution": True}, kinds=[["normal"], ["zero"], ["normal"], ["normal"]]),
         (1.0, 65536.0),
     ),
+    *(
+        (
+            Case([(5000,), (3,)], CONTROL.hyper, dtype, param_rounding=rounding, kinds=[["normal", "nan"]] * 4),
+            (1.0,),
+        )
+        for dtype, rounding in KINDS[len(ROUNDINGS) :]
+    ),
+    # Gradients of zero only: without decay, and with a rate of 0, the salt stays.
+    *((Case([(7,)], CONTROL.hyper | {name: 0.0}, kinds=[["zero"]]), (1.0,)) for name in ("weight_decay", "lr")),
     # Weights that become infinite, and then NaN.
     (Case([(64,)], CONTROL.hyper | {"weight_decay": 1e300}, kinds=[["normal"]] * 3), (1.0,)),
 ]
@@ -319,7 +461,12 @@ NORM_WITNESSES = [
 
 def run_witnesses(library: capi.Library) -> None:
     for case, factors in WITNESSES:
-        run_c_beside_reference(case, library, factors)
+        run_c_beside_reference(case, library, factors, (torch.float32, torch.bfloat16, torch.float16))
+    patterns = torch.tensor(list(boundaries()))
+    for sign in (0, 1 << 31):
+        x = ((patterns[:, None] + torch.arange(-1, 2)).clamp(min=0) - sign).to(torch.int32).view(torch.float32).view(-1)
+        for words in (torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), 0xFFFFFFFF)):
+            check_rounding_of_weights(library, x, words)
     for grads in NORM_WITNESSES:
         assert library.grad_norm(grads) == reference.grad_norm(grads), "norms differ"
 
@@ -328,9 +475,9 @@ def test_the_witnesses_pass() -> None:
     run_witnesses(capi.load())
 
 
-@pytest.mark.parametrize("change", CHANGES | NORM_CHANGES)
+@pytest.mark.parametrize("change", CHANGES | WEIGHT_CHANGES | NORM_CHANGES)
 def test_a_changed_c_source_fails(change: str, tmp_path: Path) -> None:
-    file = edited_c_source(tmp_path, *(CHANGES | NORM_CHANGES)[change])
+    file = edited_c_source(tmp_path, *(CHANGES | WEIGHT_CHANGES | NORM_CHANGES)[change])
     library = capi.Library(capi.build(tmp_path, files=[file]))
     with pytest.raises(AssertionError, match=r"differs?\b"):
         run_witnesses(library)

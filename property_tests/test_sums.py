@@ -87,7 +87,7 @@ def clipped(case: Case, max_norm: float, compile: bool) -> tuple[list[torch.nn.P
 def test_a_clipped_step_is_the_references(compile: bool, case: Case, max_norm: float) -> None:
     """The norm and the bits, also with tensors whose gradients are not finite."""
     params, optimizer = clipped(case, max_norm, compile)
-    hyper = reference.Hyper(**case.hyper, moment_dtype=case.moment_dtype)
+    hyper = reference.Hyper(**case.hyper, **case.words)
     weights = case.weights()
     states: list[reference.State | None] = [None] * len(params)
     for step in range(len(case.kinds)):
@@ -103,7 +103,7 @@ def test_a_clipped_step_is_the_references(compile: bool, case: Case, max_norm: f
             if grad is None:
                 continue
             mine = optimizer.state[p]
-            state = states[i] or reference.init(weights[i], int(mine["salt"]) & 0xFFFFFFFF, case.moment_dtype)
+            state = states[i] or reference.init(weights[i], int(mine["salt"]) & 0xFFFFFFFF, **case.words)
             weights[i], states[i], _ = reference.step(weights[i], grad, state, hyper, factor)
             assert same_bits(p, weights[i]), f"step {step}, tensor {i}"
             assert same_bits(p.grad, grad), "the gradient was modified"

@@ -42,6 +42,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Weights and gradients with 16 bits, in every way of rounding; a large tensor, and two small ones that share a block.
+HALVES = {"exact": "bfloat16", "nearest": "bfloat16", "stochastic": "float16"}
+
+
+@pytest.fixture(scope="session", params=HALVES)
+def exported_halves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for bfloat16 or float16, in a folder with the name of the rounding."""
+    from lamb16.cli import main
+
+    folder = tmp_path_factory.mktemp("halves") / request.param
+    words = ["--shapes", "2050", "5", "5", "--threads", "1", "--weight-decay", "0.1", "--lr", "0.02"]
+    words += ["--param-dtype", HALVES[request.param], "--param-rounding", request.param]
+    assert main(["export", *words, "-o", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture
 def exported_copy(exported: Path, tmp_path: Path) -> Path:
     """A copy of it for one test."""

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from lamb16 import capi, reference
 from lamb16 import optimizer as module
+from lamb16.remainder import REMAINDER
 from lamb16.store import SCALARS
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
@@ -117,7 +118,7 @@ def follow(
 ) -> tuple[Tensor, reference.State]:
     """Weights and state after the reference's steps; one ``hyper`` for all of them or one each."""
     hypers = [hyper] * len(grads) if isinstance(hyper, reference.Hyper) else hyper
-    state = reference.init(start, salt & 0xFFFFFFFF, hypers[0].moment_dtype)
+    state = reference.init(start.cpu(), salt & 0xFFFFFFFF, hypers[0].moment_dtype, hypers[0].param_rounding)
     p = start.cpu().clone(memory_format=torch.contiguous_format)
     for grad, h in zip(grads, hypers, strict=True):
         p, state, _ = reference.step(p, grad.cpu(), state, h)
@@ -148,6 +149,9 @@ def assert_matches(optimizer: torch.optim.Optimizer, p: Tensor, weights: Tensor,
     assert torch.equal(raw(p), raw(weights))
     for key in CODES:
         assert torch.equal(raw(mine[key]), raw(getattr(state, key))), key
+    assert (REMAINDER in mine) == (state.param_remainder is not None)
+    if state.param_remainder is not None:
+        assert torch.equal(mine[REMAINDER].cpu(), state.param_remainder)
     for key in set(SCALARS) - {"salt"}:
         assert mine[key].item() == getattr(state, key), key
 

@@ -74,8 +74,8 @@ class Interpreted:
         """Run the copying kernel."""
         from lamb16.cuda.copying import copy_pieces
 
-        *tensors, unpack = arguments
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
+        *tensors, exact, unpack = arguments
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
 
 
 def main(file: str) -> None:

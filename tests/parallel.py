@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lamb16 import Lamb16
+from lamb16 import Lamb16, release_gradients
 from sharded import HYPER, Found, found
 
 MESHES: dict[str, tuple[int, ...]] = {
@@ -130,6 +130,22 @@ def train(how: str, gradients: str, compile: bool, steps: int) -> Found:
         GRADIENTS[gradients](model, step)
         optimizer.step()
     return found([p for _, p in params], optimizer)
+
+
+def train_released(
+    how: str, compile: bool, steps: int, bucket_bytes: int, gradients: str = "backward"
+) -> tuple[Found, int]:
+    """The same with gradients that are released, and how many of these are there after all backward passes."""
+    model = parallelize(network(), how)
+    params = named(model)
+    optimizer = Lamb16(params, **HYPER, compile=compile)
+    release_gradients(model, optimizer, bucket_bytes=bucket_bytes)
+    left = 0
+    for step in range(steps):
+        GRADIENTS[gradients](model, step)
+        left += sum(p.grad is not None for _, p in params)
+        optimizer.step()
+    return found([p for _, p in params], optimizer), left
 
 
 def train_scaled(how: str, amp_scaling: bool, steps: int) -> tuple[Found, int, float]:

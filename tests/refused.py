@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import sharded
 from helpers import assert_same, differing, raw
-from lamb16 import Lamb16, sharding
+from lamb16 import Lamb16, release_gradients, sharding
 
 
 def message(function: Any, *arguments: Any) -> str:
@@ -199,6 +199,67 @@ def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[st
             give(optimizer.param_groups[0]["params"], which)
             optimizer.step()
     return found, differing(snapshot_of(one), snapshot_of(other))
+
+
+def released_ddp() -> tuple[str, str, str, str]:
+    """The messages for a model that is wrapped, for one within, for one that is wrapped later, for a part that is."""
+
+    def make() -> tuple[nn.Sequential, Lamb16]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        return model, Lamb16(model.named_parameters(), compile=False)
+
+    def train(wrapped: nn.Module, optimizer: Lamb16) -> None:
+        wrapped(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    around = message(release_gradients, nn.parallel.DistributedDataParallel(model), optimizer)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    release_gradients(model, optimizer)
+    within = message(train, wrapped, optimizer)
+    model, optimizer = make()
+    release_gradients(model, optimizer)
+    later = message(train, nn.parallel.DistributedDataParallel(model), optimizer)
+    model, optimizer = make()
+    release_gradients(model, optimizer)
+    model[0] = nn.parallel.DistributedDataParallel(model[0])
+    return around, within, later, message(train, model, optimizer)
+
+
+SAME = "the ranks that share parameters do not step the same ones"
+ANOTHER = "another rank could not take this step"
+
+# What two ranks do otherwise: the parameters in the loss of each, a change on rank 1, and what they are told.
+RELEASED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, tuple[str, str]]] = {
+    "as many gradients, others": ((0, 1), (1, 2), None, (SAME, SAME)),
+    "fewer gradients": ((0, 1, 2), (2,), None, (SAME, SAME)),
+    "no gradients": ((0, 1, 2), (), None, (SAME, SAME)),
+    "clipping": ((0, 1), (0, 1), clipping, (ANOTHER, "max_grad_norm=1.0 needs the norm of all gradients")),
+    "a wrong eps": ((0, 1), (0, 1), bad_eps, (ANOTHER, "eps=-1.0")),
+}
+
+
+def different_releases(what: str) -> str:
+    """The message of a training step that the ranks differ in, each parameter stepped on its own."""
+    spread, rank = sharded.spreader("rows over 2"), torch.distributed.get_rank()
+    model = nn.ParameterList([nn.Parameter(spread(torch.ones(6, 4) * (k + 1))) for k in range(3)])
+    optimizer = Lamb16(model.named_parameters(), lr=0.01, compile=False)
+    release_gradients(model, optimizer, bucket_bytes=0)
+
+    def train(which: tuple[int, ...]) -> None:
+        if which:
+            sum(model[k].to_local().square().sum() for k in which).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    train((0, 1, 2))
+    *sets, change, _ = RELEASED[what]
+    if change and rank:
+        change(optimizer)
+    before = snapshot_of(optimizer)
+    found = message(train, sets[rank])
+    if change:
+        assert_same(snapshot_of(optimizer), before)
+    return found
 
 
 def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from helpers import CODES
-from lamb16 import Lamb16, sharding
+from lamb16 import Lamb16, remainder, sharding
 
 Found = dict[str, Tensor]
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
@@ -67,6 +67,23 @@ def gradient(i: int, step: int) -> Tensor:
 
 def grouped(params: Sequence[Tensor]) -> list[dict[str, Any]]:
     return [{"params": params[:CAUTIOUS], "caution": True}, {"params": params[CAUTIOUS:], "nesterov": False}]
+
+
+def step_halves(placement: str | None, rounding: str, compile: bool, steps: int) -> Found:
+    """bfloat16 weights, on a mesh or (None) in one process; somebody changes a part of one tensor on the way."""
+    spread = spreader(placement) if placement else lambda tensor: tensor
+    params = [nn.Parameter(spread(w.bfloat16())) for w in weights()]
+    optimizer = Lamb16(grouped(params), **HYPER, param_rounding=rounding, compile=compile)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = spread(gradient(i, step).bfloat16())
+        optimizer.max_grad_norm = clip_at(step)
+        if step == 3:
+            changed = torch.where(torch.arange(2101) < 5, 0.5, weights()[1]).bfloat16()
+            params[1].data.copy_(spread(changed))
+        optimizer.step()
+    exact = optimizer.float32_weights()
+    return found(params, optimizer) | {f"{name}.float32": whole(x) for name, x in exact.items()}
 
 
 def step_whole(compile: bool, steps: int) -> Found:
@@ -159,6 +176,7 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         if tensor.element_size() == 1:
             tensor = sharding.like(tensor, tensor.to_local().view(torch.uint8))
+        tensor = remainder.as_bytes(tensor)
         tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
 

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lamb16
+from lamb16 import capi
+from lamb16.capi.manifest import Spec, inputs
+from lamb16.hyper import Hyper
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "c-api.md").read_text()
 
@@ -44,7 +48,16 @@ def test_the_program_learns(tmp_path: Path) -> None:
 
 
 def test_the_table_of_inputs_is_the_exported_order() -> None:
-    from lamb16.capi.manifest import inputs
-
+    """With the remainders, which are there with exact rounding alone; the dtypes are those of float32 weights."""
     rows = re.findall(r"^\| `(\w+)(?:\.0)?` \| (\w+) \|", DOCUMENT, re.MULTILINE)
-    assert rows == [(x.name.removesuffix(".0"), str(x.dtype).removeprefix("torch.")) for x in inputs([(3,)])]
+    exact = inputs(Spec([(3,)], Hyper(param_rounding="exact"), torch.bfloat16))
+    usual = {x.name: x.dtype for x in inputs(Spec([(3,)], Hyper()))}
+    assert rows == [(x.name.removesuffix(".0"), str(usual.get(x.name, x.dtype)).removeprefix("torch.")) for x in exact]
+
+
+def test_the_numbers_of_statuses_dtypes_and_roundings_are_the_headers() -> None:
+    header = (capi.include() / "lamb16.h").read_text()
+    named = re.findall(r"`(LAMB16_\w+)` = (\d+)", DOCUMENT)
+    assert len(named) == 12
+    for name, number in named:
+        assert re.search(rf"\b{name} = {number}\b", header), name

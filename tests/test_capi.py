@@ -217,7 +217,8 @@ def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
     for arguments, message in (
         (
             (p.double(), grad, state),
-            r"weights of tensor 0 is torch.float64 \(5,\) on cpu; it must be torch.float32 \(5,\)",
+            r"weights of tensor 0 is torch.float64 \(5,\) on cpu; it must be torch.float32 or torch.bfloat16 or "
+            r"torch.float16 \(5,\)",
         ),
         ((p, grad[:4], state), r"gradient of tensor 0 is torch.float32 \(4,\) on cpu"),
         (
@@ -229,12 +230,40 @@ def test_tensors_of_another_kind_are_refused(library: capi.Library) -> None:
             library.step(*arguments, HYPER)
     with pytest.raises(ValueError, match="moment_dtype='float32' is not supported"):
         library.step(p, grad, state, replace(HYPER, moment_dtype="float32"))
+    with pytest.raises(ValueError, match=r"x is torch\.float64"):
+        library.round_weights(p.double(), torch.bfloat16, "nearest")
+    with pytest.raises(ValueError, match=r"weights is torch\.float32 \(5,\) on cpu; it must be torch\.bfloat16 or"):
+        library.widen_weights(p)
     with pytest.raises(ValueError, match=r"gradient 1 is torch\.float64"):
         library.grad_norm([grad, grad.double()])
     with pytest.raises(ValueError, match=r"words is torch\.int64"):
         library.encode(p, torch.zeros(5, dtype=torch.int64), "e4m3")
     with pytest.raises(ValueError, match=r"codes is torch\.float32"):
         library.decode(p, "e5m2")
+
+
+def test_remainders_go_with_exact_rounding_of_bfloat16_alone(library: capi.Library) -> None:
+    p, grad = torch.ones(2, 5)
+    exact, halves = replace(HYPER, param_rounding="exact"), p.bfloat16()
+    state = library.init(halves, 1, "exact")
+    assert torch.equal(state.param_remainder, torch.zeros(5, dtype=torch.int16))
+    for weights, other in ((halves, HYPER), (p, exact), (p.half(), exact)):
+        with pytest.raises(ValueError, match=r"param_remainder of tensor 0 is for bfloat16 .* set it to None"):
+            library.step(weights, grad, state, other)
+    with pytest.raises(ValueError, match=r"param_remainder of tensor 0 is torch.int32 \(5,\) on cpu"):
+        library.step(halves, grad, replace(state, param_remainder=state.param_remainder.int()), exact)
+    for weights, status in (
+        (halves, "param_remainder is NULL"),
+        (p.half(), "LAMB16_ROUNDING_EXACT is not for float16"),
+    ):
+        with pytest.raises(capi.StatusError, match=status):
+            library.step(weights, grad, library.init(weights, 1), exact)
+    assert library.init(p, 1, "exact").param_remainder is None
+    library.step(p, grad, library.init(p, 1), exact)
+    before = state.param_remainder.clone()
+    stepped = library.step(halves, grad, state, exact)[1].param_remainder
+    assert torch.equal(state.param_remainder, before)
+    assert stepped.any()
 
 
 def test_the_binding_changes_nothing_in_place(library: capi.Library) -> None:
@@ -260,6 +289,12 @@ def test_the_structures_are_those_of_the_header() -> None:
     """The binding's fields follow from the declared hyperparameters; C's are written down once more."""
     c_types = {"double": ctypes.c_double, "float": ctypes.c_float, "size_t": ctypes.c_size_t}
     c_types |= {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "uint32_t": ctypes.c_uint32}
+    for enum, values in (("dtype", capi.DTYPES), ("rounding", hyper.ROUNDINGS)):
+        (body,) = re.findall(r"typedef enum {\n([^}]*)} lamb16_" + enum, HEADER)
+        numbers = {int(number): name.lower() for name, number in re.findall(r"LAMB16_(\w+) = (\d+)", body)}
+        for number, value in enumerate(values):
+            assert numbers[number].endswith(str(value).removeprefix("torch.")), enum
+        assert len(numbers) == len(values)
     for name, structure in (("hyper", capi.CHyper), ("tensor", capi.CTensor), ("stats", capi.CStats)):
         (body,) = re.findall(rf"typedef struct {{\n([^}}]*)}} lamb16_{name};", HEADER)
         declared = re.findall(r"^ *(?:const )?(\w+) (\*?)(\w+);", body, re.MULTILINE)
@@ -271,6 +306,8 @@ def test_every_hyperparameter_reaches_c(library: capi.Library) -> None:
     """None of them is left out of the structure, or out of the checks: a NaN or a 2 in any is refused."""
     p, grad = torch.ones(2, 5)
     state = library.init(p, 1)
+    with pytest.raises(capi.StatusError, match=": param_rounding is invalid"):
+        library.step(p, grad, state, replace(HYPER, param_rounding="up"))
     for name in hyper.NUMBERS:
         field = "betas" if name.startswith("beta") else name
         wrong = {"beta1": (math.nan, 0.9), "beta2": (0.9, math.nan)}.get(name, 2 if name in hyper.FLAGS else math.nan)
@@ -285,6 +322,8 @@ def _least_inputs(line: str) -> int:
     """How many inputs a line of the sweep's table must have."""
     if "all codes" in line:
         return 256
+    if "widen" in line or "| remainder " in line:
+        return 1 << 16
     return 124 if "decode" in line else 0 if "ties |" in line else 8_000_000
 
 
@@ -302,6 +341,13 @@ def test_the_sample_of_the_sweep(library: capi.Library, capsys: pytest.CaptureFi
         for form in sweep.WORDS:
             for against in ("eager", "compiled"):
                 assert f"| encode {name} | {form} | {against} |" in out
+    for name in ("bfloat16", "float16"):
+        assert f"| round to {name} | nearest | torch's cast |" in out
+        for form in ("word 0", "word 2^32 - 1", "random words"):
+            for against in ("eager", "compiled"):
+                assert f"| round to {name} | {form} | {against} |" in out
+    for against in ("eager", "compiled", "reference"):
+        assert f"| split | exact | {against} |" in out
 
 
 def test_the_sample_holds_what_it_promises() -> None:
@@ -339,17 +385,29 @@ def test_where_nearest_differs_from_the_cast_is_counted_by_hand() -> None:
 
 
 CHANGES = {
-    "bits of e4m3": ("{3, -6, 20, 0x7E,", "{3, -6, 19, 0x7E,"),
+    "bits of e4m3": ("{3, -6, 20, 0x7E}", "{3, -6, 19, 0x7E}"),
     "exponents of e5m2": ("{2, -14, 21,", "{2, -15, 21,"),
-    "largest": ("448.0f, 0x1p-117f", "440.0f, 0x1p-117f"),
-    "half to even": ("nearbyint((gaps - low)", "floor((gaps - low)"),
+    "largest": ("{3, -6, 20, 0x7E}", "{3, -6, 20, 0x7D}"),
+    "half to even": ("nearbyint(x.fraction", "floor(x.fraction"),
     "hash": ("0x8A3B8E57u", "0x8A3B8E55u"),
     "golden": ("0x9E3779B9u", "0x9E3779BBu"),
     "mixer": ("0x9E3779B1u", "0x9E3779B3u"),
     "NaN": ("return sign | 0x7F;", "return sign | 0x7E;"),
-    "sign": ("signbit(x) ? 0x80", "signbit(x) && x < 0.0f ? 0x80"),
+    "sign": ("signbit(x) ? 0x80 :", "signbit(x) && x < 0.0f ? 0x80 :"),
     "decoded NaN": ("(code & 0x7F) > 0x7C", "(code & 0x7F) > 0x7D"),
     "decode": ("power_of_two(exponent + field - 1)", "power_of_two(exponent + field)"),
+    "bits of bfloat16": ("{7, -126, 16,", "{7, -126, 15,"),
+    "exponents of float16": ("{10, -14, 13,", "{10, -15, 13,"),
+    "mask of the word": ("word & ((1u << f->random_bits) - 1)", "word & ((1u << f->random_bits) - 2)"),
+    "top bits of the word": ("word & ((1u << f->random_bits) - 1)", "word >> (32 - f->random_bits)"),
+    "ties to even": ("found.code % 2 == 1", "found.code % 2 == 0"),
+    "ties from zero": ("found.fraction >= 0.5", "found.fraction > 0.5"),
+    "infinite weight": ("(code < infinity ? code : infinity)", "(code < infinity ? code : infinity - 1)"),
+    "NaN weight": ("infinity | infinity >> 1", "infinity | 1"),
+    "remainder of NaN": ("*remainder = 0;", "*remainder = 1;"),
+    "sign of a weight": ("signbit(x) ? 0x8000", "x < 0.0f ? 0x8000"),
+    "join": ("<< 16) + (uint32_t)remainder", "<< 16) | (uint16_t)remainder"),
+    "widened NaN": ("code == f->largest_code + 1u ? INFINITY", "code > f->largest_code ? INFINITY"),
 }
 
 
@@ -361,6 +419,7 @@ def test_the_sweep_tells_a_changed_c_source(change: str, tmp_path: Path, library
     def differing(built: capi.Library) -> int:
         found = sweep.Sweep(built)
         sweep.sweep_decoders(found)
+        sweep.sweep_widening(built, found.compare)
         sweep.sweep_encoders(found, [(0, boundaries)])
         return found.differing
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.cli import bench, contenders, main, timing
+from lamb16.cli import CommandError, bench, contenders, main, timing
 from lamb16.cli.shapes import SETS
 
 
@@ -83,6 +83,17 @@ def test_peers_are_run_or_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -
     rows = {row["name"]: row for row in bench.measure([(5, 5)], torch.float32, torch.device("cpu"), 1, factories)}
     assert rows["Adam"]["median_s"] > 0
     assert "nowhere" in rows["Nowhere"]["error"]
+
+
+def test_what_would_compile_for_every_shape_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "MOST_SHAPES", 2)
+    foreign = contenders.Contender("Foreign", lambda named, **_: torch.optim.SGD([p for _, p in named]), 0.1, "torchao")
+    monkeypatch.setitem(contenders.CONTENDERS, "foreign", foreign)
+    few, many = ([(str(n), nn.Parameter(torch.ones(n))) for n in range(k)] for k in (2, 3))
+    assert contenders.build("foreign", [*few, ("again", nn.Parameter(torch.ones(1)))], lr=0.1, weight_decay=0)
+    assert contenders.build("adam", many, lr=0.1, weight_decay=0)
+    with pytest.raises(CommandError, match="left out: it would compile for each of 3 shapes"):
+        contenders.build("foreign", many, lr=0.1, weight_decay=0)
 
 
 def test_peak_memory_counts_what_is_freed_again() -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from helpers import change_manifest
 from lamb16 import Lamb16, capi, reference, update
+from lamb16.capi.manifest import Spec
 from lamb16.cli import check, main
+from lamb16.hyper import Hyper
 from lamb16.reference import State
 
 Run = Callable[..., tuple[int, dict[str, list[int]], str]]
@@ -47,6 +50,50 @@ def test_so_are_the_reference_the_eager_and_the_compiled_step(exported: Path, ru
     assert list(rows) == ["exported step, run from C", "Python reference", "eager step", "compiled step"]
     assert {tuple(cells[:-1]) for cells in rows.values()} == {(5, 6, 0, 0, 0, 0)}
     assert len({cells[-1] for cells in rows.values()}) == 1, "the same inputs, the same updates skipped"
+
+
+def test_so_are_the_steps_over_halves(exported_halves: Path, run: Run) -> None:
+    """With remainders all forms of the step; with other roundings the exported one, and compiled code of its dtypes."""
+    only = ("exported", "reference", "eager", "compiled") if exported_halves.name == "exact" else ("exported", "eager")
+    status, rows, _ = run(exported_halves, "--steps", "16", "--seed", "1", "--only", *only)
+    assert status == 0
+    assert {tuple(cells[:-1]) for cells in rows.values()} == {(3, 16, 0, 0, 0, 0)}
+    assert len(rows) == len(only)
+
+
+@pytest.mark.parametrize("exported_halves", ["exact"], indirect=True)
+def test_a_remainder_is_compared_and_lost_with_other_weights(exported_halves: Path, tmp_path: Path) -> None:
+    """A remainder that is another after the step; one that is another before it; and one that goes, by a new weight."""
+    after = "        for (size_t i = 0; i < p.count; i++)\n            compare"
+    before = "        step_reference(&p"
+    found = run_edited(exported_halves, tmp_path, after, "p.tensors[0].param_remainder[2] ^= 1;")
+    assert (found.codes, found.scalars, found.weights, found.ulp) == (0, 0, 1, 1)
+    found = run_edited(exported_halves, tmp_path, before, "p.tensors[0].reference.param_checksum = 0;", steps=2)
+    assert found.weights > 0
+    found = run_edited(exported_halves, tmp_path, before, "*(uint16_t *)p.tensors[0].reference.param ^= 1;", steps=2)
+    assert found.weights > 1000, "of all elements in the second step, whose remainders have gone"
+
+
+@pytest.mark.parametrize("exported_halves", ["stochastic"], indirect=True)
+def test_a_manifest_with_another_rounding_fails(exported_halves: Path, tmp_path: Path, run: Run) -> None:
+    copy = Path(shutil.copytree(exported_halves, tmp_path / "copy"))
+    change_manifest(copy, "hyperparameters", "param_rounding", value="nearest")
+    status, rows, _ = run(copy, "--steps", "3", "--only", "exported")
+    (cells,) = rows.values()
+    assert status == 1
+    assert cells[4] > 0, "weights"
+
+
+@pytest.mark.parametrize("exported_halves", ["stochastic"], indirect=True)
+def test_a_manifest_with_another_dtype_fails(exported_halves: Path, tmp_path: Path, run: Run) -> None:
+    """Consistent in itself; the step's own input checks find out."""
+    copy = Path(shutil.copytree(exported_halves, tmp_path / "copy"))
+    spec = Spec([(2050,), (5,), (5,)], Hyper(), torch.bfloat16)
+    change_manifest(copy, "param_dtype", value="bfloat16")
+    change_manifest(copy, "inputs", value=capi.manifest._input_entries(spec))
+    status, rows, err = run(copy, "--steps", "3", "--only", "exported")
+    assert (status, rows) == (1, {})
+    assert "the step failed" in err
 
 
 @pytest.mark.parametrize(
@@ -86,17 +133,17 @@ def test_every_scalar_is_compared(name: str, exported: Path, tmp_path: Path) -> 
 
 def test_a_changed_gradient_is_found(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(check.CommandError, match="changed a gradient"):
-        run_edited(exported, tmp_path, "        step_reference(&p", "p.tensors[0].grad[0] = 1;")
+        run_edited(exported, tmp_path, "        step_reference(&p", "((float *)p.tensors[0].grad)[0] = 1;")
 
 
-def run_edited(exported: Path, tmp_path: Path, before: str, edit: str) -> check.Row:
-    """One step of a harness that has something more in its loop."""
+def run_edited(exported: Path, tmp_path: Path, before: str, edit: str, steps: int = 1) -> check.Row:
+    """Steps of a harness that has something more in its loop."""
     text = (capi.include() / "harness.c").read_text()
     assert text.count(before) == 1
     (tmp_path / "edited.c").write_text(text.replace(before, f"        {edit}\n{before}"))
     step = capi.manifest.read(exported)
     harness = check.build_harness(None, tmp_path, tmp_path / "edited.c")
-    return check.run_harness(harness, step.extract(tmp_path), step, 1, 0)
+    return check.run_harness(harness, step.extract(tmp_path), step, steps, 0)
 
 
 def test_the_compiled_step_is_compiled(exported: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
@@ -147,6 +194,25 @@ def test_every_difference_is_counted() -> None:
     other = State(codes + 1, 2.0, 3.0, torch.tensor([0, 9, 0], dtype=torch.uint8), 2.0, 3.0, 101, 201, 4, 5, 8)
     check.compare(row, (torch.tensor([1 + 2.0**-22, -0.0, 2.0]), other), (torch.tensor([1.0, 0.0, 2.0]), state))
     assert (row.codes, row.scalars, row.weights, row.ulp) == (4, 9, 2, 2)
+    row = check.Row("", 1, 1)
+    check.compare(row, (torch.ones(3), replace(state, param_checksum=1)), (torch.ones(3), state))
+    assert (row.codes, row.scalars, row.weights, row.ulp) == (0, 1, 0, 0)
+
+
+def test_halves_are_compared_in_their_own_units_and_with_their_remainders() -> None:
+    codes, rest = torch.zeros(3, dtype=torch.uint8), torch.tensor([0, 5, -32768], dtype=torch.int16)
+    state = State(codes, 1.0, 2.0, codes, 1.0, 2.0, 100, 200, 3, 4, 7)
+    for dtype, ulp in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
+        row = check.Row("", 1, 1)
+        a, b = torch.tensor([1 + 3 * ulp, 0.0, 2.0]).to(dtype), torch.tensor([1.0, -0.0, 2.0]).to(dtype)
+        check.compare(row, (a, state), (b, state))
+        assert (row.weights, row.ulp) == (2, 3)
+    row, b = check.Row("", 1, 1), torch.tensor([1.0, -0.0, 2.0], dtype=torch.bfloat16)
+    exact, other = replace(state, param_remainder=rest), replace(state, param_remainder=rest + 1)
+    check.compare(row, (b, exact), (b, exact))
+    assert not row.differs
+    check.compare(row, (b, other), (b, exact))
+    assert (row.weights, row.ulp) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +227,7 @@ def test_a_manifest_of_other_shapes_fails(
 ) -> None:
     """Consistent in itself; the step's own input checks find out."""
     change_manifest(exported_copy, "tensors", value=capi.manifest._tensor_entries(shapes))
-    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries(shapes))
+    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries(Spec(shapes, Hyper())))
     status, rows, err = run(exported_copy, "--only", "exported")
     assert (status, rows) == (1, {})
     assert said in err
@@ -204,7 +270,7 @@ def test_hyperparameters_that_no_step_has(
 @pytest.mark.parametrize("shape", [(-3,), (1 << 31, 1 << 31), (1,) * 9])
 def test_shapes_that_no_step_has(shape: tuple[int, ...], exported_copy: Path, run: Run) -> None:
     change_manifest(exported_copy, "tensors", value=capi.manifest._tensor_entries([shape]))
-    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries([shape]))
+    change_manifest(exported_copy, "inputs", value=capi.manifest._input_entries(Spec([shape], Hyper())))
     status, rows, err = run(exported_copy)
     assert (status, rows) == (1, {})
     assert "it has a shape that no step can have" in err

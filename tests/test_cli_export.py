@@ -11,6 +11,7 @@ import torch
 from helpers import change_manifest
 from lamb16 import __version__
 from lamb16.capi import export, manifest
+from lamb16.capi.manifest import Spec
 from lamb16.cli import main
 from lamb16.cli.export import parse_shapes
 from lamb16.cli.shapes import SETS
@@ -22,9 +23,10 @@ SHAPES = [(70, 31), (5,), (5,), (7, 3), (0,)]  # of the fixture `exported`
 def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
     assert sorted(path.name for path in exported.iterdir()) == ["manifest.json", "step.pt2"]
     content = json.loads((exported / "manifest.json").read_text())
-    assert (content["format"], content["device"]) == (2, "cpu")
+    assert (content["format"], content["device"]) == (3, "cpu")
     assert (content["lamb16"], content["torch"]) == (__version__, torch.__version__)
     assert [(x["name"], tuple(x["shape"])) for x in content["tensors"]] == [(str(i), x) for i, x in enumerate(SHAPES)]
+    assert content["param_dtype"] == "float32"
     assert [x["numel"] for x in content["tensors"]] == [2170, 5, 5, 21, 0]
     assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][:4] == [
         ("param.0", "float32", [70, 31]),
@@ -35,27 +37,50 @@ def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
     assert [(x["name"], x["dtype"], x["shape"]) for x in content["inputs"]][-5:] == [
         ("scales", "float32", [5, 4]),
         ("counters", "int32", [5, 2]),
-        ("sums", "int64", [5, 3]),
+        ("sums", "int64", [5, 4]),
         ("lr", "float64", [1]),
         ("grad_factor", "float64", [1]),
     ]
     assert content["hyperparameters"] == {
         "lr": 0.02, "beta1": 0.8, "beta2": 0.99, "eps": 1e-5, "weight_decay": 0.1, "trust_scale": 0.5, "trust_lr": 0.01,
         "trust_clip": 1.5, "bias_correction": False, "nesterov": False, "caution": True, "maximize": True,
+        "param_rounding": "stochastic",
     }  # fmt: skip
     assert content["inductor"]["cpp.threads"] == 1
 
 
 def test_the_manifest_is_read_back(exported: Path) -> None:
     found = manifest.read(exported)
-    assert (found.names, found.shapes, found.device) == (["0", "1", "2", "3", "4"], SHAPES, "cpu")
-    assert found.hyper == Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, False, True, True)
+    assert (found.names, found.device) == (["0", "1", "2", "3", "4"], "cpu")
+    hyper = Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, False, True, True)
+    assert found.spec == Spec(SHAPES, hyper, torch.float32)
+
+
+def test_the_manifest_of_halves_has_their_dtype_and_with_exact_a_fifth_input(exported_halves: Path) -> None:
+    rounding = exported_halves.name
+    dtype = {"exact": "bfloat16", "nearest": "bfloat16", "stochastic": "float16"}[rounding]
+    content = json.loads((exported_halves / "manifest.json").read_text())
+    assert (content["param_dtype"], content["hyperparameters"]["param_rounding"]) == (dtype, rounding)
+    own = [(f"param.{i}", dtype) for i in (0, 1)] + [(f"grad.{i}", dtype) for i in (0, 1)]
+    dtypes = {x["name"]: x["dtype"] for x in content["inputs"]}
+    assert [(name, dtypes[name]) for name, _ in own] == own
+    names = [x["name"] for x in content["inputs"]]
+    assert len(names) == (5 if rounding == "exact" else 4) * 3 + 5
+    assert [name for name in names if "remainder" in name] == (
+        [f"param_remainder.{i}" for i in range(3)] if rounding == "exact" else []
+    )
+    if rounding == "exact":
+        assert names[4] == "param_remainder.0"
+        assert dtypes["param_remainder.0"] == "int16"
+    found = manifest.read(exported_halves).spec
+    assert (found.param_dtype, found.hyper.param_rounding) == (getattr(torch, dtype), rounding)
+    assert found.exact == (rounding == "exact")
 
 
 def test_the_package_runs_from_python_too(exported: Path) -> None:
     """As a step from zero gradients: nothing moves."""
     step = torch._inductor.aoti_load_package(str(exported / "step.pt2"))
-    tensors, *others = export.first_inputs(SHAPES, torch.device("cpu"))
+    tensors, *others = export.first_inputs(Spec(SHAPES, Hyper()), torch.device("cpu"))
     before = [x.clone() for x in others]
     step(tensors, *others)
     assert not any(x.any() for x in tensors)
@@ -73,7 +98,7 @@ def test_a_large_tensor_is_read_twice(exported: Path) -> None:
 def test_small_tensors_of_a_size_share_a_block() -> None:
     shapes = [(5,), (3000,), (0,), (5, 1), (3000,), (2048,), (2047,)]
     assert export.blocks(shapes) == [([0, 3], 5, 0), ([1], 3000, 2), ([4], 3000, 3), ([5], 2048, 4), ([6], 2047, 5)]
-    assert export.ExportedStep(shapes, Hyper()).order == [0, 3, 1, 4, 5, 6, 2]
+    assert export.ExportedStep(Spec(shapes, Hyper())).order == [0, 3, 1, 4, 5, 6, 2]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +125,7 @@ def test_words_name_shapes_and_sets(name: str, tensors: int, parameters: int) ->
         (["--trust-scale", "-1"], "trust_scale=-1.0"),
         (["--trust-lr", "0"], "trust_lr=0.0"),
         (["--trust-clip", "nan"], "trust_clip=nan"),
+        (["--param-dtype", "float16", "--param-rounding", "exact"], "exact rounding is for bfloat16"),
         (["--threads", "0"], "--threads must be at least 1"),
     ],
 )
@@ -156,6 +182,9 @@ def test_a_compiler_that_fails_leaves_the_old_export(
         (["hyperparameters"], {"lr": 0.1}, "'beta1'"),
         (["hyperparameters", "beta2"], 1.5, "betas="),
         (["hyperparameters", "gamma"], 1.5, "gamma"),
+        (["hyperparameters", "param_rounding"], "up", "param_rounding='up'"),
+        (["param_dtype"], "float64", "'float64'"),
+        (["param_dtype"], "bfloat16", "inputs are not those"),
         (["tensors", 0, "shape"], [31, 70], "inputs are not those"),
         (["tensors", 1, "numel"], 6, "inputs are not those"),
         (["inputs", 3, "dtype"], "float32", "inputs are not those"),
@@ -172,6 +201,14 @@ def test_a_manifest_that_does_not_fit_is_refused(
     with pytest.raises(manifest.ManifestError) as error:
         manifest.read(exported_copy)
     assert said in str(error.value)
+
+
+def test_a_manifest_of_exact_float16_is_refused(exported_copy: Path) -> None:
+    """No step can be so; `lamb16 export` would not have written it."""
+    change_manifest(exported_copy, "hyperparameters", "param_rounding", value="exact")
+    change_manifest(exported_copy, "param_dtype", value="float16")
+    with pytest.raises(manifest.ManifestError, match="not those of a step"):
+        manifest.read(exported_copy)
 
 
 @pytest.mark.parametrize(

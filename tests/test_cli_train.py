@@ -343,6 +343,14 @@ def test_state_bytes_counts_tensors_of_every_width() -> None:
     assert state_bytes(optimizer) == 16
 
 
+def test_state_bytes_counts_what_states_share_once() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer, table = torch.optim.SGD(parameters), torch.zeros(256)
+    for p in parameters:
+        optimizer.state[p] = {"table": table, "own": torch.zeros(3)}
+    assert state_bytes(optimizer) == 4 * (256 + 3 + 3)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 101])
 def test_schedules_start_at_the_learning_rate_and_end_at_one_percent(schedule: str, steps: int) -> None:

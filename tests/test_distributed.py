@@ -44,6 +44,19 @@ def test_a_mesh_gives_the_bits_of_one_process(
         assert had["skipped"] == 1
 
 
+HALVES = [(placement, False) for placement in sharded.PLACEMENTS] + [("rows over 3", True), ("rows and columns", True)]
+
+
+@pytest.mark.parametrize("rounding", ["exact", "stochastic"])
+@pytest.mark.parametrize(("placement", "compile"), HALVES)
+def test_weights_with_16_bits_on_a_mesh(ranks: Ranks, placement: str, compile: bool, rounding: str) -> None:
+    """Also those that are kept exactly: remainders, checksums, and what is forgotten after a change from outside."""
+    expected = sharded.step_halves(None, rounding, compile, 6)
+    world = math.prod(sharded.PLACEMENTS[placement][0])
+    for tensors in ranks.run(world, sharded.step_halves, placement, rounding, compile, 6):
+        assert_same(tensors, expected)
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("gradients", ["backward", "accumulate"])
 @pytest.mark.parametrize("how", parallel.EXACT)
@@ -157,7 +170,7 @@ def test_partial_gradients_are_summed(ranks: Ranks) -> None:
 def test_a_fault_in_one_ranks_state_is_refused_by_all(ranks: Ranks, placement: str) -> None:
     found = ranks.run(math.prod(sharded.PLACEMENTS[placement][0]), refused.one_rank_has_a_damaged_state, placement)
     assert "exp_avg_codes of parameter 2 holds NaN codes" in found.pop(1)
-    assert all("another rank found its part of the state at fault" in text for text in found)
+    assert all("another rank found its part at fault" in text for text in found)
 
 
 @pytest.mark.parametrize("placement", ["rows over 2", "rows and columns"])

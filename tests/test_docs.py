@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lamb16.cli import bench, compare, cuda_report
+from lamb16.cli import bench, compare, cuda_report, memory
 from lamb16.cli.study import fidelity, runs
 from lamb16.cli.study.sizes import FULL
 
@@ -61,6 +61,13 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
     tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
     assert [table for table in tables if table not in document] == []
     assert many["settings"]["processor"] in document
+
+
+def test_the_readmes_memory_table_is_that_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "docs" / "results" / "memory.json").read_text())["results"]
+    assert [f"lamb16 bench --memory --shapes {name}\n" in readme for name in results] == [True]
+    assert [table for table in map(memory.table, results.values()) if table not in readme] == []
 
 
 @pytest.mark.parametrize("document", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)

@@ -23,11 +23,15 @@ KINDS = {
     "caution": Kind(CPU, caution=True),
     "FP32 moments": Kind(CPU, float8=False),
     "bfloat16": Kind(CPU, torch.bfloat16, torch.bfloat16),
+    "stochastic bfloat16": Kind(CPU, torch.bfloat16, torch.bfloat16, rounding="stochastic"),
+    "stochastic float16": Kind(CPU, torch.float16, torch.float16, rounding="stochastic"),
+    "exact bfloat16": Kind(CPU, torch.bfloat16, torch.bfloat16, rounding="exact"),
 }
 READING = [graph for graph in GRAPHS if graph.function in ("inspect", "update")]
 CASES = {f"float32 {graph.name}": (graph, "float32") for graph in READING} | {
-    f"{kind} update": (Graph("update"), kind) for kind in ("caution", "FP32 moments", "bfloat16")
+    f"{kind} update": (Graph("update"), kind) for kind in KINDS if kind != "float32"
 }
+CASES |= {f"exact {graph.name}": (graph, "exact bfloat16") for graph in GRAPHS[:2]}
 LANES = re.compile(r"tmpbuf|std::array|for \(int(?:64_t)? i\b")
 TWO_CASTS = "for (int i = 0; i < 2; i++)"  # of registers
 
@@ -62,6 +66,7 @@ def test_the_help_is_needed(isa: str) -> None:
     assert "tmpbuf" in body  # float32 as int32, copied lane by lane
     assert re.search(r"Vectorized<uint8_t>::loadu\(.*, static_cast<int64_t>\(\d+\)\)", body)
     assert re.search(r"in_ptr\d+\[", body)
+    assert "at::vec::" not in kernel(generate(update, KINDS["exact bfloat16"], isa, helped=False))  # int16
     in_parts = nests(kernel(generate(update, KINDS["float32"], isa, one_loop=False)))
     assert sum(bool(re.search(r"1024L\*x0", nest)) for nest in in_parts) > 1
 

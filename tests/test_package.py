@@ -15,7 +15,14 @@ from lamb16.reference import Hyper
 
 
 def test_public_names() -> None:
-    assert sorted(lamb16.__all__) == ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm"]
+    assert sorted(lamb16.__all__) == [
+        "Lamb",
+        "Lamb16",
+        "PublishedLamb16",
+        "__version__",
+        "register_timm",
+        "release_gradients",
+    ]
     for name in ("Lamb", "Lamb16", "PublishedLamb16"):
         assert issubclass(getattr(lamb16, name), torch.optim.Optimizer)
 
@@ -39,8 +46,8 @@ def test_the_signature_is_the_documented_one() -> None:
         "(params: ParamsT, lr: float | Tensor = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-06, "
         "weight_decay: float = 0.0, *, trust_scale: float = 0.382, trust_lr: float = 0.001, trust_clip: float = 2.0, "
         "bias_correction: bool = True, nesterov: bool = True, caution: bool = False, maximize: bool = False, "
-        "moment_dtype: str = float8, max_grad_norm: float | None = None, compile: bool | Executor = True, "
-        "seed: int = 0, amp_scaling: bool = False) -> None"
+        "moment_dtype: str = float8, param_rounding: str = stochastic, max_grad_norm: float | None = None, "
+        "compile: bool | Executor = True, seed: int = 0, amp_scaling: bool = False) -> None"
     )
 
 

@@ -23,7 +23,7 @@ BLOCKS = {
 COMMON = BLOCKS.pop("A model and data", "")
 NEEDS = {
     "transformers' Trainer": ("transformers", "accelerate"), "Lightning": ("lightning",), "accelerate": ("accelerate",),
-    "timm": ("timm",), "PEFT": ("peft",), "FSDP2": (),
+    "timm": ("timm",), "PEFT": ("peft",), "FSDP2": (), "Gradient release": (), "Phases without steps": (),
 }  # fmt: skip
 
 

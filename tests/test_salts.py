@@ -80,7 +80,7 @@ def test_a_checkpoint_keeps_the_salts() -> None:
 def test_a_pickle_of_version_0_1_goes_on() -> None:
     """It has no number, and its salts were those of the first optimizer."""
     state = Lamb16(equal_parameters(2), compile=False).__getstate__()
-    del state["_number"], state["_step_supports_amp_scaling"]
+    del state["_number"], state["_amp_scaling"]
     old = Lamb16.__new__(Lamb16)
     old.__setstate__(state)
     for p, grad in zip(old.param_groups[0]["params"], equal_parameters(2), strict=True):

@@ -2,7 +2,8 @@
 
 from .baselines import Lamb, PublishedLamb16
 from .optimizer import Lamb16
+from .release import release_gradients
 from .trainers import register_timm
 
 __version__ = "0.2.0"
-__all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm"]
+__all__ = ["Lamb", "Lamb16", "PublishedLamb16", "__version__", "register_timm", "release_gradients"]

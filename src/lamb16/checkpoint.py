@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .hyper import NAMES
+from .remainder import REMAINDER
 from .store import DERIVED, OLD_NAMES
 
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
@@ -155,12 +156,12 @@ def _ask_as_saved(own: dict[str, Any], saved: dict[str, Any]) -> None:
     ``load_state_dict`` knows the old names, and derives or keeps what is not there.
     """
     old_names = {new: old for old, new in OLD_NAMES.items()}
-    for name, state in own["state"].items():
+    for name, state in list(own["state"].items()):
         key = f"optimizer.state.{name}"
         if f"{key}.exp_avg_norm" in saved:
-            entries = {old_names.get(entry, entry): value for entry, value in state.items()}
-            entries = {x: value for x, value in entries.items() if x not in DERIVED or f"{key}.{x}" in saved}
-            own["state"][name] = entries
+            state = {old_names.get(entry, entry): value for entry, value in state.items()}
+        optional = (*DERIVED, REMAINDER)
+        own["state"][name] = {x: value for x, value in state.items() if x not in optional or f"{key}.{x}" in saved}
     for k, group in enumerate(own["param_groups"]):
         prefix = f"optimizer.param_groups.{k}."
         found = {key.removeprefix(prefix) for key in saved if key.startswith(prefix)}
@@ -191,6 +192,7 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, before = [p.grad for p in params], dict(optimizer.state)
     frozen = [p for p in params if not p.requires_grad]
+    offloaded = getattr(optimizer, "offloaded", None)
     for p in params:
         p.grad = None
         p.requires_grad_(True)  # or torch makes no room for its state, and does not hand it on
@@ -200,6 +202,8 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     except BaseException:
         optimizer.state.clear()
         optimizer.state.update(before)
+        if offloaded is not None:
+            optimizer.offload(offloaded)  # type: ignore[attr-defined]
         raise
     finally:
         for p, gradient in zip(params, gradients, strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
+from .remainder import check_remainder
 from .sharding import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
 from .wrapped import PLAIN, fake_mode, fault, is_fake
@@ -46,6 +47,15 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise TypeError(
             f"Lamb16: parameter {name} is partitioned by DeepSpeed's ZeRO-3, which hides which layer an element is of; "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def check_rounding(param: Tensor, group: dict[str, Any], name: str) -> None:
+    """Raise ValueError for a parameter whose weights its group cannot keep exactly."""
+    if group["param_rounding"] == "exact" and param.dtype == torch.float16:
+        raise ValueError(
+            f"Lamb16: parameter {name} is float16, and its group has param_rounding='exact', which is for bfloat16: "
+            "float16's range is too small for a remainder to complete; use 'stochastic', or bfloat16 weights"
         )
 
 
@@ -241,6 +251,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
                 f"Lamb16.load_state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, but the parameter "
                 f"has shape {tuple(param.shape)}: the checkpoint belongs to another model"
             )
+    check_remainder(state, param, name, ".load_state_dict")
     for key in (key for key in SCALARS if key in state and key not in MAXIMA):
         value = state[key]
         if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
@@ -257,6 +268,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
         ("weight_sum", param.numel() << 20),
         ("update_sum", param.numel() << 20),
         ("mask_count", param.numel()),
+        ("param_checksum", 2**32 - 1),
     ):
         if key in state and not 0 <= int(state[key]) <= most:
             raise ValueError(

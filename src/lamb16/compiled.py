@@ -40,12 +40,18 @@ class Kind(NamedTuple):
     grad_dtype: torch.dtype = torch.float32
     float8: bool = True
     caution: bool = False
+    rounding: str = "nearest"  # of weights with 16 bits
+
+    @property
+    def exact(self) -> bool:
+        """Whether there are remainders of the weights."""
+        return self.rounding == "exact"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of weights, gradients and codes as the graphs see them."""
+        """Of weights, gradients, codes and, if there are, remainders, as the graphs see them."""
         codes = torch.uint8 if self.float8 else torch.float32
-        return self.param_dtype, self.grad_dtype, codes, codes
+        return self.param_dtype, self.grad_dtype, codes, codes, *[torch.int16] * self.exact
 
     @property
     def group(self) -> int:
@@ -73,11 +79,15 @@ class Graph(NamedTuple):
 
     def kind(self, kind: Kind) -> Kind:
         """Without what makes no difference to this function."""
+        if self.function == "update":
+            return kind
+        exact = kind.exact and not self.squares
+        param_dtype, rounding = (kind.param_dtype, kind.rounding) if exact else (torch.float32, "nearest")
+        general = Kind(kind.device, param_dtype, rounding=rounding)
         if self.function == "inspect":
-            return Kind(kind.device, grad_dtype=kind.grad_dtype)
-        if self.function == "scale":
-            return Kind(kind.device, float8=kind.float8)
-        return kind if self.function == "update" else Kind(kind.device, float8=kind.float8, caution=kind.caution)
+            return general._replace(grad_dtype=kind.grad_dtype)
+        general = general._replace(float8=kind.float8)
+        return general if self.function == "scale" else general._replace(caution=kind.caution)
 
 
 GRAPHS = (
@@ -151,9 +161,9 @@ def launch_copy(*arguments: Any) -> None:
     """Launch the kernel of ``cuda/copying.py``, see :class:`lamb16.packing.TablePacking`."""
     from .cuda.copying import copy_pieces  # Triton is there where CUDA is
 
-    *tensors, unpack = arguments
+    *tensors, exact, unpack = arguments
     with torch.cuda.device(tensors[0].device):
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
 
 
 @functools.cache
@@ -323,7 +333,10 @@ def _random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     for block in blocks:
         if block.length is not None:
             block.length.fill_(PIECE - 56)
-    return [block._replace(new_p=block.p, new_m=block.m, new_v=block.v) for block in blocks], floats, integers, *others
+    in_place = [
+        block._replace(new_p=block.p, new_m=block.m, new_v=block.v, new_remainder=block.remainder) for block in blocks
+    ]
+    return in_place, floats, integers, *others
 
 
 class Origin(NamedTuple):
@@ -380,7 +393,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     """Arguments of the right kinds, every varying size different from every other and marked dynamic."""
     device, count = kind.device, kind.reading_group if graph.function == "inspect" else kind.group
     count = 1 if graph.packed else count
-    tensors, slots, chunks, rows = 5, 7, 11, 3
+    tensors, slots, chunks, rows = 6, 7, 11, 3
     sizes = [rows + 2 * k for k in range(count)]
     if device.type != "cpu" and not (graph.packed or graph.spread or kind.caution):
         # By the first tensor Inductor sees that there are many rows, and gives a row to one warp in place of eight:
@@ -414,20 +427,19 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
 
     def block(size: int) -> Block:
         width = PIECE if graph.packed else ROW
-        found = [dynamic(size, width, dtype=dtype) for dtype in kind.dtypes]
-        found += [dynamic(size, width, dtype=x.dtype) for k, x in enumerate(found) if k != 1]
+        p, g, m, v, *remainder = (dynamic(size, width, dtype=dtype) for dtype in kind.dtypes)
+        new_p, new_m, new_v, *new = (dynamic(size, width, dtype=x.dtype) for x in (p, m, v, *remainder))
         places = [dynamic(size, dtype=torch.int64), *(dynamic(size, 1, dtype=torch.int32) for _ in range(2))]
-        return Block._make(found + (places if graph.packed else [None] * 3))
+        return Block(p, g, m, v, new_p, new_m, new_v, *(places if graph.packed else [None] * 3), *remainder, *new)
 
     def sums(size: int) -> Sums:
-        found = [unaligned(size, torch.int32) for _ in range(4 + kind.caution)]
-        return Sums._make(found if kind.caution else [*found, None])
+        return Sums.of(lambda: unaligned(size, torch.int32), kind.caution, kind.exact)
 
     if graph.function == "inspect":
         unit = torch.zeros(2, device=device) if graph.squares else None
         return (
             [block(n) for n in sizes],
-            [[unaligned(n, torch.int32) for _ in range(1 + graph.squares)] for n in sizes],
+            [[unaligned(n, torch.int32) for _ in range(1 + (graph.squares or kind.exact))] for n in sizes],
             unit,
         )
     if graph.function == "update":
@@ -435,19 +447,20 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         places = None
         if graph.spread:
             places = [Spread(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
-        return [block(n) for n in sizes], *tables, update.make_columns(device), [sums(n) for n in sizes], places
+        blocks, found = [block(n) for n in sizes], [sums(n) for n in sizes]
+        return blocks, *tables, update.make_columns(device), found, places, kind.rounding == "stochastic"
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
     tree = Tree(
         dynamic(chunks, 1, dtype=int64), dynamic(chunks, 1, dtype=int64), dynamic(13, dtype=int64),
         dynamic(tensors, 1, dtype=int64), dynamic(tensors, 1, dtype=int64), dynamic(17, dtype=int64),
     )  # fmt: skip
     home = dynamic(tensors, dtype=int64)
-    state = State._make([*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 3, int64), home])
+    state = State._make([*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 4, int64), home])
     if graph.function == "scale":
         inputs = Inputs(
             unaligned(19, int32), tree, dynamic(tensors, len(NUMBERS), dtype=torch.float64),
             dynamic(tensors, dtype=torch.float64), dynamic(tensors, dtype=int32),
-            number(torch.float64), number(float32),
+            number(torch.float64), number(float32), unaligned(19, int32) if kind.exact else None,
         )  # fmt: skip
         outputs = Outputs(
             columns(tensors, FLOATS, float32), columns(tensors, INTEGERS, int32), columns(tensors, 3, torch.float64),

@@ -103,6 +103,11 @@ def wrapped(x: int) -> int:
     return (x + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
+def as_int32(x: Tensor) -> Tensor:
+    """int64 modulo 2^32, as int32."""
+    return (((x + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)).to(torch.int32)
+
+
 def mix(column: Tensor, row: Tensor) -> Tensor:
     """The rounding word of an element, but for its step, from the hashes of its column and its row (with the salt)."""
     return (column ^ row) * MIXER

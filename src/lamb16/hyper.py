@@ -19,6 +19,7 @@ MOMENT_DTYPES = {
     "float8": (torch.float8_e4m3fn, torch.float8_e5m2),
     "float32": (torch.float32, torch.float32),
 }
+ROUNDINGS = ("stochastic", "nearest", "exact")  # of weights with 16 bits
 SMALLEST_EPS = 2.0**-100  # so that eps · (1 − β1) is a normal float32 too
 
 
@@ -85,10 +86,14 @@ class Hyper:
     moment_dtype: str = _option(
         "float8", lambda value: isinstance(value, str) and value in MOMENT_DTYPES, "'float8' or 'float32'"
     )
+    param_rounding: str = _option(
+        "stochastic", lambda value: isinstance(value, str) and value in ROUNDINGS, "'stochastic', 'nearest' or 'exact'"
+    )
 
 
 NAMES = tuple(f.name for f in fields(Hyper))
 FLAGS = tuple(f.name for f in fields(Hyper) if isinstance(f.default, bool))
+WORDS = tuple(f.name for f in fields(Hyper) if isinstance(f.default, str))  # what a step is specialised on
 
 
 def numbers_of(values: dict[str, Any]) -> dict[str, float]:
@@ -97,7 +102,7 @@ def numbers_of(values: dict[str, Any]) -> dict[str, float]:
     for name in NAMES:
         if name == "betas":
             found |= {"beta1": float(values[name][0]), "beta2": float(values[name][1])}
-        elif name != "moment_dtype":
+        elif name not in WORDS:
             found[name] = float(values[name])
     return found
 

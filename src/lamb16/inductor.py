@@ -8,7 +8,7 @@
    help if it is wrong.
 2. **Lanes.** ``Tensor.view(dtype)`` between float32 and int32, a load of fewer bytes than a register has, and int32 to
    uint8 are generated for CPUs as arrays copied lane by lane. :func:`cpu_code` makes them what they are: nothing, one
-   instruction, and a few.
+   instruction, and a few. A loop with int16 in it has no vectors at all, until :func:`vector_casts` knows the type.
 3. **Invariants.** What does not change along a row is loaded and broadcast again for each vector, since the compiler
    must fear that a store of bytes changes it. :func:`cpu_code` moves such lines in front of the loop.
 4. **Stores in place.** The exported step stores into its inputs. What is computed from these and needed later, here by
@@ -36,8 +36,8 @@ REDUCTIONS = {torch.ops.aten.amax.default, torch.ops.aten.sum.dim_IntList}
 VECTOR_TYPES = {torch.float32: "float", torch.int32: "int32_t"}
 INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 # C++ that generated code may call. `load` takes N elements, `stream` fetches what is a row of 1,024 ahead too, `bytes`
-# converts int32 to uint8 and `integers` back, `kept` is its argument, of which the compiler is not to know that it is a
-# constant: it would make it anew for each vector.
+# converts int32 to uint8 and `integers` back, `narrowed` to int16 and `widened` back, `kept` is its argument, of which
+# the compiler is not to know that it is a constant: it would make it anew for each vector.
 HELPERS = """
 #ifndef LAMB16
 #define LAMB16
@@ -72,6 +72,19 @@ inline Vectorized<uint8_t> bytes(const Two<int32_t>& x) {
 inline Two<int32_t> integers(__m512i x) {
     return {_mm512_cvtepu8_epi32(_mm512_castsi512_si128(x)), _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(x, 1))};
 }
+inline Vectorized<int32_t> widened(const Vectorized<int16_t>& x) {
+    return _mm512_cvtepi16_epi32(_mm512_castsi512_si256(x));
+}
+inline Vectorized<int16_t> narrowed(const Vectorized<int32_t>& x) {
+    return _mm512_castsi256_si512(_mm512_cvtepi32_epi16(x));
+}
+inline Two<int32_t> widened_two(const Vectorized<int16_t>& x) {
+    return {_mm512_cvtepi16_epi32(_mm512_castsi512_si256(x)), _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(x, 1))};
+}
+inline Vectorized<int16_t> narrowed(const Two<int32_t>& x) {
+    auto low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(x[0]));
+    return _mm512_inserti64x4(low, _mm512_cvtepi32_epi16(x[1]), 1);
+}
 inline Vectorized<float> kept(__m512 x) { asm("" : "+v"(x)); return x; }
 inline Vectorized<int32_t> kept(__m512i x) { asm("" : "+v"(x)); return x; }
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -88,12 +101,27 @@ inline Two<int32_t> integers(__m256i x) {
     auto low = _mm256_castsi256_si128(x);
     return {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8))};
 }
+inline Vectorized<int32_t> widened(const Vectorized<int16_t>& x) {
+    return _mm256_cvtepi16_epi32(_mm256_castsi256_si128(x));
+}
+inline __m128i low_halves(__m256i x) { return shorts(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF))); }
+inline Vectorized<int16_t> narrowed(const Vectorized<int32_t>& x) { return _mm256_castsi128_si256(low_halves(x)); }
+inline Two<int32_t> widened_two(const Vectorized<int16_t>& x) {
+    return {_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1))};
+}
+inline Vectorized<int16_t> narrowed(const Two<int32_t>& x) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low_halves(x[0])), low_halves(x[1]), 1);
+}
 inline Vectorized<float> kept(__m256 x) { asm("" : "+x"(x)); return x; }
 inline Vectorized<int32_t> kept(__m256i x) { asm("" : "+x"(x)); return x; }
 #else
 inline Vectorized<uint8_t> bytes(const Vectorized<int32_t>& x) { return at::vec::convert<uint8_t>(x); }
 inline Vectorized<uint8_t> bytes(const Two<int32_t>& x) { return at::vec::convert<uint8_t, 1, int32_t, 2>(x); }
 inline Two<int32_t> integers(const Vectorized<uint8_t>& x) { return at::vec::convert<int32_t, 2, uint8_t, 1>(x); }
+inline Vectorized<int32_t> widened(const Vectorized<int16_t>& x) { return at::vec::convert<int32_t>(x); }
+inline Vectorized<int16_t> narrowed(const Vectorized<int32_t>& x) { return at::vec::convert<int16_t>(x); }
+inline Two<int32_t> widened_two(const Vectorized<int16_t>& x) { return at::vec::convert<int32_t, 2, int16_t, 1>(x); }
+inline Vectorized<int16_t> narrowed(const Two<int32_t>& x) { return at::vec::convert<int16_t, 1, int32_t, 2>(x); }
 template <typename V> inline V kept(V x) { return x; }
 #endif
 }
@@ -136,11 +164,13 @@ REDUCTIONS_LAST, UNCHANGED = ReductionsLast(), Unchanged()  # one object of each
 
 @contextlib.contextmanager
 def vector_casts() -> Iterator[None]:
-    """A context in which Inductor reinterprets vectors of float32 and int32 in registers."""
+    """A context in which Inductor reinterprets vectors of float32 and int32 in registers, and has some of int16."""
+    from torch._inductor.codegen import cpp
     from torch._inductor.codegen.cpp import CppVecOverrides
     from torch._inductor.virtualized import V
 
     original: Any = CppVecOverrides.to_dtype_bitcast
+    convert: Any = CppVecOverrides.to_dtype
 
     def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> Any:
         if dtype in VECTOR_TYPES and src_dtype in VECTOR_TYPES and getattr(x, "is_vec", False):
@@ -151,7 +181,21 @@ def vector_casts() -> Iterator[None]:
             return f"[&]() {{ at::vec::VectorizedN<{to}, {count}> y; {each} return y; }}()"
         return original(x, dtype, src_dtype)
 
-    with mock.patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(to_dtype_bitcast)):
+    def to_dtype(x: Any, dtype: torch.dtype, src_dtype: Any = None, use_compute_types: bool = True) -> Any:
+        if torch.int16 not in (dtype, x.dtype):
+            return convert(x, dtype, src_dtype, use_compute_types)
+        two = V.kernel._get_num_vectors(torch.int32) == 2
+        name = {torch.int16: "narrowed", torch.int32: "widened_two" if two else "widened"}[dtype]
+        found = V.kernel.cse.generate(V.kernel.compute, f"lamb16::{name}({x})", dtype=dtype)
+        found.update_on_args("to_dtype", (x, dtype), {"src_dtype": x.dtype})
+        return found
+
+    with (
+        mock.patch.object(cpp, "VECTORIZABLE_DTYPES", [*cpp.VECTORIZABLE_DTYPES, torch.int16]),
+        mock.patch.multiple(
+            CppVecOverrides, to_dtype_bitcast=staticmethod(to_dtype_bitcast), to_dtype=staticmethod(to_dtype)
+        ),
+    ):
         yield
 
 
@@ -204,16 +248,17 @@ def cpu_code(code: str) -> str:
 
 
 def load(found: re.Match[str]) -> str:
-    """The call that loads a vector; of floats that are read once, and so depend on two variables, the next row too."""
+    """The call that loads a vector; but for codes the next row too of what depends on two variables, read once."""
     kind, two, address, count = found.groups()
     if two:
         return f"lamb16::load_two<{kind}, {count}>({address})"
-    function = "stream" if kind == "float" and len(set(re.findall(r"\bx\d+\b", address))) > 1 else "load"
+    function = "stream" if kind != "uint8_t" and len(set(re.findall(r"\bx\d+\b", address))) > 1 else "load"
     return f"lamb16::{function}<{kind}, {count}>({address})"
 
 
 LOAD = re.compile(
-    r"at::vec::VectorizedN?<(float|uint8_t|int32_t)(,2)?>::loadu\(([^,]*), static_cast<int64_t>\((\d+)\)\)"
+    r"at::vec::VectorizedN?<(float|uint8_t|int(?:32|16)_t|at::BFloat16|at::Half)(,2)?>"
+    r"::loadu\(([^,]*), static_cast<int64_t>\((\d+)\)\)"
 )
 TO_BYTES = re.compile(r"at::vec::convert<uint8_t(?:,1,int32_t,2)?>\(")
 LOOP = re.compile(r"( *)for\(int64_t (x\d+)=")

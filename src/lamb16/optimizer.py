@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .checks import (
     check_owners,
     check_parameter,
     check_resize,
+    check_rounding,
     check_scaler,
     check_state,
     check_state_dict,
@@ -34,8 +35,21 @@ from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group,
 from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
+from .offload import check_homes, check_reloaded, checked_device, move
 from .parts import Part, divisible
 from .plan import Plan, graphs_of
+from .remainder import (
+    REMAINDER,
+    as_bytes,
+    check_float32_weights,
+    fitted,
+    float32_weights,
+    from_bytes,
+    has_remainder,
+    is_exact,
+    load_weights,
+    no_remainder,
+)
 from .sharding import (
     Bound,
     Reduction,
@@ -66,8 +80,12 @@ from .store import (
     init_state,
     renamed,
     resized,
+    weight_sum,
 )
 from .wrapped import PLAIN, fake_mode, is_fake
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
@@ -130,6 +148,11 @@ class Lamb16(Optimizer):
             arXiv:2411.16085).
         maximize: ascend instead of descend.
         moment_dtype: ``"float8"``, or ``"float32"`` to keep a group's moments in FP32 under the same rule.
+        param_rounding: how bfloat16 and float16 weights are rounded; float32 ones are not. ``"stochastic"``: up or down
+            with probabilities by which small steps add up as they do in float32. ``"nearest"``: steps below half of
+            the gap between two weights are lost. ``"exact"``, for bfloat16: the state keeps 16 bits more,
+            ``param_remainder``, which with the weight are the float32 weight; every step has the bits of a float32
+            run with the same gradients, and the weight is the nearest bfloat16 (ties away from 0).
         max_grad_norm: scale all gradients so that their norm, over all groups and ranks, is at most this, as
             ``torch.nn.utils.clip_grad_norm_`` before the step does; the gradients themselves are not changed. A tensor
             with a non-finite gradient is skipped and does not enter the norm. ``math.inf`` only measures
@@ -150,8 +173,10 @@ class Lamb16(Optimizer):
     parameter's shape, contiguous, and 0-d: ``exp_avg_scale``, ``exp_avg_sq_scale``, ``exp_avg_max``,
     ``exp_avg_sq_max`` (float32), ``step``, ``salt`` (int32), ``weight_sum``, ``update_sum``, ``mask_count`` (int64).
     The moments are the codes times their scales; no code is above the maximum (of a shard, its own; without the scale);
-    the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``state_dict()`` hands the codes
-    out as uint8 views. An entry may be replaced, or given other memory, between steps.
+    the sums are ‖p‖² and ‖u‖² in units of 2^-20, and ``mask_count`` is k. ``param_checksum`` (int64) is of the weights
+    that ``param_remainder`` (int16, of the parameter's shape; with ``"exact"`` only) belongs to: of weights that
+    somebody else has changed since, the remainders are forgotten. ``state_dict()`` hands codes and remainders out as
+    uint8 views, these with a last dimension of 2. An entry may be replaced, or given other memory, between steps.
 
     A tensor whose gradient holds an inf or a NaN, or is so large (about 1e19) that v could overflow, is left untouched
     for that step and counted in :attr:`skipped`.
@@ -169,7 +194,8 @@ class Lamb16(Optimizer):
         optimizer.step()
     """
 
-    _step_supports_amp_scaling = False  # an instance's is ``amp_scaling``; older pickles have none
+    _amp_scaling = False  # older pickles have none
+    _release: GradientRelease | None = None  # what steps the parameters within backward passes
 
     _number: int | None = None  # pickles of version 0.1 have none
 
@@ -189,6 +215,7 @@ class Lamb16(Optimizer):
         caution: bool = Hyper.caution,
         maximize: bool = Hyper.maximize,
         moment_dtype: str = Hyper.moment_dtype,
+        param_rounding: str = Hyper.param_rounding,
         max_grad_norm: float | None = None,
         compile: bool | Executor = True,
         seed: int = 0,
@@ -204,8 +231,7 @@ class Lamb16(Optimizer):
             raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
         if not isinstance(amp_scaling, bool):
             raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
-        self.max_grad_norm, self._compile, self._seed = max_grad_norm, compile, seed
-        self._step_supports_amp_scaling = amp_scaling  # what GradScaler, Lightning and accelerate look for
+        self.max_grad_norm, self._compile, self._seed, self._amp_scaling = max_grad_norm, compile, seed, amp_scaling
         self._forget()
         super().__init__(params, defaults)
 
@@ -217,6 +243,7 @@ class Lamb16(Optimizer):
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
         self._grad_norm: Tensor | None = None
+        self._offloaded: torch.device | None = None
 
     # -- parameter groups ----------------------------------------------------------------------------------------
 
@@ -238,6 +265,9 @@ class Lamb16(Optimizer):
             for i, p in enumerate(group["params"]):
                 check_parameter(p, self._name(group, i))
                 check_layout(p, self._name(group, i))
+                check_rounding(p, group, self._name(group, i))
+            if self._release is not None:
+                self._release.watch(group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -254,7 +284,12 @@ class Lamb16(Optimizer):
 
     def _own_options(self) -> dict[str, Any]:
         """The constructor's options that no group can change, by their names."""
-        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._step_supports_amp_scaling}
+        return {"compile": self._compile, "seed": self._seed, "amp_scaling": self._amp_scaling}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler, Lightning and accelerate look for. It makes a scaler call ``step``, also to be refused."""
+        return self._amp_scaling or self._release is not None
 
     def _name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
@@ -293,7 +328,9 @@ class Lamb16(Optimizer):
 
         Raises:
             ValueError: one of these is something else; nothing is changed then.
+            RuntimeError: the state is offloaded.
         """
+        check_reloaded(self.offloaded, "resize")
         places = {id(x): (group, i) for group in self.param_groups for i, x in enumerate(group["params"])}
         if id(p) not in places or id(new_p) in places:
             fault = "new_p is in it already" if id(p) in places else "p is not one of its parameters"
@@ -310,6 +347,8 @@ class Lamb16(Optimizer):
         group["params"][i] = new_p
         if state:
             self.state[new_p] = state
+        if self._release is not None:
+            self._release.replace(p, new_p)
         self._plans.clear()
         self._stores.clear()
         self._last = []
@@ -334,15 +373,32 @@ class Lamb16(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        try:
+        if self._release is None:
             self._last = self._step(grad_scale, found_inf)
-        finally:
-            for plan in (*self._last, *(plan for cached in self._plans.values() for plan in cached.plans)):
-                plan.let_go()
+        else:
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)  # a scaler that is refused does not
+            self._release.end(scaled=grad_scale is not None or found_inf is not None)
         return loss
 
-    def _step(self, grad_scale: Any, found_inf: Any) -> list[Plan]:
-        cached = self._begin(grad_scale, found_inf)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch's optimizers do; of released ones it marks the end of an iteration."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.forget()
+
+    def _step(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None = None) -> list[Plan]:
+        """Step the parameters that have gradients, or those that they are ``given`` for by id; returns their plans."""
+        plans: list[Plan] = []
+        try:
+            plans = self._run(grad_scale, found_inf, given)
+        finally:
+            for plan in (*self._last, *plans, *(plan for cached in self._plans.values() for plan in cached.plans)):
+                plan.let_go()
+        return plans
+
+    def _run(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None) -> list[Plan]:
+        cached = self._begin(grad_scale, found_inf, given)
         plans = cached.plans
         factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
         self._grad_norm = None
@@ -356,13 +412,17 @@ class Lamb16(Optimizer):
             reduction.after()
         return plans
 
-    def _begin(self, grad_scale: Any, found_inf: Any) -> Cached:
+    def _begin(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None) -> Cached:
         """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
         cached, new, error = Cached([], [], 0, set()), New([], []), None
         try:
+            check_reloaded(self.offloaded, "step")
+            self._offloaded = None  # a state that there is none of is nowhere
             check_max_grad_norm(self.max_grad_norm)
             check_scaler(grad_scale, found_inf)
-            cached, grads, states = self._current_plans(new)
+            if self._release is not None:
+                self._release.check()
+            cached, grads, states = self._current_plans(new, given)
             for plan, own in zip(cached.plans, states, strict=True):
                 plan.inspect([grads[key] for key in plan.ids], own)
         except Exception as found:
@@ -405,7 +465,9 @@ class Lamb16(Optimizer):
             self._plans.clear()
             self._stores.clear()
 
-    def _current_plans(self, new: New) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
+    def _current_plans(
+        self, new: New, given: dict[int, Tensor] | None
+    ) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
         """The plans for the parameters that have gradients, from the cache or new; these gradients' local parts; and
         the states of each plan's parameters.
 
@@ -419,18 +481,24 @@ class Lamb16(Optimizer):
         key: list[Any] = [*setting]
         fake = fake_mode()
         for group in self.param_groups:
-            setting += (id(group), group["moment_dtype"], group["caution"])
-            key += setting[-3:]
-            pairs = [(p, g) for p, g in zip(group["params"], map(GRAD, group["params"]), strict=True) if g is not None]
+            setting += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
+            key += setting[-4:]
+            every = group["params"]
+            found = list(map(GRAD, every) if given is None else map(given.get, map(id, every)))
+            pairs = [(p, g) for p, g in zip(every, found, strict=True) if g is not None]
             params, own = [p for p, _ in pairs], [g for _, g in pairs]
             if fake or not _are_plain(params, own):
-                every = enumerate(group["params"])
-                own = [self._checked_gradient(p, group, i, fake) for i, p in every if p.grad is not None]
+                own = [self._checked_gradient(g, group, i, fake) for i, g in enumerate(found) if g is not None]
             ids = list(map(id, params))
             grads.update(zip(ids, own, strict=True))
             params_of.update(zip(ids, params, strict=True))
             key += ids
             key += map(DTYPE, own)
+        if given is not None and len(grads) < len(given):
+            raise RuntimeError(
+                "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
+                "release before you take parameters out"
+            )
         starts = addresses(list(grads.values()))
         if 0 in starts:
             self._check_gradients_memory(grads)
@@ -470,10 +538,9 @@ class Lamb16(Optimizer):
             grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
         return cached, grads, states
 
-    def _checked_gradient(self, p: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:
+    def _checked_gradient(self, grad: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:
         """This rank's part of the gradient of a group's parameter."""
-        grad, name = p.grad, self._name(group, i)
-        assert grad is not None
+        p, name = group["params"][i], self._name(group, i)
         special = type(grad) is not Tensor or is_sharded(p)
         if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
             check_gradient(p, grad, name)
@@ -496,7 +563,7 @@ class Lamb16(Optimizer):
         if key in self._seen:
             return None
         self._seen[key] = None
-        if len(self._seen) > CACHED_PLANS:
+        if len(self._seen) > self._cached_plans:
             self._seen.popitem(last=False)
         own = self._members(grads)
         for known, cached in reversed(self._plans.items()):
@@ -517,8 +584,13 @@ class Lamb16(Optimizer):
             if any(id(group) not in groups for plan in other.plans for group, _, _ in plan.hyper.groups):
                 del self._plans[old]
         self._plans[key] = cached
-        if len(self._plans) > CACHED_PLANS:
+        if len(self._plans) > self._cached_plans:
             self._plans.popitem(last=False)
+
+    @property
+    def _cached_plans(self) -> int:
+        """How many sets of parameters with gradients are remembered."""
+        return CACHED_PLANS if self._release is None else self._release.cached_plans
 
     def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
         for group in self.param_groups:
@@ -536,13 +608,15 @@ class Lamb16(Optimizer):
                     name = self._name(group, i)
                     check_parameter(p, name)
                     check_layout(p, name)
+                    check_rounding(p, group, name)
                     if grads[id(p)].device != p.device:
                         raise RuntimeError(
                             f"Lamb16: parameter {name} is on {p.device}, but its gradient on {grads[id(p)].device}; "
                             "set the gradient to None when you move a parameter"
                         )
+                    rounding = "nearest" if p.dtype == torch.float32 else group["param_rounding"]
                     float8 = group["moment_dtype"] == "float8"
-                    kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"])
+                    kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"], rounding)
                     members.setdefault(kind, []).append((p, group))
         executor = self._executor([p for pairs in members.values() for p, _ in pairs])
 
@@ -566,8 +640,10 @@ class Lamb16(Optimizer):
             there = [(p, state) for p, _ in pairs if (state := self.state.get(p))]
             store = self._stores.setdefault(kind.device, Store(kind.device))
             unknown.update(id(there[k][0]) for k in store.changed([state for _, state in there]))
-            if not _are_ready([p for p, _ in there], [state for _, state in there], kind.float8):
-                unknown.update(id(p) for p, state in there if not _are_ready([p], [state], kind.float8))
+            params, own = [p for p, _ in there], [state for _, state in there]
+            group = pairs[0][1]  # the others have its moment_dtype and, where it matters, its param_rounding
+            if not _are_ready(params, own, group):
+                unknown.update(id(p) for p, state in there if not _are_ready([p], [state], group))
         return unknown
 
     def _ready_states(
@@ -589,9 +665,10 @@ class Lamb16(Optimizer):
         for group in self.param_groups:
             there = [(i, p, self.state.get(p)) for i, p in enumerate(group["params"]) if id(p) in grads]
             pairs = [(p, state) for _, p, state in there if state and id(p) in changed]
-            ready = _are_ready([p for p, _ in pairs], [state for _, state in pairs], group["moment_dtype"] == "float8")
+            ready = _are_ready([p for p, _ in pairs], [state for _, state in pairs], group)
             for i, p, state in there:
-                called.append((group, i, MOMENTS if state else ()))
+                keys = (*MOMENTS, REMAINDER) if is_exact(p, group) else MOMENTS
+                called.append((group, i, keys if state else ()))
                 written.append(p if type(p) in PLAIN else local(p))
                 if not state:
                     missing.append((p, group, self._salt(group, i)))
@@ -599,7 +676,7 @@ class Lamb16(Optimizer):
                 if id(p) in changed:
                     state = state if ready else self._checked_live_state(p, group, i)
                     live.append((p, state))
-                written += [x if type(x) is Tensor else local(x) for x in map(state.get, MOMENTS)]
+                written += [x if type(x) is Tensor else local(x) for x in map(state.get, keys)]
 
         def names() -> list[str]:
             owners = [(f"parameter {self._name(group, i)}", keys) for group, i, keys in called]
@@ -608,7 +685,10 @@ class Lamb16(Optimizer):
         check_memory(written, names, inference)
         prepare()
         self._repair(live, new)
-        made = {p: init_state(p, salt, group["moment_dtype"] == "float8") for p, group, salt in missing}
+        made = {
+            p: init_state(p, salt, group["moment_dtype"] == "float8", exact=is_exact(p, group))
+            for p, group, salt in missing
+        }
         new.made.extend(made)
         for p, state in made.items():
             self.state[p].update(state)
@@ -638,11 +718,12 @@ class Lamb16(Optimizer):
 
         Raises ValueError for a state that does not fit its parameter.
         """
-        float8 = group["moment_dtype"] == "float8"
         state: dict[str, Any] = renamed(self.state[p])
-        if _are_ready([p], [state], float8):
+        if _are_ready([p], [state], group):
             return state
-        state, name = dict(state), self._name(group, i)
+        state, name, exact = dict(state), self._name(group, i), is_exact(p, group)
+        if not exact:
+            state.pop(REMAINDER, None)
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
@@ -656,6 +737,7 @@ class Lamb16(Optimizer):
                     f"Lamb16: {key} of parameter {name} is {value!r}, expected one number; load states with "
                     "Lamb16.load_state_dict, cut and extend parameters with optimizer.resize(p, index, new_p)"
                 )
+        float8 = group["moment_dtype"] == "float8"
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
             if not isinstance(state[key], Tensor):
@@ -686,6 +768,8 @@ class Lamb16(Optimizer):
             if local(codes).is_inference():  # of a state that was loaded in inference mode
                 codes = like(p, local(codes).clone())
             state[key] = codes
+        if exact:
+            state[REMAINDER] = fitted(p, state, name)
         return state
 
     def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
@@ -728,20 +812,113 @@ class Lamb16(Optimizer):
         Returns for every non-empty parameter that had a gradient a dict of ``weight_norm`` (of the weights before that
         step, as the step before left them), ``update_norm`` (of the step before that; √numel before the first), both
         clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
-        the host. For a skipped tensor the ratio is the one that was not used.
+        the host. For a skipped tensor the ratio is the one that was not used. Empty until the first step, and from
+        :meth:`offload`, :meth:`resize` or :meth:`load_state_dict` to the next one.
         """
-        names: dict[int, str] = {}
-        for k, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                name = self._name(group, i)
-                if p.numel():
-                    names[id(p)] = f"{k}.{name}" if name in names.values() else name
+        names = {id(p): name for name, (p, _, _) in self._named().items() if p.numel()}
         stats = {}
         for plan in self._last:
             for row, key in zip(plan.reports, plan.ids, strict=True):
                 if key in names:
                     stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
+
+    def _named(self) -> dict[str, tuple[Tensor, dict[str, Any], int]]:
+        """All parameters with their groups and places in these, by name; one that is there has its group before it."""
+        named: dict[str, tuple[Tensor, dict[str, Any], int]] = {}
+        for k, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = self._name(group, i)
+                named[f"{k}.{name}" if name in named else name] = (p, group, i)
+        return named
+
+    @torch.no_grad()
+    def float32_weights(self) -> dict[str, Tensor]:
+        """The weights of all parameters in float32, by name (or position): copies, on the parameters' devices.
+
+        Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
+        the weights since the last step. A collective for such weights that are DTensors.
+        """
+        return float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in self._named().items()})
+
+    @torch.no_grad()
+    def load_float32_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights to what :meth:`float32_weights` returned, and the remainders of those that are kept exactly.
+
+        After :meth:`load_state_dict` a run goes on with the bits that it had. bfloat16 weights that are not kept
+        exactly, and float16 ones, are rounded to nearest. All ranks must call this with the same, or with DTensors.
+
+        Raises:
+            ValueError: names, shapes or dtypes do not fit, on this rank or another; nothing is changed then.
+        """
+        named, error = self._named(), None
+        try:
+            check_reloaded(self.offloaded, "load_float32_weights")
+            check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
+        except (ValueError, RuntimeError) as found:
+            error = found
+        agree(error, [p for p, _, _ in named.values()], "load_float32_weights")
+        missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
+        for name, (p, group, i) in missing.items():
+            self.state[p] = init_state(p, self._salt(group, i), group["moment_dtype"] == "float8", exact=True)
+            self.state[p]["weight_sum"] = weight_sum(local(like(p, like_param(p, weights[name]).to(p.device))))
+        _add_up({p: self.state[p] for p, _, _ in missing.values()})
+        for p, group, _ in named.values():
+            if is_exact(p, group) and not has_remainder(p, self.state[p]):
+                self.state[p][REMAINDER] = no_remainder(p)
+        load_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()}, weights)
+
+    # -- state that leaves the device --------------------------------------------------------------------------------
+
+    def offload(self, device: torch.device | str = "cpu") -> None:
+        """Move the state to another device, and keep nothing on the parameters': for phases without steps.
+
+        All tensors in the states of parameters go, also those that others added; DTensors keep their placements, with
+        this rank's part elsewhere (no collective: each rank for itself). :attr:`grad_norm` goes with them, plans and
+        work buffers are dropped. From CUDA to the CPU through pinned memory, which torch keeps for the next time; this
+        waits for the copies. Weights, gradients and hyperparameters that are tensors are not the optimizer's to move.
+
+        ``step`` and ``resize`` then raise a RuntimeError until :meth:`reload`. State dicts, checkpoints, ``deepcopy``
+        and pickle take the state where it is, and copies of the optimizer are offloaded too; ``add_param_group`` works.
+        Loading (:meth:`load_state_dict`, :func:`lamb16.checkpoint.load`) brings all of the state to the parameters'
+        devices. Repeated calls are harmless; without a state there is nothing to reload.
+
+        Args:
+            device: where to. With the parameters' own, states stay where they are and all else is as for others.
+
+        Raises:
+            ValueError: there is no such device, or it is the meta device; nothing is changed then.
+        """
+        target = checked_device(device)
+        with torch.inference_mode(False), torch.no_grad():
+            norm, *counts = (
+                None if x is None or x.is_meta else x.to(target, copy=True)
+                for x in (self._grad_norm, *self._skipped.values())
+            )
+            skipped = [x for x in counts if x is not None]
+            total = {target: torch.stack(skipped).sum()} if skipped else {}
+        move(self.state, lambda _: target, detach=True)
+        self._forget()
+        self._grad_norm, self._skipped, self._offloaded = norm, total, target
+
+    def reload(self) -> None:
+        """Move the state to the devices that its parameters are on by now: steps go on as if it had never been away.
+
+        Waits for nothing: what uses the current stream comes after the copies. Repeated calls are harmless.
+
+        Raises:
+            RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
+        """
+        named = ((self._name(group, i), p) for group in self.param_groups for i, p in enumerate(group["params"]))
+        check_homes(self.state, named)
+        move(self.state, lambda p: p.device)
+        self._offloaded = None
+
+    @property
+    def offloaded(self) -> torch.device | None:
+        """The device that :meth:`offload` has moved the state to; None where it is on the parameters' own."""
+        away = self._offloaded
+        return away if away and any(state for p, state in self.state.items() if isinstance(p, Tensor)) else None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -806,7 +983,10 @@ class Lamb16(Optimizer):
         agree(error, [p for group in self.param_groups for p in group["params"]])
         share(list(foreign.values()))
         warn_of_other_moments(groups, self.param_groups)
+        offloaded = self._offloaded
         self.__setstate__({"state": self._read_state(states, foreign, groups, names, found), "param_groups": groups})
+        if offloaded is not None:
+            move(self.state, lambda p: p.device)  # what is kept
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
         return found.loaded
@@ -889,7 +1069,10 @@ class Lamb16(Optimizer):
             if key in foreign:
                 k, i = found.owners[key]
                 value = as_lamb16(foreign[key], self._salt(self.param_groups[k], i), float8)
-            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group))
+            exact = is_exact(p, group)
+            loaded[key] = init_state(p, int(value["salt"]) & 0xFFFFFFFF, float8, self._memory_for(p, group), exact)
+            if exact and REMAINDER in value:
+                local(loaded[key][REMAINDER]).copy_(from_bytes(like_param(p, as_bytes(value[REMAINDER]))))
             for entry in CODES:
                 part, target = like_param(p, _as_bytes(entry, value[entry])), local(loaded[key][entry])
                 target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
@@ -932,7 +1115,7 @@ class Lamb16(Optimizer):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: _map_codes(state, _as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._skipped.items()}
-        own = ("max_grad_norm", "_compile", "_seed", "_number", "_step_supports_amp_scaling")
+        own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -944,7 +1127,7 @@ class Lamb16(Optimizer):
             for name in NAMES:
                 group.setdefault(name, self.defaults[name])
         self._forget()
-        self._skipped = skipped
+        self._skipped, self._offloaded = skipped, state.get("_offloaded")
 
 
 def _add_up(states: dict[Tensor, dict[str, Any]]) -> None:
@@ -964,7 +1147,7 @@ def tensor_salt(seed: int, name: str) -> int:
 
 def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Copies of the entries that others added to a state, as Lookahead does; tensors on the parameter's device."""
-    added = {key: value for key, value in state.items() if key not in ENTRIES}
+    added = {key: value for key, value in state.items() if key not in (*ENTRIES, REMAINDER)}
     return {
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
@@ -987,8 +1170,11 @@ def _is_held_alone(x: Tensor) -> bool:
     return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
 
 
-def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], float8: bool) -> bool:
-    """Whether these states have all entries, and nothing of them is to be repaired; False for DTensors."""
+def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]) -> bool:
+    """Whether these states have all entries and nothing of them is to be repaired; False for DTensors.
+
+    The parameters are of this group, or of others with its ``moment_dtype`` and ``param_rounding``.
+    """
     try:
         entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
     except KeyError:
@@ -996,7 +1182,7 @@ def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], float
     if not set(map(type, entries)) <= {Tensor} or any(map(is_sharded, set(map(type, params)) - PLAIN and params)):
         return False
     shapes, devices = list(map(SHAPE, params)), list(map(DEVICE, params))
-    for k, dtype in enumerate(MOMENT_DTYPES["float8" if float8 else "float32"]):
+    for k, dtype in enumerate(MOMENT_DTYPES["float8" if group["moment_dtype"] == "float8" else "float32"]):
         moments = entries[k::WIDTH]
         if set(map(DTYPE, moments)) - {dtype} or list(map(SHAPE, moments)) != shapes:
             return False
@@ -1004,21 +1190,29 @@ def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], float
             return False
         if any(map(Tensor.is_inference, moments)):
             return False
+    for p, state in zip(params, states, strict=True):
+        if not has_remainder(p, state) if is_exact(p, group) else REMAINDER in state:
+            return False
     return all(set(map(Tensor.numel, entries[k::WIDTH])) <= {1} for k in range(len(MOMENTS), WIDTH))
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
-    """A copy of one parameter's state with its codes converted."""
+    """A copy of one parameter's state with its codes and remainders converted."""
     if not isinstance(state, dict):
         return state
-    return {key: convert(key, value) if key in CODES else value for key, value in state.items()}
+    return {key: convert(key, value) if key in (*CODES, REMAINDER) else value for key, value in state.items()}
 
 
 def _as_bytes(key: str, codes: Tensor) -> Tensor:
+    if key == REMAINDER:
+        return as_bytes(codes)
     return like(codes, local(codes).view(torch.uint8)) if codes.dtype == CODES[key] else codes
 
 
 def _as_fp8(key: str, codes: Tensor) -> Tensor:
+    if key == REMAINDER:
+        found: Tensor = from_bytes(codes)
+        return found
     return like(codes, local(codes).view(CODES[key])) if codes.dtype == torch.uint8 else codes
 
 

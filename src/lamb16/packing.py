@@ -1,9 +1,10 @@
 """Copying what is packed of many tensors into one buffer and back.
 
-Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for
-every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps copy by
-tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is packed of
-p, g and the two moments, or where that is: four lists with one for each tail.
+Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients, codes and remainders. On CUDA that would be
+a launch for every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps
+copy by tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is
+packed of p, g, the two moments and, if there are, the remainders of the weights, or where that is: lists with one for
+each tail.
 """
 
 from __future__ import annotations
@@ -43,23 +44,29 @@ class Tail(NamedTuple):
         return [(self.tensor, start, min(PIECE, self.start + self.length - start)) for start in starts]
 
 
+def memory(block: Block) -> list[Tensor]:
+    """The buffers of a block of packed rows, in the order of the parts."""
+    found = block.p, block.g, block.m, block.v, block.remainder
+    return [x for x in found if x is not None]
+
+
 class Packing(Protocol):
     """Copies the tails of some tensors into a block and back."""
 
     pads: bool  # whether the block's padding becomes 0
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Any]]:
-        """What is packed of these contiguous p, g and moments, each a list of all tensors of the plan."""
+        """What is packed of these contiguous p, g, moments and remainders, each a list of all tensors of the plan."""
 
     def pack(self, parts: Sequence[list[Any]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments."""
+        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
 
     def unpack(self, parts: Sequence[list[Any]]) -> None:
-        """Copy weights and codes back."""
+        """Copy all but the gradients back."""
 
 
 class ForeachPacking:
-    """Copies with a ``torch._foreach_copy_`` for each of p, g and codes."""
+    """Copies with a ``torch._foreach_copy_`` for each of p, g, codes and remainders."""
 
     pads = True
 
@@ -70,9 +77,9 @@ class ForeachPacking:
 
         The dtypes are those of the states' moments.
         """
-        self.tails, self.block, first = tails, block[:4], tails[0].row
-        dtypes = (block.p.dtype, block.g.dtype, *moments)
-        flat = [x.view(-1).view(dtype) for x, dtype in zip(block[:4], dtypes, strict=True)]
+        self.tails, self.block, first = tails, memory(block), tails[0].row
+        p, g, m, v, *remainder = self.block
+        flat = [x.view(-1) for x in (p, g, m.view(moments[0]), v.view(moments[1]), *remainder)]
         places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
@@ -94,26 +101,26 @@ class ForeachPacking:
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
         """As in :class:`Packing`."""
-        for k in (0, 2, 3):
+        for k in (0, *range(2, len(parts))):
             torch._foreach_copy_(parts[k], self.rows[k])
 
 
 class AddressPacking:
-    """Copies on the CPU with a call for each of p, g and codes; the tables are renewed when an address has changed."""
+    """Copies on the CPU with a call for each kind of part; the tables are renewed when an address has changed."""
 
     pads = True
 
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """``block`` as for :class:`ForeachPacking`; ``launch`` is the function of ``cpu_copying.py``."""
-        self.buffers, self.launch, self.first = block[:4], launch, tails[0].row
+        self.buffers, self.launch, self.first = memory(block), launch, tails[0].row
         self._note(tails)
 
     def _note(self, tails: Sequence[Tail]) -> None:
         self.tails, owners = tails, [tail.tensor for tail in tails]
         self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
         self.places = torch.tensor([(tail.start, tail.length, tail.row - self.first) for tail in tails], device="cpu")
-        self.addresses: list[list[int]] = [[], [], [], []]
-        self.tables: list[Tensor] = [self.places] * 4
+        self.addresses: list[list[int]] = [[] for _ in self.buffers]
+        self.tables: list[Tensor] = [self.places for _ in self.buffers]
 
     def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> AddressPacking:
         """As in :class:`ForeachPacking`."""
@@ -134,7 +141,7 @@ class AddressPacking:
 
     def unpack(self, parts: Sequence[list[int]]) -> None:
         """As in :class:`Packing`, to where it was packed from."""
-        for k in (0, 2, 3):
+        for k in (0, *range(2, len(parts))):
             self._copy(k, UNPACK)
 
     def _copy(self, k: int, task: int) -> None:
@@ -149,12 +156,12 @@ class TablePacking:
 
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
-        self.tails, self.block, self.device, self.launch = tails, block[:4], block.p.device, launch
+        self.tails, self.block, self.device, self.launch = tails, memory(block), block.p.device, launch
         pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
         self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
-        self.addresses: list[list[int]] = [[], [], [], []]
-        self.tables: list[Tensor] = [self.length] * 4
+        self.addresses: list[list[int]] = [[] for _ in self.block]
+        self.tables: list[Tensor] = [self.length for _ in self.block]
         self.kept: list[Tensor] = []
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
@@ -184,8 +191,14 @@ class TablePacking:
         for k, tensors in enumerate(parts):
             self._note(k, tensors)
         self._keep(*self.tables)
-        self.launch(*self.tables, *self.block, self.length, False)
+        self._launch(False)
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
         """As in :class:`Packing`."""
-        self.launch(*self.tables, *self.block, self.length, True)
+        self._launch(True)
+
+    def _launch(self, unpack: bool) -> None:
+        """Without remainders the codes stand for them, which nothing is done with."""
+        same = [-1] * (5 - len(self.block))
+        tables, block = ([*x, *(x[k] for k in same)] for x in (self.tables, self.block))
+        self.launch(*tables, *block, self.length, not same, unpack)

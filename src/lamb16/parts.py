@@ -43,10 +43,12 @@ class Part(Plan):
         large = [j for j, (i, _) in enumerate(whole.rows.large) if i in place]
         self.rows = copy(whole.rows)
         self.rows.large = [(place[i], rows) for i, rows in chosen(whole.rows.large, large)]
-        self.row_largest, self.row_sums = chosen(whole.row_largest, large), chosen(whole.row_sums, large)
+        self.row_read, self.row_sums = chosen(whole.row_read, large), chosen(whole.row_sums, large)
         self.row_floats, self.row_integers = chosen(whole.row_floats, large), chosen(whole.row_integers, large)
         self.calls = self.readings = [slice(k, k + 1) for k in range(len(large))]
         self.batches = [part for batch in whole.batches if (part := _part(batch, place))]
+        self.report = torch.zeros_like(whole.report)  # two parts may follow each other before they are read
+        self.outputs = [*whole.outputs[:2], list(self.report.unbind(1))]
         self.homes = []
         self.place(chosen(whole.homes))
 
@@ -63,7 +65,8 @@ class Part(Plan):
 
     def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """As in :class:`Plan`."""
-        torch._foreach_zero_([self.largest, *(x for x in self.sums if x is not None)])  # of what is left out
+        found = self.largest, self.checksum, *self.sums
+        torch._foreach_zero_([x for x in found if x is not None])  # of what is left out
         super().inspect(grads, states)
 
     @property

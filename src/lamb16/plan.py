@@ -17,11 +17,13 @@ from torch import Tensor
 
 from . import update
 from .compiled import Executor, Graph, Kind
+from .fp8 import as_int32
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
-from .packing import Packing, Tail
+from .packing import Packing, Tail, memory
+from .remainder import REMAINDER, has_remainder
 from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
 from .store import MOMENTS, Store, addresses
-from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree
+from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 from .wrapped import PLAIN
 
 BATCH = 64  # packed rows that are stepped together, at least
@@ -222,15 +224,16 @@ class Plan:
 
         # What is found in every row, and of every block a slice of it.
         self.largest = zeros(rows.count, dtype=torch.int32)
-        found = [zeros(rows.count, dtype=torch.int32) for _ in range(4 + self.kind.caution)]
-        self.sums = Sums._make(found if self.kind.caution else [*found, None])
-        self.row_largest = [self.largest[part] for part in rows.slices]
-        self.row_sums = [Sums._make(None if x is None else x[part] for x in self.sums) for part in rows.slices]
-        self.scaled_from = self.largest, rows.tree
+        self.sums = Sums.of(lambda: zeros(rows.count, dtype=torch.int32), self.kind.caution, self.kind.exact)
+        self.checksum = zeros(rows.count, dtype=torch.int32) if self.kind.exact else None
+        read = [self.largest] if self.checksum is None else [self.largest, self.checksum]
+        self.row_read = [[x[part] for x in read] for part in rows.slices]
+        self.row_sums = [self.sums.rows(part) for part in rows.slices]
+        self.scaled_from = self.largest, self.checksum, rows.tree
 
         self.batches = self._batches(weights, zeros)
-        p, g, m, v = (zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes)  # zeros stay zeros: one for all of them
-        self.spare = [Block(p, g, m, v, p, m, v)] * rows.spare
+        # Zeros stay zeros: one block for all of them.
+        self.spare = [in_place([zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes])] * rows.spare
         owners = [i for i, _ in rows.large]
         self.row_floats = [self.floats[i] for i in owners] + [zeros(FLOATS)] * rows.spare
         self.row_integers = [self.integers[i] for i in owners] + [zeros(INTEGERS, dtype=torch.int32)] * rows.spare
@@ -258,17 +261,16 @@ class Plan:
                 first.append(tail.row)
         parts = [slice(a, b) for a, b in zip(first, [*first[1:], rows.packed], strict=True)] if rows.tails else []
         buffers = [zeros(max((x.stop - x.start for x in parts), default=0), PIECE, dtype=dtype) for dtype in dtypes]
-        moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:]
+        moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:4]
         begin, pieces, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.pieces(kind.device), []
         for part in parts:
-            p, g, m, v = (x[: part.stop - part.start] for x in buffers)
-            block = Block(p, g, m, v, p, m, v, *(x[part] for x in pieces))
+            block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in pieces])
             own = [k for k, tail in enumerate(rows.tails) if part.start <= tail.row < part.stop]
             tails, where = rows.tails[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
             shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
-            packing = executor.packing(tails, block, shapes, moments)
-            sums = Sums._make(None if x is None else x[where] for x in self.sums)
-            found.append(Batch(packing, block, self.largest[where], sums, len(parts) > 1 and not packing.pads))
+            packing, dirty = executor.packing(tails, block, shapes, moments), len(parts) > 1
+            read = [x[where] for x in (self.largest, self.checksum) if x is not None]
+            found.append(Batch(packing, block, read, self.sums.rows(where), dirty and not packing.pads))
         return found
 
     def place(self, homes: list[int]) -> None:
@@ -278,10 +280,17 @@ class Plan:
             self.home = torch.tensor(homes + [0] * (2 - len(homes)), device=self.kind.device)  # as count
 
     def touched(self, states: Sequence[Any]) -> list[Tensor]:
-        """The parameters of which the state is missing, was changed or is in another row."""
-        params, there = self.params, [k for k, state in enumerate(states) if state is not None]
+        """The parameters of which the state is missing, does not fit, was changed or is in another row."""
+        there = [k for k, state in enumerate(states) if state]
         changed = self.store.changed([states[k] for k in there], [self.homes[k] for k in there])
-        return [params[there[k]] for k in changed] + [p for p, state in zip(params, states, strict=True) if not state]
+        missing = [k for k, state in enumerate(states) if not state]
+        return [self.params[k] for k in (*(there[k] for k in changed), *missing, *self.misfits(states))]
+
+    def misfits(self, states: Sequence[Any]) -> list[int]:
+        """Which of the states have no remainders that fit the weights, where they are to have some."""
+        if not self.kind.exact:
+            return []
+        return [k for k, (p, x) in enumerate(zip(self.params, states, strict=True)) if x and not has_remainder(p, x)]
 
     def _weights(self) -> list[Tensor]:
         return list(self.params) if self.plain else [local(p) for p in self.params]
@@ -311,20 +320,21 @@ class Plan:
         if not self.plain:
             moments = [list(map(local, x)) for x in moments]
         self.moments = moments
-        tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments]
+        remainders = [[local(state[REMAINDER]) for state in states]] if self.kind.exact else []
+        tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments, *remainders]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
         if self.kind.device.type != "cpu":
-            tensors[2:] = [list(map(as_bytes, x)) for x in moments]
+            tensors[2:4] = [list(map(as_bytes, x)) for x in moments]
         self.tensors, self.parts = tensors, [batch.packing.parts(tensors) for batch in self.batches]
-        self._inspect([[x] for x in self.row_largest], None)
+        self._inspect(self.row_read, None)
 
     def _inspect(self, results: list[list[Tensor]], unit: Tensor | None) -> None:
         squares = unit is not None
         packed = Graph("inspect", packed=True, squares=squares)
         for batch, parts in zip(self.batches, self.parts, strict=True):
             if unit is None or len(self.batches) > 1:
-                batch.pack(parts, [1])
-            found = [batch.largest] if unit is None else [batch.sums.weights, batch.sums.updates]
+                batch.pack(parts, [0, 1] if self.kind.exact else [1])
+            found = batch.read if unit is None else [batch.sums.weights, batch.sums.updates]
             self.executor.run(packed, self.kind, [batch.block], [found], unit)
         for k in self.readings:
             self.executor.run(Graph("inspect", squares=squares), self.kind, self.blocks[k], results[k], unit)
@@ -333,16 +343,18 @@ class Plan:
     def whole_largest(self) -> Tensor:
         """The bits of every tensor's max|g|, int32 [tensors]; :meth:`scale` takes them from there once this was called.
 
-        Of shards they are to be replaced by the largest of all ranks.
+        Of shards they are to be replaced by the largest of all ranks, and the checksums, int32 [tensors], that
+        ``scaled_from`` then holds by their sums.
         """
         if self.scaled_from[0] is not self.largest:
             return self.scaled_from[0]
         found = update.largest_of(self.largest, self.rows.tree)
+        checksum = None if self.checksum is None else as_int32(update.sum_of(self.checksum, self.rows.tree))
         count = len(self.home)
         columns = torch.arange(2, device=self.kind.device)
         ones = torch.ones(count, 1, dtype=torch.int64, device=self.kind.device)
         each = torch.arange(count, device=self.kind.device)[:, None]
-        self.scaled_from = found, Tree(each, ones, columns, each, ones, columns)
+        self.scaled_from = found, checksum, Tree(each, ones, columns, each, ones, columns)
         return found
 
     def squared_gradients(self, unit: Tensor) -> Tensor:
@@ -354,34 +366,36 @@ class Plan:
     def scale(self, skipped: Tensor, found_inf: Tensor | None, inverse_scale: Tensor | None) -> None:
         """Factors, scales and step counts; the state is changed."""
         k = self.kind
+        largest, checksum, tree = self.scaled_from
         inputs = Inputs(
-            *self.scaled_from, self.hyper.fill(), self.shards.numel, self.shards.base,
+            largest, tree, self.hyper.fill(), self.shards.numel, self.shards.base,
             self.one if inverse_scale is None else inverse_scale.to(k.device, torch.float64).view(()),
-            self.no_inf if found_inf is None else found_inf.to(k.device, torch.float32).view(()),
+            self.no_inf if found_inf is None else found_inf.to(k.device, torch.float32).view(()), checksum,
         )  # fmt: skip
         outputs = Outputs(self.outputs[0], self.outputs[1], self.outputs[2], self.counted, skipped)
         self.executor.run(Graph("scale"), k, inputs, self.store.state(self.home), outputs, k.float8)
 
     def update(self) -> None:
         """The step: weights and moments are changed; then the sums that the next one needs."""
-        run, spread = self.executor.run, self.places is not None
+        run, spread, stochastic = self.executor.run, self.places is not None, self.kind.rounding == "stochastic"
         for k in reversed(self.calls):  # the last gradients are still in the cache
             places = None if self.places is None else self.places[k]
             run(
                 Graph("update", spread=spread), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
-                self.columns, self.row_sums[k], places,
+                self.columns, self.row_sums[k], places, stochastic,
             )  # fmt: skip
         places = None if self.shards.spread is None else [self.shards.spread]
         for batch, parts in zip(self.batches, self.parts, strict=True):
-            batch.pack(parts, [0, 2, 3] if len(self.batches) == 1 else [0, 1, 2, 3])
+            batch.pack(parts, [0, *range(2, len(parts))] if len(self.batches) == 1 else range(len(parts)))
             run(
                 Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
-                self.columns, [batch.sums], places,
+                self.columns, [batch.sums], places, stochastic,
             )  # fmt: skip
             batch.packing.unpack(parts)
         for w, c in self.copies:
             w.copy_(c)
-        written = [x for k in (0, 2, 3) for x in self.tensors[k]] + ([] if self.plain else list(self.params))
+        written = [x for k, own in enumerate(self.tensors) if k != 1 for x in own]
+        written += [] if self.plain else list(self.params)
         inference = any(map(Tensor.is_inference, written))
         torch.autograd.graph.increment_version([x for x in written if not x.is_inference()] if inference else written)
         state = self.store.state(self.home)
@@ -395,10 +409,10 @@ class Plan:
         return self.report[: len(self.ids)].clone()
 
     def let_go(self) -> None:
-        """Forget parameters, gradients, moments and copies of weights."""
+        """Forget parameters, gradients, moments, remainders and copies of weights."""
         self.params = []
         self.blocks, self.tensors, self.parts, self.copies, self.moments = [], [], [], [], []
-        self.scaled_from = self.largest, self.rows.tree
+        self.scaled_from = self.largest, self.checksum, self.rows.tree
 
 
 class Batch(NamedTuple):
@@ -406,14 +420,14 @@ class Batch(NamedTuple):
 
     packing: Packing
     block: Block
-    largest: Tensor
+    read: list[Tensor]  # what inspect finds
     sums: Sums
     dirty: bool  # whether others leave something in the padding
 
-    def pack(self, parts: list[list[Any]], kinds: list[int]) -> None:
+    def pack(self, parts: list[list[Any]], kinds: Sequence[int]) -> None:
         """Copy these kinds of parts into the buffer, where the padding is 0."""
         if self.dirty:
-            buffers = self.block.p, self.block.g, self.block.m, self.block.v
+            buffers = memory(self.block)
             torch._foreach_zero_([buffers[k] for k in kinds])
         self.packing.pack(parts, kinds)
 
@@ -424,6 +438,6 @@ def as_bytes(codes: Tensor) -> Tensor:
 
 
 def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
-    """The rows of a large tensor; of contiguous p, g and moments."""
-    p, g, m, v = (x.as_strided((rows, ROW), (ROW, 1)) for x in (*tensors[:2], *map(as_bytes, tensors[2:])))
-    return Block(p, g, m, v, p, m, v)
+    """The rows of a large tensor; of contiguous p, g, moments and, if there are, remainders."""
+    p, g, m, v, *remainder = tensors
+    return in_place([x.as_strided((rows, ROW), (ROW, 1)) for x in (p, g, as_bytes(m), as_bytes(v), *remainder)])

@@ -46,6 +46,8 @@ class State:
     mask_count: int  # elements of that update whose sign was the gradient's; counted with ``caution`` only
     step: int
     salt: int
+    param_checksum: int = 0  # of the weights that param_remainder belongs to
+    param_remainder: Tensor | None = None  # int16; with ``param_rounding="exact"`` for bfloat16 weights only
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,15 @@ class Stats:
     skipped: bool
 
 
-def init(param: Tensor, salt: int, moment_dtype: str = "float8") -> State:
+def init(param: Tensor, salt: int, moment_dtype: str = "float8", param_rounding: str = "stochastic") -> State:
     """The state before the first step. An update is taken to be ±1 everywhere, as Adam's first one is."""
     fp8, n = moment_dtype == "float8", param.numel()
     moments = [torch.zeros(param.shape, dtype=torch.uint8 if fp8 else torch.float32) for _ in range(2)]
     scales = (MIN_SCALE_M, MIN_SCALE_V) if fp8 else (1.0, 1.0)
     weight_sum = clamped_sum(param.float(), WEIGHT_FLOOR)
-    return State(moments[0], scales[0], 0.0, moments[1], scales[1], 0.0, weight_sum, n << 20, n, 0, salt)
+    exact = param.dtype == torch.bfloat16 and param_rounding == "exact"
+    remainder = torch.zeros(param.shape, dtype=torch.int16) if exact else None
+    return State(moments[0], scales[0], 0.0, moments[1], scales[1], 0.0, weight_sum, n << 20, n, 0, salt, 0, remainder)
 
 
 def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0) -> tuple[Tensor, State, Stats]:
@@ -78,6 +82,12 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     """
     beta1, beta2 = h.betas
     weights = p.float()
+    if state.param_remainder is not None:  # exact: weights and remainders together are the float32 weights
+        remainder = state.param_remainder
+        if state.param_checksum != checksum(p):  # somebody else has changed the weights, which count as they are
+            remainder = torch.zeros_like(remainder)
+            state = replace(state, param_remainder=remainder, param_checksum=checksum(p))
+        weights = joined(p, remainder)
     g = f32(-grad_factor if h.maximize else grad_factor) * grad.float()
     fp8 = h.moment_dtype == "float8"
 
@@ -116,7 +126,17 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
 
     # The trust ratio comes from norms that are known before the step.
     ratio = trust_ratio(state.weight_sum, state.update_sum, h)
-    new_p = (weights - f32(h.lr * ratio) * u).to(p.dtype)
+    exact_p = weights - f32(h.lr * ratio) * u
+    words = rounding_words(p.numel(), state.salt, t).view(p.shape)
+    if state.param_remainder is not None:
+        new_p, remainder = split(exact_p)
+        state = replace(state, param_remainder=remainder, param_checksum=checksum(new_p))
+    elif p.dtype != torch.float32 and h.param_rounding == "stochastic":
+        new_p = round_weights(exact_p, words, p.dtype)
+        exact_p = new_p.float()
+    else:
+        new_p = exact_p.to(p.dtype)
+        exact_p = new_p.float()
     weight_norm, update_norm = (math.sqrt(x / SUM_UNITS) for x in (state.weight_sum, state.update_sum))
     stats = Stats(weight_norm, update_norm, ratio, skipped=False)
 
@@ -124,7 +144,6 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     if fp8:
         scale_m = power_of_two_scale(bound_m, E4M3_MAX, MIN_SCALE_M)
         scale_v = power_of_two_scale(bound_v, E5M2_MAX, MIN_SCALE_V)
-        words = rounding_words(m.numel(), state.salt, t).view(m.shape)
         codes_m = round_stochastically(m / scale_m, words >> 12, 20, torch.float8_e4m3fn)
         codes_v = round_stochastically(v / scale_v, words >> 11, 21, torch.float8_e5m2)
         codes_v = torch.where(v > 0, codes_v.clamp(min=1), codes_v)  # never 0 where v > 0: 1/sqrt(0) ruins the layer
@@ -135,6 +154,8 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     else:
         state = replace(state, exp_avg_codes=m, exp_avg_sq_codes=v)
     if bound_m == 0 and bound_v == 0:  # all moments are 0 and stay so: no step to count
+        if h.lr != 0 and h.weight_decay != 0:  # but the weights are rounded, the next time by other words
+            state = replace(state, salt=(state.salt + 1) & 0xFFFFFFFF)
         return new_p, state, stats
     return (
         new_p,
@@ -142,7 +163,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
             state,
             exp_avg_max=largest(m.abs()),
             exp_avg_sq_max=largest(v),
-            weight_sum=clamped_sum(new_p.float(), WEIGHT_FLOOR),
+            weight_sum=clamped_sum(exact_p, WEIGHT_FLOOR),
             update_sum=clamped_sum(u, h.eps),
             mask_count=mask_count,
             step=t,
@@ -253,8 +274,9 @@ def rounding_words(numel: int, salt: int, t: int, first: int = 0) -> Tensor:
 
 
 def grid(dtype: torch.dtype) -> Tensor:
-    """The finite non-negative values of an fp8 format in increasing order, float64; the position is the code."""
-    values = torch.arange(128, dtype=torch.uint8).view(dtype).double()
+    """The finite non-negative values of a float format in increasing order, float64; the position is the code."""
+    codes = torch.arange(1 << (8 * dtype.itemsize - 1))
+    values = codes.to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype).double()
     return values[torch.isfinite(values)]
 
 
@@ -278,3 +300,41 @@ def round_stochastically(x: Tensor, words: Tensor, bits: int, dtype: torch.dtype
     code = low + ((units + (words & (2**bits - 1))) >> bits)
     signed: Tensor = code + 128 * torch.signbit(x)
     return signed.to(torch.uint8)
+
+
+def round_weights(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 x rounded stochastically to bfloat16 or float16, by as many of the words' low bits as x has more.
+
+    The moments are rounded by the words' top 20 and 21 bits: by all that counts of these, others. What is beyond the
+    largest value lies between that and infinity as if the grid went on.
+    """
+    values = grid(dtype)
+    values = torch.cat([values, 2 * values[-1:] - values[-2:-1]])  # the position of infinity
+    bits = 16 if dtype == torch.bfloat16 else 13
+    magnitude = x.abs().double().nan_to_num(0.0, posinf=float(values[-1])).clamp(max=float(values[-1]))
+    low = (torch.searchsorted(values, magnitude, right=True) - 1).clamp(max=len(values) - 2)
+    fraction = (magnitude - values[low]) / (values[low + 1] - values[low])
+    units = torch.round(fraction * 2**bits).long()
+    code = low + ((units + (words & (2**bits - 1))) >> bits)
+    rounded = code.to(torch.int16).view(dtype)
+    return torch.where(x.isnan(), x.to(dtype), torch.where(torch.signbit(x), -rounded, rounded))
+
+
+def joined(p: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 weights whose bits are those of bfloat16 weights, followed by 16 zeros, plus the remainder."""
+    return (p.float().view(torch.int32) + remainder.int()).view(torch.float32)
+
+
+def split(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bfloat16 weights, and the remainders (int16) with which they are :func:`joined`.
+
+    Ties go away from 0. To even, 65,537 float32 values would go to each even bfloat16, and 16 bits tell 65,536 apart.
+    """
+    bits = torch.where(weights.isnan(), torch.nan, weights).view(torch.int32).long()
+    top = (bits + 0x8000) >> 16  # of the bits with their sign, the magnitude's below it
+    return top.to(torch.int16).view(torch.bfloat16), (bits - (top << 16)).to(torch.int16)
+
+
+def checksum(p: Tensor) -> int:
+    """Of bfloat16 weights: the sum modulo 2^32 of the hashes of their bits as float32. Their order does not matter."""
+    return int(hash32(p.float().view(torch.int32).long() & 0xFFFFFFFF).sum()) & 0xFFFFFFFF

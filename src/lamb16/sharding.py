@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fp8 import as_int32
 from .wrapped import PLAIN, plain
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 REDUCED_BYTES = 36  # per tensor and split mesh axis: three maxima of 4 and three sums of 8
 CLIP_BYTES = 16  # more where clipping is on: two sums
-MOST = 0x7FFFFFFF
+EXACT_BYTES = 16  # more where weights are kept exactly: their checksum, before and after the update
+MOST, MODULO = 0x7FFFFFFF, 0xFFFFFFFF
 MAX_JUMPS = 2  # dimensions beyond the first along which a tensor may be split
 
 
@@ -53,21 +55,26 @@ def placement(tensor: Tensor) -> Any:
 
 
 @torch.no_grad()
-def like(param: Tensor, shard: Tensor) -> Tensor:
-    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor."""
+def like(param: Tensor, shard: Tensor, *trailing: int) -> Tensor:
+    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor.
+
+    It has ``param``'s dimensions, and ``trailing`` ones after these.
+    """
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
 
-    strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
+    shape = torch.Size((*param.shape, *trailing))
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=tuple(strides))
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
 def like_param(param: Tensor, tensor: Tensor) -> Tensor:
     """This rank's part of ``tensor``, which is whole (the same on every rank) or spread in any way, as of ``param``.
 
-    A collective where the two are spread differently. ``tensor`` has ``param``'s shape; fp8 must come as uint8.
+    A collective where the two are spread differently. ``tensor`` has ``param``'s dimensions, and maybe more after
+    these; fp8 and int16 must come as uint8.
     """
     if not is_sharded(param):
         return plain(tensor)
@@ -272,6 +279,7 @@ class Bound:
         self.plans, self.table, self.device = plans, reduction.table, reduction.device
         self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
         # Whether all tensors of the step are shared by all ranks that share any, which then know the same of them.
+        self.exact = any(plan.kind.exact for plan in self.plans)
         self.alone = len(self.plans) == count and all(rows is None for _, rows in self.table.groups)
 
     def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
@@ -303,7 +311,20 @@ class Bound:
         for g, s, rows in zip(found, states, self.rows, strict=True):
             g[: len(rows)] = maxima[rows, 0]
             s.max_m[s.home], s.max_v[s.home] = (maxima[rows, k].view(torch.float32) for k in (1, 2))
+        if self.exact:
+            self._checksums()
         return False, False
+
+    def _checksums(self) -> None:
+        """Make checksums of weights, before a step, those of whole tensors."""
+        sums = [plan.scaled_from[1] for plan in self.plans]
+        pairs = [(x[: len(rows)], rows) for x, rows in zip(sums, self.rows, strict=True) if x is not None]
+        table = torch.zeros(self.table.count, 1, dtype=torch.int64, device=self.device)
+        for x, rows in pairs:
+            table[rows, 0] = x.long()
+        self.table.sum(table)
+        for x, rows in pairs:
+            x.copy_(as_int32(table[rows, 0]))
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
@@ -318,12 +339,17 @@ class Bound:
         states, parts = self._states(), []
         for plan, s in zip(self.plans, states, strict=True):
             # Without caution the last one stays: the first of the ranks gives it.
-            share = 1 if plan.kind.caution else plan.shards.first_rank[: len(s.home)]
-            parts.append(torch.stack([s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] * share], 1))
-        table = self._filled(parts, 3, torch.int64)[:-1]
+            first = plan.shards.first_rank[: len(s.home)]
+            shares = 1, 1, 1 if plan.kind.caution else first, 1 if plan.kind.exact else first
+            sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum
+            parts.append(torch.stack([x[s.home] * share for x, share in zip(sums, shares, strict=True)], 1))
+        width = 4 if self.exact else 3
+        table = self._filled([x[:, :width] for x in parts], width, torch.int64)[:-1]
         self.table.sum(table)
         for s, rows in zip(states, self.rows, strict=True):
-            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = table[rows].unbind(1)
+            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = table[rows, :3].unbind(1)
+            if self.exact:
+                s.checksum[s.home] = table[rows, 3] & MODULO
 
     def _states(self) -> list[State]:
         return [plan.store.state(plan.home[: len(plan.homes)]) for plan in self.plans]
@@ -378,7 +404,7 @@ def signature(plans: Sequence[Plan]) -> int:
     """31 bits of which split tensors are stepped, by salts and shapes."""
     return digest(
         [
-            (int(salt), tuple(p.shape))
+            (int(salt), tuple(p.shape), plan.kind[3:])
             for plan in plans
             for salt, p, place in zip(
                 plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, plan.layouts, strict=False
@@ -393,7 +419,7 @@ def digest(what: Any) -> int:
     return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & MOST
 
 
-def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
+def agree(error: Exception | None, params: Sequence[Tensor], where: str = "load_state_dict") -> None:
     """Raise on every rank that shares parameters with this one, or has replicas, if one of them has found an error.
 
     A collective for DTensor parameters; else it raises this rank's error, if there is one.
@@ -411,4 +437,4 @@ def agree(error: Exception | None, params: Sequence[Tensor]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ValueError("Lamb16.load_state_dict: another rank found its part of the state at fault, see its error")
+        raise ValueError(f"Lamb16.{where}: another rank found its part at fault, see its error. Nothing was changed.")

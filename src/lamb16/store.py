@@ -14,6 +14,8 @@ from torch import Tensor
 from . import cpu_copying, fp8, update
 from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
+from .remainder import CHECKSUM, REMAINDER, checksums, no_remainder
+from .remainder import resized as resized_remainder
 from .sharding import like, local
 from .update import State
 from .wrapped import is_fake
@@ -22,13 +24,13 @@ MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 TABLES: dict[torch.dtype, tuple[str, ...]] = {
     torch.float32: ("exp_avg_scale", "exp_avg_sq_scale", "exp_avg_max", "exp_avg_sq_max"),
     torch.int32: ("step", "salt"),
-    torch.int64: ("weight_sum", "update_sum", "mask_count"),
+    torch.int64: ("weight_sum", "update_sum", "mask_count", "param_checksum"),
 }
 SCALARS = tuple(name for names in TABLES.values() for name in names)
 ENTRIES = (*MOMENTS, *SCALARS)
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
-DERIVED = (*MAXIMA, "weight_sum", "update_sum", "mask_count")
+DERIVED = (*MAXIMA, "weight_sum", "update_sum", "mask_count", "param_checksum")
 COMPLETE = set(DERIVED)
 # What versions before 0.2 called the entries, as torch's Adam calls its moments, which these are not.
 OLD_NAMES = {
@@ -45,7 +47,7 @@ class Store:
     """Tables with a row per tensor and a column per scalar; row 0 is padding.
 
     A state whose entries are not this store's views (after loading or unpickling, or when someone replaced one, or its
-    memory) is read in again. 48 bytes per tensor. Nothing of the states is kept alive. So what is known of one is known
+    memory) is read in again. 56 bytes per tensor. Nothing of the states is kept alive. So what is known of one is known
     by what cannot be taken for another's: its moments by weak references, its scalars by their places in the tables.
     """
 
@@ -276,7 +278,9 @@ def _versions(moments: list[Tensor]) -> list[int]:
         return [0 if x.is_inference() else x._version for x in moments]
 
 
-def init_state(param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor] | None = None) -> dict[str, Any]:
+def init_state(
+    param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor] | None = None, exact: bool = False
+) -> dict[str, Any]:
     """The state of a parameter before its first step; codes and moments are contiguous and spread as it is.
 
     ``moments`` are taken as they are in place of new zeros. The sum of the weights is that of this rank's part.
@@ -296,6 +300,8 @@ def init_state(param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor]
         "exp_avg_max": torch.zeros((), device=device),
         "exp_avg_sq_max": torch.zeros((), device=device),
     }
+    if exact:
+        state[REMAINDER] = no_remainder(param)
     complete(param, state)
     return state
 
@@ -314,7 +320,7 @@ def complete(param: Tensor, state: dict[str, Any]) -> bool:
         return False
     if not set(MAXIMA) <= set(state):
         find_largest(state)
-    for name, value in (("update_sum", numel << 20), ("mask_count", numel)):
+    for name, value in (("update_sum", numel << 20), ("mask_count", numel), ("param_checksum", 0)):
         if name not in state:
             state[name] = torch.tensor(value, dtype=torch.int64, device=device)
     if "weight_sum" in state:
@@ -348,6 +354,9 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
         for name in ("update_sum", "mask_count"):
             found[name].fill_(int(state[name]) * new.numel() // old.numel())
     find_largest(found)
+    if REMAINDER in state:
+        found[REMAINDER] = resized_remainder(state, index, old, new)
+        found[CHECKSUM].fill_(checksums([new])[0])
     return found
 
 

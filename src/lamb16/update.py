@@ -14,6 +14,7 @@ packed one per row. ``plan.py`` cuts, ``reference.py`` says in plain words what 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ PIECE_BITS = 8
 PIECE = 1 << PIECE_BITS  # elements of a packed piece
 GOLDEN = 0x9E3779B9 - (1 << 32)
 MAGNITUDE = 0x7FFFFFFF  # of a float's bits
+NAN_BITS = 0x7FC00000
+LOW_BITS = 0xFFFF  # of float32, which bfloat16 has not
+HALF_NORMAL_BITS = 0x38800000  # 2^-14, the smallest normal float16
 INF_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
 WEIGHT_FLOOR_BITS = 0x3C23D70A  # 0.01, the least square of a weight in the norm
@@ -52,6 +56,14 @@ class Block(NamedTuple):
     tensor: Tensor | None = None  # [rows] int64: which row of the factor tables
     start: Tensor | None = None  # [rows, 1] int32: index of each row's first element
     length: Tensor | None = None  # [rows, 1] int32: elements of each row that count
+    remainder: Tensor | None = None  # [rows, columns] int16: of bfloat16 weights that are kept exactly
+    new_remainder: Tensor | None = None
+
+
+def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
+    """A block of p, g, m, v and, if there are, remainders, which writes to where it reads."""
+    p, g, m, v, *remainder = tensors
+    return Block(p, g, m, v, p, m, v, *(places or (None,) * 3), *remainder, *remainder)
 
 
 class Spread(NamedTuple):
@@ -62,13 +74,24 @@ class Spread(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What :func:`update` leaves of every row, int32 [rows]; the last three int64 where rows are long (export)."""
+    """What :func:`update` leaves of every row, int32 [rows]; those with ``*`` int64 where rows are long (export)."""
 
     max_m: Tensor  # largest code of |m|; the bits of the largest |m| where moments are float32
     max_v: Tensor
-    weights: Tensor  # Σ clamp(p², 0.01, 1) in units of 2^-20
-    updates: Tensor  # Σ clamp(u², eps, 1), likewise
-    agree: Tensor | None  # elements whose sign is the gradient's; with caution only
+    weights: Tensor  # Σ clamp(p², 0.01, 1) in units of 2^-20 *
+    updates: Tensor  # Σ clamp(u², eps, 1), likewise *
+    agree: Tensor | None = None  # elements whose sign is the gradient's; with caution only *
+    checksum: Tensor | None = None  # Σ hash(bits of p), modulo 2^32; of bfloat16 weights that are kept exactly
+
+    @classmethod
+    def of(cls, make: Callable[[], Tensor], caution: bool, exact: bool) -> Sums:
+        """Each of what ``make`` gives."""
+        there = (True, True, True, True, caution, exact)
+        return cls._make(make() if found else None for found in there)
+
+    def rows(self, part: slice) -> Sums:
+        """Those of some rows."""
+        return Sums._make(None if x is None else x[part] for x in self)
 
 
 class Factors(NamedTuple):
@@ -95,6 +118,7 @@ class Factors(NamedTuple):
     salt: Tensor
     base: Tensor  # index of a shard's first element
     keep: Tensor  # 0 where all is to stay as it is, else -1
+    join: Tensor  # -1 where the remainders are those of the weights, 0 where others have changed the weights
 
     @classmethod
     def of(cls, floats: Tensor, integers: Tensor) -> Factors:
@@ -103,7 +127,7 @@ class Factors(NamedTuple):
         return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
 
 
-INTEGERS = 4
+INTEGERS = 5
 FLOATS = len(Factors._fields) - INTEGERS
 
 
@@ -119,6 +143,7 @@ class State(NamedTuple):
     weight_sum: Tensor  # int64 [slots], of whole tensors
     update_sum: Tensor
     mask_count: Tensor
+    checksum: Tensor  # modulo 2^32
     home: Tensor  # int64 [tensors]: the slot of each
 
 
@@ -143,6 +168,7 @@ class Inputs(NamedTuple):
     base: Tensor  # int32 [tensors]: index of a shard's first element
     inverse_scale: Tensor  # float64 0-d: 1 / grad_scale, times the clip factor
     found_inf: Tensor  # float32 0-d
+    checksum: Tensor | None = None  # int32 [rows], see :func:`inspect`
 
 
 class Outputs(NamedTuple):
@@ -202,12 +228,14 @@ def inspect(blocks: list[Block], results: list[list[Tensor]], unit: Tensor | Non
 
     Without a ``unit`` there is one, the bits of max|g|. With it, float32 [2], two powers of two whose product brings
     every gradient below 1, there are two: the sum of the squares of the products in units of 2^-20, and that of what
-    these leave in units of 2^-40.
+    these leave in units of 2^-40. A second result without a ``unit`` is the checksum of the weights.
     """
     for block, result in zip(blocks, results, strict=True):
         g = block.g.float()
         if unit is None:
             result[0].copy_(bits(g).amax(1))
+            if len(result) > 1:
+                result[1].copy_(hashes_of(block.p.float()).sum(1, dtype=torch.int32))
             continue
         x = g * unit[0] * unit[1]
         square = torch.clamp(bits(x * x), max=ONE_BITS).view(torch.float32)
@@ -298,13 +326,18 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     norms = weight_sum.double() / update_sum.double()
     ratio = torch.clamp((sqrt64(norms) * h["trust_lr"] / lr.abs()) ** h["trust_scale"], max=h["trust_clip"])
 
+    join = torch.full_like(step, -1)
+    if inputs.checksum is not None:
+        same = checksum_of(inputs.checksum, inputs.tree) == state.checksum[state.home]
+        join = torch.where(same, join, 0)
+
     active = Factors(
         grad_factor,
         # β is rounded to float32 before it meets the scale, so that the product is exact.
         beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
         (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
         h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
-        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.home], inputs.base, torch.full_like(step, -1),
+        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.home], inputs.base, torch.full_like(step, -1), join,
     )  # fmt: skip
     # With gradients of zero codes decode, and encode, to themselves: -0 (zero times -1) keeps the sign of a zero.
     one = torch.ones_like(old_m)
@@ -321,6 +354,9 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     state.scale_m[state.home] = torch.where(skip, old_m, fresh_m)
     state.scale_v[state.home] = torch.where(skip, old_v, fresh_v)
     state.step[state.home] = step + counted.int()
+    # Where decay alone moves the weights, which is no step to count, they are to be rounded by other words each time.
+    decays = (lr != 0) & (h["weight_decay"] != 0) & torch.logical_not(skip | counted)
+    state.salt[state.home] = state.salt[state.home] + decays.int()
 
 
 def fold(rows: Sums, tree: Tree, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
@@ -338,6 +374,8 @@ def fold(rows: Sums, tree: Tree, counted: Tensor, first_rank: Tensor, state: Sta
     sums = [(state.weight_sum, rows.weights), (state.update_sum, rows.updates)]
     if rows.agree is not None:
         sums.append((state.mask_count, rows.agree))
+    if rows.checksum is not None:  # of the weights as they are now, whatever has become of them
+        state.checksum[home] = checksum_of(rows.checksum, tree)
     for column, x in sums:
         column[torch.where(counted | (first_rank == 0), home, 0)] = torch.where(counted, sum_of(x, tree), 0)
 
@@ -352,8 +390,9 @@ def update(
     columns: Tensor,
     sums: list[Sums],
     spread: list[Spread] | None,
+    stochastic: bool,
 ) -> None:
-    """One step over each block, in place.
+    """One step over each block, in place; weights with 16 bits are rounded to nearest if not ``stochastic``.
 
     ``floats`` and ``integers`` are rows of the factor tables, one of each per block; for packed rows the tables.
     ``columns`` are what :func:`make_columns` makes. Without ``spread`` shards begin with a row of the whole tensor, and
@@ -374,15 +413,19 @@ def update(
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
             words = fp8.element_words(global_index(index, spread[k], block.tensor) + f.base, f.salt)
         magnitude = columns[1, :width] if columns.device.type == "cpu" else None
-        update_block(block, f, words, magnitude, sums[k])
+        update_block(block, f, words, magnitude, sums[k], stochastic)
 
 
-def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor | None, sums: Sums) -> None:
+def update_block(
+    block: Block, f: Factors, words: Tensor, magnitude: Tensor | None, sums: Sums, stochastic: bool
+) -> None:
     """The rule over one block; ``words`` are the rounding words but for ``f.offset``, of the block's shape.
 
     ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape on CPUs.
     """
-    weights = block.p.float()
+    weights, words = block.p.float(), words + f.offset
+    if block.remainder is not None:
+        weights = (weights.view(torch.int32) + (block.remainder.to(torch.int32) & f.join)).view(torch.float32)
     g = masked(block.g.float() * f.grad_factor, f.keep)
     old_m = block.m if block.m.dtype == torch.float32 else fp8.decode(block.m, E4M3)
     old_v = block.v if block.v.dtype == torch.float32 else fp8.decode(block.v, E5M2)
@@ -396,14 +439,13 @@ def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor | No
         u = torch.where(agrees, u * f.share, 0.0)
         sums.agree.copy_(sum_of_rows(agrees.int(), block, 0, sums.agree.dtype))
     u = u + weights * f.weight_decay
-    new_p = (weights - masked(u * f.step_size, f.keep)).to(block.p.dtype)
-    block.new_p.copy_(new_p)
+    new_p = weights - masked(u * f.step_size, f.keep)
+    store_weights(block, new_p, words, sums, stochastic)
     if block.m.dtype == torch.float32:
         max_m, max_v = bits(m), bits(v)
         block.new_m.copy_(m)
         block.new_v.copy_(v)
     else:
-        words = words + f.offset
         max_m = fp8.encode(m.abs() * f.encode_m, words, E4M3)
         max_v = fp8.encode(v * f.encode_v, words, E5M2)
         max_v = torch.maximum(max_v, torch.clamp(v.view(torch.int32), max=1))  # never 0 where v > 0
@@ -411,10 +453,59 @@ def update_block(block: Block, f: Factors, words: Tensor, magnitude: Tensor | No
         block.new_v.copy_(max_v.to(torch.uint8))
     sums.max_m.copy_(max_m.amax(1))
     sums.max_v.copy_(max_v.amax(1))
-    new_p = new_p.float()
-    squares = units(new_p * new_p, WEIGHT_FLOOR_BITS)
-    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
     sums.updates.copy_(sum_of_rows(units(u * u, f.eps), block, EIGHT_BITS, sums.updates.dtype))
+
+
+def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stochastic: bool) -> None:
+    """Round the new weights (float32) to what the block has and store them, with their sums."""
+    dtype = block.p.dtype
+    if block.new_remainder is not None and sums.checksum is not None:
+        exact, nearest = split(weights)
+        block.new_p.copy_(nearest.to(dtype))
+        block.new_remainder.copy_((exact - nearest.view(torch.int32)).to(torch.int16))
+        sums.checksum.copy_(sum_of_rows(hashes_of(nearest), block, 0, torch.int32))
+    else:
+        if dtype != torch.float32 and stochastic:
+            weights = round_weights(weights, words, dtype)
+        new_p = weights.to(dtype)
+        block.new_p.copy_(new_p)
+        weights = new_p.float()
+    squares = units(weights * weights, WEIGHT_FLOOR_BITS)
+    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
+
+
+def split(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of float32 weights, int32, and the nearest bfloat16 values, float32; ties go away from 0."""
+    exact = signed(weights, torch.clamp(bits(weights), max=NAN_BITS)).view(torch.int32)
+    return exact, ((exact + (LOW_BITS + 1) // 2) & ~LOW_BITS).view(torch.float32)
+
+
+def round_weights(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 values of bfloat16 or float16: x, to whose magnitude as many of the words' low bits are added as go."""
+    magnitude = torch.clamp(bits(x), max=NAN_BITS)
+    if dtype == torch.bfloat16:
+        return signed(x, (magnitude + (words & LOW_BITS)) & ~LOW_BITS)
+    low = 0x1FFF  # of float32, which float16 has not
+    rounded = (magnitude + (words & low)) & ~low
+    # Adding float16's smallest normal value, 2^-14, lines a subnormal's bits up with the grid.
+    lifted = (magnitude.view(torch.float32) + 2.0**-14).view(torch.int32)
+    subnormal = ((lifted + (words & low)) & ~low).view(torch.float32) - 2.0**-14
+    return signed(x, torch.where(magnitude < HALF_NORMAL_BITS, subnormal.view(torch.int32), rounded))
+
+
+def signed(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Float32 values with the sign of x and these bits, int32 [...], of their magnitudes."""
+    return (magnitude | (x.view(torch.int32) & fp8.SIGN_BIT)).view(torch.float32)
+
+
+def hashes_of(weights: Tensor) -> Tensor:
+    """The hashes of float32 values' bits, int32."""
+    return fp8.hash32(weights.view(torch.int32))
+
+
+def checksum_of(rows: Tensor, tree: Tree) -> Tensor:
+    """The checksum of every tensor's weights, int64."""
+    return sum_of(rows, tree) & 0xFFFFFFFF
 
 
 def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tensor:

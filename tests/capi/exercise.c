@@ -40,38 +40,66 @@ static void fill(float *x, size_t n, uint32_t seed, float factor)
 
 /* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
-static lamb16_tensor make_tensor(size_t n, uint32_t salt)
+static size_t bytes(size_t n, int32_t dtype) { return n * (dtype == LAMB16_FLOAT32 ? sizeof(float) : sizeof(uint16_t)); }
+
+/* Noise as weights or gradients. */
+static void *make_array(size_t n, uint32_t seed, float factor, int32_t dtype)
+{
+    float *x = memory(n * sizeof(float));
+    fill(x, n, seed, factor);
+    if (dtype == LAMB16_FLOAT32)
+        return x;
+    uint16_t *found = memory(bytes(n, dtype));
+    CHECK(lamb16_round_weights(x, NULL, dtype, LAMB16_ROUNDING_NEAREST, found, NULL, n) == LAMB16_OK);
+    free(x);
+    return found;
+}
+
+/* With remainders where the weights are bfloat16. */
+static lamb16_tensor make_tensor_of(size_t n, uint32_t salt, int32_t param_dtype, int32_t grad_dtype)
 {
     lamb16_tensor x;
     memset(&x, 0, sizeof x);
     x.numel = n;
+    x.param_dtype = param_dtype;
     x.exp_avg_codes = memory(n);
     x.exp_avg_sq_codes = memory(n);
     x.salt = salt;
+    x.param_checksum = 99;
     memset(x.exp_avg_codes, 0xFF, n);
     memset(x.exp_avg_sq_codes, 0xFF, n);
-    x.param = memory(n * sizeof(float));
-    fill(x.param, n, salt, 1.0f);
+    x.param = make_array(n, salt, 1.0f, param_dtype);
+    if (param_dtype == LAMB16_BFLOAT16) {
+        x.param_remainder = memory(n * sizeof(int16_t));
+        memset(x.param_remainder, 0xFF, n * sizeof(int16_t));
+    }
     CHECK(lamb16_init(&x) == LAMB16_OK); /* before there are gradients */
-    CHECK(x.update_sum == (int64_t)n << 20 && x.mask_count == (int64_t)n);
-    float *grad = memory(n * sizeof(float));
-    fill(grad, n, salt + 12345, 0.01f);
-    x.grad = grad;
+    CHECK(x.update_sum == (int64_t)n << 20 && x.mask_count == (int64_t)n && x.param_checksum == 0);
+    for (size_t i = 0; x.param_remainder != NULL && i < n; i++)
+        CHECK(x.param_remainder[i] == 0);
+    x.grad = make_array(n, salt + 12345, 0.01f, grad_dtype);
+    x.grad_dtype = grad_dtype;
     return x;
+}
+
+static lamb16_tensor make_tensor(size_t n, uint32_t salt)
+{
+    return make_tensor_of(n, salt, LAMB16_FLOAT32, LAMB16_FLOAT32);
+}
+
+static void *copied(const void *x, size_t size)
+{
+    return x == NULL ? NULL : memcpy(memory(size), x, size);
 }
 
 static lamb16_tensor copy_tensor(const lamb16_tensor *x)
 {
     lamb16_tensor copy = *x;
-    float *grad = memory(x->numel * sizeof(float));
-    copy.param = memory(x->numel * sizeof(float));
-    copy.exp_avg_codes = memory(x->numel);
-    copy.exp_avg_sq_codes = memory(x->numel);
-    memcpy(copy.param, x->param, x->numel * sizeof(float));
-    memcpy(grad, x->grad, x->numel * sizeof(float));
-    memcpy(copy.exp_avg_codes, x->exp_avg_codes, x->numel);
-    memcpy(copy.exp_avg_sq_codes, x->exp_avg_sq_codes, x->numel);
-    copy.grad = grad;
+    copy.param = copied(x->param, bytes(x->numel, x->param_dtype));
+    copy.grad = copied(x->grad, bytes(x->numel, x->grad_dtype));
+    copy.exp_avg_codes = copied(x->exp_avg_codes, x->numel);
+    copy.exp_avg_sq_codes = copied(x->exp_avg_sq_codes, x->numel);
+    copy.param_remainder = copied(x->param_remainder, x->numel * sizeof(int16_t));
     return copy;
 }
 
@@ -81,17 +109,22 @@ static void free_tensor(lamb16_tensor *x)
     free((void *)x->grad);
     free(x->exp_avg_codes);
     free(x->exp_avg_sq_codes);
+    free(x->param_remainder);
 }
 
 static int same(const lamb16_tensor *a, const lamb16_tensor *b)
 {
-    return memcmp(a->param, b->param, a->numel * sizeof(float)) == 0 &&
-           memcmp(a->grad, b->grad, a->numel * sizeof(float)) == 0 &&
-           memcmp(a->exp_avg_codes, b->exp_avg_codes, a->numel) == 0 && memcmp(a->exp_avg_sq_codes, b->exp_avg_sq_codes, a->numel) == 0 &&
-           a->numel == b->numel && a->exp_avg_scale == b->exp_avg_scale && a->exp_avg_sq_scale == b->exp_avg_sq_scale &&
+    return a->param_dtype == b->param_dtype && a->grad_dtype == b->grad_dtype && a->numel == b->numel &&
+           memcmp(a->param, b->param, bytes(a->numel, a->param_dtype)) == 0 &&
+           memcmp(a->grad, b->grad, bytes(a->numel, a->grad_dtype)) == 0 &&
+           memcmp(a->exp_avg_codes, b->exp_avg_codes, a->numel) == 0 &&
+           memcmp(a->exp_avg_sq_codes, b->exp_avg_sq_codes, a->numel) == 0 &&
+           (a->param_remainder == NULL ||
+            memcmp(a->param_remainder, b->param_remainder, a->numel * sizeof(int16_t)) == 0) &&
+           a->exp_avg_scale == b->exp_avg_scale && a->exp_avg_sq_scale == b->exp_avg_sq_scale &&
            a->exp_avg_max == b->exp_avg_max && a->exp_avg_sq_max == b->exp_avg_sq_max &&
            a->weight_sum == b->weight_sum && a->update_sum == b->update_sum && a->mask_count == b->mask_count &&
-           a->step == b->step && a->salt == b->salt;
+           a->param_checksum == b->param_checksum && a->step == b->step && a->salt == b->salt;
 }
 
 static lamb16_hyper usual(void)
@@ -176,12 +209,52 @@ static void codes(const format *f)
     CHECK(isnan(f->scale(-1.0f)) && isnan(f->scale(INFINITY)) && isnan(f->scale(NAN)));
 }
 
+/* ---- weights with 16 bits ---------------------------------------------------------------------------------------- */
+
+static void weights(void)
+{
+    const int32_t dtypes[] = {LAMB16_BFLOAT16, LAMB16_FLOAT16};
+    const uint32_t truncate[] = {0xFFFF0000u, 0xFFFFE000u}, up[] = {0x0000FFFFu, 0x00001FFFu};
+    const float ulp[] = {0x1p-7f, 0x1p-10f}, largest[] = {0x1.FEp127f, 65504.0f};
+    for (int k = 0; k < 2; k++) {
+        float x[] = {1.0f + 0.5f * ulp[k], -1.0f - 1.5f * ulp[k], -0.0f, INFINITY, NAN, largest[k], FLT_MAX}, back[7];
+        const uint32_t low[] = {truncate[k], truncate[k], truncate[k], truncate[k], truncate[k], truncate[k], truncate[k]};
+        uint32_t high[7];
+        uint16_t found[7];
+        for (int i = 0; i < 7; i++)
+            high[i] = up[k];
+        CHECK(lamb16_round_weights(x, low, dtypes[k], LAMB16_ROUNDING_STOCHASTIC, found, NULL, 7) == LAMB16_OK);
+        CHECK(lamb16_widen_weights(found, NULL, dtypes[k], back, 7) == LAMB16_OK);
+        CHECK(back[0] == 1.0f && back[1] == -1.0f - ulp[k] && back[2] == 0.0f && signbit(back[2]));
+        CHECK(back[3] == INFINITY && isnan(back[4]) && back[5] == largest[k]);
+        CHECK(k == 0 ? back[6] == largest[0] : back[6] == INFINITY);
+        CHECK(lamb16_round_weights(x, high, dtypes[k], LAMB16_ROUNDING_STOCHASTIC, found, NULL, 7) == LAMB16_OK);
+        CHECK(lamb16_widen_weights(found, NULL, dtypes[k], back, 7) == LAMB16_OK);
+        CHECK(back[0] == 1.0f + ulp[k] && back[1] == -1.0f - 2.0f * ulp[k] && back[5] == largest[k]);
+        CHECK(back[6] == INFINITY && found[4] == (k == 0 ? 0x7FC0 : 0x7E00));
+        CHECK(lamb16_round_weights(x, NULL, dtypes[k], LAMB16_ROUNDING_NEAREST, found, NULL, 7) == LAMB16_OK);
+        CHECK(lamb16_widen_weights(found, NULL, dtypes[k], back, 7) == LAMB16_OK);
+        CHECK(back[0] == 1.0f && back[1] == -1.0f - 2.0f * ulp[k] && back[6] == INFINITY); /* ties to even */
+    }
+    const float x[] = {1.0f + 0x1p-8f, -1.0f - 0x1p-8f, -0.0f, -NAN, FLT_MAX, FLT_TRUE_MIN};
+    float back[6];
+    uint16_t found[6];
+    int16_t rest[6];
+    CHECK(lamb16_round_weights(x, NULL, LAMB16_BFLOAT16, LAMB16_ROUNDING_EXACT, found, rest, 6) == LAMB16_OK);
+    CHECK(found[0] == 0x3F81 && rest[0] == -0x8000 && found[1] == 0xBF81 && rest[1] == -0x8000); /* ties from 0 */
+    CHECK(found[3] == 0x7FC0 && rest[3] == 0 && found[4] == 0x7F80 && rest[4] == -1);
+    CHECK(lamb16_widen_weights(found, rest, LAMB16_BFLOAT16, back, 6) == LAMB16_OK);
+    for (int i = 0; i < 6; i++)
+        CHECK(i == 3 ? isnan(back[i]) : back[i] == x[i] && !signbit(back[i]) == !signbit(x[i]));
+}
+
 /* ---- steps ------------------------------------------------------------------------------------------------------- */
 
-static void steps(size_t n)
+static void steps(size_t n, int32_t param_dtype, int32_t grad_dtype, int32_t rounding)
 {
     lamb16_hyper h = usual();
-    lamb16_tensor x = make_tensor(n, 99), start = copy_tensor(&x);
+    h.param_rounding = rounding;
+    lamb16_tensor x = make_tensor_of(n, 99, param_dtype, grad_dtype), start = copy_tensor(&x);
     lamb16_stats stats;
     for (int t = 1; t <= 3; t++) {
         double weight_norm = sqrt((double)x.weight_sum / 1048576.0);
@@ -236,6 +309,40 @@ static void skipped_steps(size_t n)
     free_tensor(&x);
 }
 
+/* Remainders go where something else has set a weight, in a step that leaves the tensor out too. */
+static void remainders_of_other_weights(size_t n)
+{
+    lamb16_hyper h = usual();
+    lamb16_stats stats;
+    h.param_rounding = LAMB16_ROUNDING_EXACT;
+    lamb16_tensor x = make_tensor_of(n, 3, LAMB16_BFLOAT16, LAMB16_FLOAT32);
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK);
+    int64_t sum = x.param_checksum;
+    CHECK(x.param_remainder[0] != 0);
+    lamb16_tensor before = copy_tensor(&x);
+    CHECK(lamb16_step(&x, &h, 1e300, &stats) == LAMB16_OK && stats.skipped && same(&x, &before));
+    ((uint16_t *)x.param)[n - 1] ^= 1;
+    CHECK(lamb16_step(&x, &h, 1e300, &stats) == LAMB16_OK && stats.skipped && x.param_checksum != sum);
+    for (size_t i = 0; i < n; i++)
+        CHECK(x.param_remainder[i] == 0);
+    free_tensor(&before);
+    before = copy_tensor(&x);
+    x.param_remainder[0] = 77; /* which is the weights' own while their checksum is right */
+    h.lr = 0.0;
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK);
+    CHECK(x.param_remainder[0] == 77 && x.param_checksum == before.param_checksum);
+    CHECK(memcmp(x.param, before.param, n * sizeof(uint16_t)) == 0);
+    h.param_rounding = LAMB16_ROUNDING_NEAREST; /* without them, and NULL is as good */
+    h.lr = 0.01;
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK);
+    CHECK(x.param_remainder[0] == 77 && x.param_checksum == before.param_checksum);
+    free(x.param_remainder);
+    x.param_remainder = NULL;
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK);
+    free_tensor(&x);
+    free_tensor(&before);
+}
+
 static void decoded_moments_that_overflow(void)
 {
     lamb16_hyper h = usual();
@@ -260,6 +367,17 @@ static void zero_gradients_leave_no_trace(void)
     CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && same(&x, &before));
     free_tensor(&x);
     free_tensor(&before);
+}
+
+static void decay_alone_changes_the_salt(void)
+{
+    lamb16_hyper h = usual();
+    lamb16_tensor x = make_tensor(7, UINT32_MAX);
+    memset((void *)x.grad, 0, 7 * sizeof(float));
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && x.salt == 0 && x.step == 0);
+    h.weight_decay = 0.0;
+    CHECK(lamb16_step(&x, &h, 1.0, NULL) == LAMB16_OK && x.salt == 0);
+    free_tensor(&x);
 }
 
 static void lists(void)
@@ -309,6 +427,14 @@ static void gradient_norms(void)
     list[0].numel = 4;
     list[0].grad = huge;
     CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && fabs(norm / FLT_MAX - 2.0) < 1e-6);
+    uint16_t halves[] = {0x4200, 0xC400}, brain[] = {0x4040, 0xC080}; /* 3 and -4 */
+    list[0].numel = 2;
+    list[0].grad = halves;
+    list[0].grad_dtype = LAMB16_FLOAT16;
+    CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && norm == 5.0);
+    list[0].grad = brain;
+    list[0].grad_dtype = LAMB16_BFLOAT16;
+    CHECK(lamb16_grad_norm(list, 1, &norm) == LAMB16_OK && norm == 5.0);
     CHECK(lamb16_clip_factor(0.5, 1.0) == 1.0 && lamb16_clip_factor(0.0, INFINITY) == 1.0);
     CHECK(lamb16_clip_factor(4.0, 1.0) == 1.0 / (4.0 + 1e-6));
 }
@@ -391,6 +517,8 @@ static void wrong_hyperparameters(lamb16_tensor *list)
     REFUSED_HYPER(caution, -1, LAMB16_BAD_CAUTION);
     REFUSED_HYPER(maximize, 2, LAMB16_BAD_MAXIMIZE);
     REFUSED_HYPER(maximize, -1, LAMB16_BAD_MAXIMIZE);
+    REFUSED_HYPER(param_rounding, 3, LAMB16_BAD_PARAM_ROUNDING);
+    REFUSED_HYPER(param_rounding, -1, LAMB16_BAD_PARAM_ROUNDING);
 }
 
 static void wrong_tensors(lamb16_tensor *list)
@@ -403,7 +531,7 @@ static void wrong_tensors(lamb16_tensor *list)
     REFUSED_TENSOR(param, (void *)((char *)list[1].param + 1), LAMB16_MISALIGNED);
     REFUSED_TENSOR(grad, (void *)((char *)(void *)list[1].grad + 2), LAMB16_MISALIGNED);
     REFUSED_TENSOR(grad, list[1].param, LAMB16_OVERLAP);
-    REFUSED_TENSOR(grad, list[1].param + 6, LAMB16_OVERLAP);
+    REFUSED_TENSOR(grad, (float *)list[1].param + 6, LAMB16_OVERLAP);
     REFUSED_TENSOR(exp_avg_codes, (uint8_t *)list[1].param + 27, LAMB16_OVERLAP);
     REFUSED_TENSOR(exp_avg_sq_codes, list[1].exp_avg_codes + 6, LAMB16_OVERLAP);
     REFUSED_TENSOR(exp_avg_sq_codes, (uint8_t *)(void *)list[1].grad, LAMB16_OVERLAP);
@@ -421,6 +549,12 @@ static void wrong_tensors(lamb16_tensor *list)
     REFUSED_TENSOR(update_sum, -1, LAMB16_BAD_UPDATE_SUM);
     REFUSED_TENSOR(mask_count, -1, LAMB16_BAD_MASK_COUNT);
     REFUSED_TENSOR(mask_count, 8, LAMB16_BAD_MASK_COUNT);
+    REFUSED_TENSOR(param_checksum, -1, LAMB16_BAD_PARAM_CHECKSUM);
+    REFUSED_TENSOR(param_checksum, (int64_t)1 << 32, LAMB16_BAD_PARAM_CHECKSUM);
+    REFUSED_TENSOR(param_dtype, 3, LAMB16_BAD_PARAM_DTYPE);
+    REFUSED_TENSOR(param_dtype, -1, LAMB16_BAD_PARAM_DTYPE);
+    REFUSED_TENSOR(grad_dtype, 3, LAMB16_BAD_GRAD_DTYPE);
+    REFUSED_TENSOR(grad_dtype, -1, LAMB16_BAD_GRAD_DTYPE);
     REFUSED_TENSOR(step, -1, LAMB16_BAD_STEP);
     REFUSED_TENSOR(step, INT32_MAX, LAMB16_BAD_STEP);
     const uint8_t wrong_m[] = {0x7F, 0xFF}, wrong_v[] = {0x7C, 0x7D, 0x7F, 0x80, 0x81, 0xFC};
@@ -455,6 +589,92 @@ static void too_small_maxima(lamb16_tensor *list)
     list[1].exp_avg_max = list[1].exp_avg_sq_max = 0.0f;
 }
 
+#define REFUSED_EXACT(field, value, status)         \
+    do {                                            \
+        lamb16_tensor kept = list[1];               \
+        list[1].field = (value);                    \
+        refused(list, &exact, status, __LINE__);    \
+        list[1] = kept;                             \
+    } while (0)
+
+/* What goes with floats, or with another rounding, and not with remainders. */
+static void wrong_halves(void)
+{
+    lamb16_hyper exact = usual(), h = usual();
+    exact.param_rounding = LAMB16_ROUNDING_EXACT;
+    lamb16_tensor list[] = {make_tensor_of(7, 1, LAMB16_BFLOAT16, LAMB16_FLOAT32),
+                            make_tensor_of(7, 2, LAMB16_BFLOAT16, LAMB16_BFLOAT16)};
+    REFUSED_EXACT(param_dtype, LAMB16_FLOAT16, LAMB16_EXACT_FLOAT16);
+    REFUSED_EXACT(param_remainder, NULL, LAMB16_NO_REMAINDER);
+    REFUSED_EXACT(param_remainder, (void *)((char *)list[1].param_remainder + 1), LAMB16_MISALIGNED);
+    REFUSED_EXACT(param, (void *)((char *)list[1].param + 1), LAMB16_MISALIGNED);
+    REFUSED_EXACT(grad, (void *)((char *)(void *)list[1].grad + 1), LAMB16_MISALIGNED);
+    REFUSED_EXACT(param_remainder, (int16_t *)list[1].param + 6, LAMB16_OVERLAP);
+    REFUSED_EXACT(param_remainder, (int16_t *)(void *)list[1].grad + 6, LAMB16_OVERLAP);
+    REFUSED_EXACT(exp_avg_codes, (uint8_t *)list[1].param_remainder + 13, LAMB16_OVERLAP);
+
+    lamb16_tensor kept = list[1]; /* what follows the last element, two bytes each, is not theirs */
+    char *two = memory(4 * 7);
+    memset(two, 0, 4 * 7);
+    list[1].param = two;
+    list[1].grad = two + 2 * 7;
+    CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
+    list[1] = kept;
+    list[1].param_remainder = (int16_t *)list[1].param; /* ignored with another rounding */
+    CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
+    list[1].param_remainder = list[0].param_remainder;
+    CHECK(lamb16_check(&list[1], &exact) == LAMB16_OK);
+    lamb16_tensor first = copy_tensor(&list[0]);
+    expect(LAMB16_OVERLAP, lamb16_step_list(list, 2, &exact, 1.0, NULL), __LINE__);
+    CHECK(same(&first, &list[0]));
+    list[1] = kept;
+    list[1].param_dtype = LAMB16_FLOAT16; /* two bytes fit, but they are no bfloat16: no remainders with either */
+    CHECK(lamb16_check(&list[1], &h) == LAMB16_OK);
+    list[1] = kept;
+
+    lamb16_tensor x = kept;
+    x.param_dtype = 3;
+    expect(LAMB16_BAD_PARAM_DTYPE, lamb16_init(&x), __LINE__);
+    x = kept;
+    x.param_remainder = (int16_t *)x.param + 6;
+    expect(LAMB16_OVERLAP, lamb16_init(&x), __LINE__);
+    x.param_remainder = (void *)((char *)kept.param_remainder + 1);
+    expect(LAMB16_MISALIGNED, lamb16_init(&x), __LINE__);
+    x = kept;
+    x.param = (void *)((char *)kept.param + 1);
+    expect(LAMB16_MISALIGNED, lamb16_init(&x), __LINE__);
+    free(two);
+    free_tensor(&first);
+    free_tensor(&list[0]);
+    free_tensor(&list[1]);
+}
+
+static void wrong_roundings(void)
+{
+    float x[] = {1.0f};
+    uint32_t random[] = {0};
+    uint16_t to[] = {7};
+    int16_t rest[] = {7};
+    const int32_t bf16 = LAMB16_BFLOAT16, f16 = LAMB16_FLOAT16;
+    const int32_t stochastic = LAMB16_ROUNDING_STOCHASTIC, nearest = LAMB16_ROUNDING_NEAREST;
+    const int32_t exact = LAMB16_ROUNDING_EXACT;
+    expect(LAMB16_BAD_PARAM_DTYPE, lamb16_round_weights(x, random, LAMB16_FLOAT32, nearest, to, rest, 1), __LINE__);
+    expect(LAMB16_BAD_PARAM_DTYPE, lamb16_round_weights(x, random, 3, nearest, to, rest, 1), __LINE__);
+    expect(LAMB16_BAD_PARAM_ROUNDING, lamb16_round_weights(x, random, bf16, 3, to, rest, 1), __LINE__);
+    expect(LAMB16_EXACT_FLOAT16, lamb16_round_weights(x, random, f16, exact, to, rest, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_round_weights(NULL, random, bf16, nearest, to, rest, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_round_weights(x, NULL, bf16, stochastic, to, rest, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_round_weights(x, random, bf16, nearest, NULL, rest, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_round_weights(x, random, bf16, exact, to, NULL, 1), __LINE__);
+    expect(LAMB16_BAD_PARAM_DTYPE, lamb16_widen_weights(to, NULL, LAMB16_FLOAT32, x, 1), __LINE__);
+    expect(LAMB16_EXACT_FLOAT16, lamb16_widen_weights(to, rest, f16, x, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_widen_weights(NULL, rest, bf16, x, 1), __LINE__);
+    expect(LAMB16_NULL_POINTER, lamb16_widen_weights(to, rest, bf16, NULL, 1), __LINE__);
+    CHECK(to[0] == 7 && rest[0] == 7 && x[0] == 1.0f);
+    CHECK(lamb16_round_weights(NULL, NULL, bf16, stochastic, NULL, NULL, 0) == LAMB16_OK);
+    CHECK(lamb16_widen_weights(NULL, NULL, f16, NULL, 0) == LAMB16_OK);
+}
+
 static void wrong_factors(lamb16_tensor *list)
 {
     const double factors[] = {-1e-300, INFINITY, NAN};
@@ -476,8 +696,14 @@ static void wrong_norms(lamb16_tensor *list)
     expect(LAMB16_NULL_POINTER, lamb16_grad_norm(NULL, 1, &norm), __LINE__);
     x.grad = NULL;
     expect(LAMB16_NULL_POINTER, lamb16_grad_norm(&x, 1, &norm), __LINE__);
-    x.grad = (const float *)(const void *)((const char *)(const void *)list[0].grad + 2);
+    x.grad = (const char *)list[0].grad + 2;
     expect(LAMB16_MISALIGNED, lamb16_grad_norm(&x, 1, &norm), __LINE__);
+    x.grad_dtype = LAMB16_FLOAT16; /* whose two bytes are aligned there */
+    CHECK(lamb16_grad_norm(&x, 1, &norm) == LAMB16_OK);
+    norm = 7.0;
+    x.grad_dtype = 3;
+    expect(LAMB16_BAD_GRAD_DTYPE, lamb16_grad_norm(&x, 1, &norm), __LINE__);
+    x.grad_dtype = LAMB16_FLOAT32;
     x.numel = SIZE_MAX / 2;
     expect(LAMB16_BAD_NUMEL, lamb16_grad_norm(&x, 1, &norm), __LINE__);
     CHECK(norm == 7.0);
@@ -506,6 +732,8 @@ static void mistakes(void)
     wrong_hyperparameters(list);
     wrong_tensors(list);
     too_small_maxima(list);
+    wrong_halves();
+    wrong_roundings();
     wrong_factors(list);
     wrong_norms(list);
     lamb16_tensor kept[] = {list[0], list[1]};
@@ -553,9 +781,9 @@ static void mistakes(void)
 /* Every status has a text of its own and, but for LAMB16_OK, was met above. */
 static void statuses(void)
 {
-    for (int a = LAMB16_OK; a <= LAMB16_BAD_STEP; a++) {
+    for (int a = LAMB16_OK; a <= LAMB16_BAD_PARAM_CHECKSUM; a++) {
         CHECK(a == LAMB16_OK || seen[a]);
-        for (int b = a + 1; b <= LAMB16_BAD_STEP + 1; b++)
+        for (int b = a + 1; b <= LAMB16_BAD_PARAM_CHECKSUM + 1; b++)
             CHECK(strcmp(lamb16_status_string((lamb16_status)a), lamb16_status_string((lamb16_status)b)) != 0);
     }
 }
@@ -566,12 +794,18 @@ int main(void)
     words();
     codes(&FORMATS[0]);
     codes(&FORMATS[1]);
+    weights();
     for (int i = 0; i < 5; i++)
-        steps(sizes[i]);
+        for (int32_t rounding = LAMB16_ROUNDING_STOCHASTIC; rounding <= LAMB16_ROUNDING_EXACT; rounding++)
+            for (int32_t k = LAMB16_FLOAT32; k <= LAMB16_FLOAT16; k++)
+                if (k != LAMB16_FLOAT16 || rounding != LAMB16_ROUNDING_EXACT)
+                    steps(sizes[i], k, (k + rounding) % 3, rounding);
+    remainders_of_other_weights(70001);
     for (int i = 1; i < 5; i++)
         skipped_steps(sizes[i]);
     decoded_moments_that_overflow();
     zero_gradients_leave_no_trace();
+    decay_alone_changes_the_salt();
     lists();
     gradient_norms();
     mistakes();

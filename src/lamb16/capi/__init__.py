@@ -1,4 +1,4 @@
-"""The C reference: where its sources are, how to build it, and the functions of its library as Python calls.
+"""The C reference: the functions of its library as Python calls; ``building.py`` builds it.
 
 ``lamb16.h`` documents the functions. :class:`Library` takes and returns what :mod:`lamb16.reference` does, so that
 ``library.step`` stands wherever ``reference.step`` does; what it computes comes from C alone.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,21 +18,28 @@ import torch
 from torch import Tensor
 
 from lamb16 import hyper
-from lamb16.hyper import Hyper
+from lamb16.capi.building import (
+    COMPILERS,
+    FLAGS,
+    BuildError,
+    NoCompilerError,
+    build,
+    find_compiler,
+    include,
+    run_compiler,
+    sources,
+)
+from lamb16.hyper import ROUNDINGS, Hyper
 from lamb16.reference import State, Stats
 
-COMPILERS = ("gcc", "clang")
-FLAGS = ("-std=c11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pedantic")
+__all__ = (
+    "COMPILERS", "DTYPES", "FLAGS", "NEAREST", "BuildError", "CHyper", "CStats", "CTensor", "Library",
+    "NoCompilerError", "StatusError", "build", "c_hyper", "find_compiler", "include", "load", "run_compiler", "sources",
+)  # fmt: skip
+
 NEAREST = 0x80000000  # the word with which the encoders round to nearest
 OK, NULL_POINTER = 0, 1  # of lamb16_status; the others are only handed on
-
-
-class NoCompilerError(RuntimeError):
-    """There is no C compiler."""
-
-
-class BuildError(RuntimeError):
-    """The compiler refused the sources, or wrote nothing; the message holds the command or what it said."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and gradients, in the order of lamb16_dtype
 
 
 class StatusError(ValueError):
@@ -47,73 +50,6 @@ class StatusError(ValueError):
         self.status = status
 
 
-def include() -> Path:
-    """The folder with ``lamb16.h``, for a compiler's -I."""
-    return Path(__file__).parent
-
-
-def sources() -> list[Path]:
-    """The C files to compile."""
-    return [include() / "lamb16.c"]
-
-
-def find_compiler(compiler: str | None = None) -> list[str]:
-    """The command of a C compiler: the given one, else $CC (which may have arguments), gcc, clang or cc.
-
-    Raises:
-        NoCompilerError: it is not on the PATH, or none of these is.
-    """
-    chosen = shlex.split(os.environ.get("CC", ""))
-    wanted = [[compiler]] if compiler else [chosen, *([name] for name in (*COMPILERS, "cc"))]
-    for words in wanted:
-        found = shutil.which(words[0]) if words else None
-        if found:
-            return [found, *words[1:]]
-    names = ", ".join(words[0] for words in wanted if words)
-    raise NoCompilerError(f"no C compiler: {names} not found on the PATH; install gcc or clang, or name one in CC")
-
-
-def build(
-    folder: str | Path,
-    compiler: str | None = None,
-    flags: Sequence[str] = FLAGS,
-    files: Sequence[Path] | None = None,
-) -> Path:
-    """Compile the C reference into a shared library and return its path, ``folder/liblamb16.so``.
-
-    Args:
-        folder: made if it is missing.
-        compiler: its name or path; None for the first one found.
-        flags: of the compiler, in place of :data:`FLAGS`; -fPIC, -shared, the include path and -lm are added.
-        files: other C files in place of :func:`sources`.
-
-    Raises:
-        NoCompilerError: there is no such compiler.
-        BuildError: it failed, or wrote no library.
-    """
-    folder = Path(folder)
-    library = folder / "liblamb16.so"
-    command = [*find_compiler(compiler), *flags, "-fPIC", "-shared"]
-    folder.mkdir(parents=True, exist_ok=True)
-    run_compiler(command, files or sources(), library, ["-lm"])
-    return library
-
-
-def run_compiler(command: Sequence[str], files: Sequence[Path], output: Path, link: Sequence[str]) -> None:
-    """Compile files with ``lamb16.h`` on the include path; raises BuildError."""
-    arguments = [*command, f"-I{include()}", *map(str, files), "-o", str(output), *link]
-    if output.is_file():  # it would hide that none was written
-        output.unlink()
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"{' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
-    if not output.is_file():
-        raise BuildError(
-            f"{command[0]} wrote no {output.name}: it is no C compiler, or was told not to link; name gcc or clang, "
-            f"without such options. The command: {' '.join(arguments)}"
-        )
-
-
 @functools.cache
 def load() -> Library:
     """The C reference, built with the first compiler found, once per process."""
@@ -122,9 +58,15 @@ def load() -> Library:
 
 
 class CHyper(ctypes.Structure):
-    """lamb16_hyper: the fields are those of :data:`lamb16.hyper.NUMBERS`, flags int32 and the others double."""
+    """lamb16_hyper: the fields are those of :data:`lamb16.hyper.NUMBERS`, flags int32 and the others double.
 
-    _fields_ = [(name, ctypes.c_int32 if name in hyper.FLAGS else ctypes.c_double) for name in hyper.NUMBERS]
+    The last is a lamb16_rounding, the place of param_rounding in :data:`lamb16.hyper.ROUNDINGS`.
+    """
+
+    _fields_ = [(name, ctypes.c_int32 if name in hyper.FLAGS else ctypes.c_double) for name in hyper.NUMBERS] + [
+        ("param_rounding", ctypes.c_int32)
+    ]
+    NAMES = tuple(field[0] for field in _fields_)
 
 
 class CTensor(ctypes.Structure):
@@ -132,10 +74,13 @@ class CTensor(ctypes.Structure):
 
     _fields_ = [
         ("numel", ctypes.c_size_t),
+        ("param_dtype", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
         ("param", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("exp_avg_codes", ctypes.c_void_p),
         ("exp_avg_sq_codes", ctypes.c_void_p),
+        ("param_remainder", ctypes.c_void_p),
         ("exp_avg_scale", ctypes.c_float),
         ("exp_avg_sq_scale", ctypes.c_float),
         ("exp_avg_max", ctypes.c_float),
@@ -143,14 +88,15 @@ class CTensor(ctypes.Structure):
         ("weight_sum", ctypes.c_int64),
         ("update_sum", ctypes.c_int64),
         ("mask_count", ctypes.c_int64),
+        ("param_checksum", ctypes.c_int64),
         ("step", ctypes.c_int32),
         ("salt", ctypes.c_uint32),
     ]
-    SCALARS = tuple(field[0] for field in _fields_[5:])
+    SCALARS = tuple(field[0] for field in _fields_[8:])
 
     def results(self) -> dict[str, Any]:
-        """The scalars that a function may have changed: all but the salt."""
-        return {name: getattr(self, name) for name in self.SCALARS if name != "salt"}
+        """The scalars, all of which a step may have changed."""
+        return {name: getattr(self, name) for name in self.SCALARS}
 
 
 class CStats(ctypes.Structure):
@@ -175,6 +121,8 @@ def _signatures() -> dict[str, tuple[type | None, list[type]]]:
         "hash": (word, [word]),
         "word": (word, [ctypes.c_uint64, word, ctypes.c_int32]),
         "words": (status, [ctypes.c_uint64, word, ctypes.c_int32, pointer, size]),
+        "round_weights": (status, [pointer, pointer, ctypes.c_int32, ctypes.c_int32, pointer, pointer, size]),
+        "widen_weights": (status, [pointer, pointer, ctypes.c_int32, pointer, size]),
         "init": (status, [tensor]),
         "check": (status, [tensor, hyper]),
         "step": (status, [tensor, hyper, double, stats]),
@@ -223,25 +171,29 @@ class Library:
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def init(self, param: Tensor, salt: int) -> State:
+    def init(self, param: Tensor, salt: int, param_rounding: str = "stochastic") -> State:
         """The state before the first step, as :func:`lamb16.reference.init` gives it."""
-        weights = _checked("weights", param, torch.float32, param.shape)
+        weights = _checked("weights", param, DTYPES, param.shape)
         codes = [torch.full(param.shape, 0xFF, dtype=torch.uint8) for _ in range(2)]
-        tensor = CTensor(param.numel(), weights.data_ptr(), None, *(x.data_ptr() for x in codes), step=-1)
+        remainder = None
+        if param.dtype == torch.bfloat16 and param_rounding == "exact":
+            remainder = torch.ones(param.shape, dtype=torch.int16)
+        tensor = _struct(weights, None, codes, remainder, step=-1, salt=salt & 0xFFFFFFFF)
         self._call("init", ctypes.byref(tensor))
-        return State(exp_avg_codes=codes[0], exp_avg_sq_codes=codes[1], salt=salt, **tensor.results())
+        return State(exp_avg_codes=codes[0], exp_avg_sq_codes=codes[1], param_remainder=remainder, **tensor.results())
 
     def step(
         self, p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1.0
     ) -> tuple[Tensor, State, Stats]:
         """One step for one tensor, with the arguments and results of :func:`lamb16.reference.step`.
 
-        ``p`` and ``grad`` are float32 on the CPU, of one shape; the codes of ``state`` uint8 of that shape. Nothing is
-        changed in place.
+        ``p`` and ``grad`` are on the CPU, of one shape and float32, bfloat16 or float16 each; the codes of ``state``
+        uint8 of that shape, and its remainders int16. Nothing is changed in place.
 
         Raises:
-            ValueError: a shape, dtype or device is another, or moment_dtype is not "float8".
-            StatusError: a hyperparameter, the factor or a part of the state is out of range.
+            ValueError: a shape, dtype or device is another, moment_dtype is not "float8", or there are remainders
+                though param_rounding is not "exact" or the weights are not bfloat16.
+            StatusError: a hyperparameter, the factor or a part of the state is out of range, or remainders are missing.
         """
         return self.step_list([(p, grad, state)], h, grad_factor)[0]
 
@@ -251,16 +203,18 @@ class Library:
         """One step for each (weights, gradient, state), all with the same hyperparameters; as :meth:`step`."""
         if h.moment_dtype != "float8":
             raise ValueError(f"lamb16 (C): moment_dtype={h.moment_dtype!r} is not supported; it must be 'float8'")
-        held = [_copies(k, *tensor) for k, tensor in enumerate(tensors)]
-        structs = (CTensor * len(held))(*(_struct(*copies) for copies in held))
+        held = [_copies(k, *tensor, h) for k, tensor in enumerate(tensors)]
+        structs = (CTensor * len(held))(*(_struct_of(*copies) for copies in held))
         stats = (CStats * len(held))()
         self._call("step_list", structs, len(held), ctypes.byref(c_hyper(h)), grad_factor, stats)
         return [_results(*args) for args in zip(held, structs, stats, strict=True)]
 
     def grad_norm(self, grads: Sequence[Tensor]) -> float:
-        """The norm over float32 gradients, as :func:`lamb16.reference.grad_norm` gives it."""
-        held = [_checked(f"gradient {k}", grad, torch.float32, grad.shape) for k, grad in enumerate(grads)]
-        structs = (CTensor * len(held))(*(CTensor(numel=grad.numel(), grad=grad.data_ptr()) for grad in held))
+        """The norm over gradients, as :func:`lamb16.reference.grad_norm` gives it."""
+        held = [_checked(f"gradient {k}", grad, DTYPES, grad.shape) for k, grad in enumerate(grads)]
+        structs = (CTensor * len(held))(
+            *(CTensor(numel=x.numel(), grad=x.data_ptr(), grad_dtype=DTYPES.index(x.dtype)) for x in held)
+        )
         norm = ctypes.c_double()
         self._call("grad_norm", structs, len(held), ctypes.byref(norm))
         return norm.value
@@ -280,49 +234,94 @@ class Library:
 
     def encode(self, x: Tensor, words: Tensor, format: str) -> Tensor:
         """The uint8 codes of float32 ``x`` with int32 ``words``, of one shape; ``format`` is "e4m3" or "e5m2"."""
-        x, words = _checked("x", x, torch.float32, x.shape), _checked("words", words, torch.int32, x.shape)
+        x, words = _checked("x", x, (torch.float32,), x.shape), _checked("words", words, (torch.int32,), x.shape)
         codes = torch.empty(x.shape, dtype=torch.uint8)
         self._call(f"encode_{format}_array", x.data_ptr(), words.data_ptr(), codes.data_ptr(), x.numel())
         return codes
 
     def decode(self, codes: Tensor, format: str) -> Tensor:
         """The float32 values of uint8 codes."""
-        codes = _checked("codes", codes, torch.uint8, codes.shape)
+        codes = _checked("codes", codes, (torch.uint8,), codes.shape)
         x = torch.empty(codes.shape)
         self._call(f"decode_{format}_array", codes.data_ptr(), x.data_ptr(), codes.numel())
         return x
 
+    def round_weights(
+        self, x: Tensor, dtype: torch.dtype, rounding: str, words: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """float32 ``x`` rounded to bfloat16 or float16, and with "exact" the int16 remainders.
+
+        ``words`` are int32 of x's shape, needed for "stochastic" alone.
+        """
+        x = _checked("x", x, (torch.float32,), x.shape)
+        words = None if words is None else _checked("words", words, (torch.int32,), x.shape)
+        weights = torch.empty(x.shape, dtype=dtype)
+        remainder = torch.empty(x.shape, dtype=torch.int16) if rounding == "exact" else None
+        numbers = DTYPES.index(dtype), ROUNDINGS.index(rounding)
+        arrays = (_pointer(words), *numbers, weights.data_ptr(), _pointer(remainder))
+        self._call("round_weights", x.data_ptr(), *arrays, x.numel())
+        return weights, remainder
+
+    def widen_weights(self, weights: Tensor, remainder: Tensor | None = None) -> Tensor:
+        """The float32 values of bfloat16 or float16 weights; with remainders, of the exact weights."""
+        weights = _checked("weights", weights, DTYPES[1:], weights.shape)
+        remainder = None if remainder is None else _checked("remainder", remainder, (torch.int16,), weights.shape)
+        x, dtype = torch.empty(weights.shape), DTYPES.index(weights.dtype)
+        self._call("widen_weights", weights.data_ptr(), _pointer(remainder), dtype, x.data_ptr(), x.numel())
+        return x
+
 
 def c_hyper(h: Hyper) -> CHyper:
-    """The struct for these hyperparameters."""
+    """The struct for these hyperparameters; a param_rounding that there is not becomes -1."""
     numbers = hyper.numbers_of(vars(h))
-    return CHyper(**{name: int(x) if name in hyper.FLAGS else x for name, x in numbers.items()})
+    rounding = ROUNDINGS.index(h.param_rounding) if h.param_rounding in ROUNDINGS else -1
+    flags = {name: int(x) for name, x in numbers.items() if name in hyper.FLAGS}
+    return CHyper(**numbers | flags, param_rounding=rounding)
 
 
-def _copies(k: int, p: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-    """What C may write to: weights and codes of its own, contiguous."""
-    p = _checked(f"weights of tensor {k}", p, torch.float32, p.shape).clone()
-    grad = _checked(f"gradient of tensor {k}", grad, torch.float32, p.shape)
-    codes_m, codes_v = (
-        _checked(f"{name} of tensor {k}", getattr(state, name), torch.uint8, p.shape).clone()
-        for name in ("exp_avg_codes", "exp_avg_sq_codes")
-    )
-    return p, grad, replace(state, exp_avg_codes=codes_m, exp_avg_sq_codes=codes_v)
+def _copies(k: int, p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, Tensor, State]:
+    """What C may write to: weights, codes and remainders of its own, contiguous."""
+    p = _checked(f"weights of tensor {k}", p, DTYPES, p.shape).clone()
+    grad = _checked(f"gradient of tensor {k}", grad, DTYPES, p.shape)
+    kinds = {"exp_avg_codes": torch.uint8, "exp_avg_sq_codes": torch.uint8}
+    if state.param_remainder is not None:
+        if h.param_rounding != "exact" or p.dtype != torch.bfloat16:
+            raise ValueError(
+                f"lamb16 (C): param_remainder of tensor {k} is for bfloat16 weights and param_rounding='exact', not "
+                f"for {p.dtype} and {h.param_rounding!r}; set it to None"
+            )
+        kinds["param_remainder"] = torch.int16
+    arrays = {
+        name: _checked(f"{name} of tensor {k}", getattr(state, name), (dtype,), p.shape).clone()
+        for name, dtype in kinds.items()
+    }
+    return p, grad, replace(state, **arrays)  # type: ignore[arg-type]
 
 
-def _checked(name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
+def _checked(name: str, x: Tensor, dtypes: Sequence[torch.dtype], shape: torch.Size) -> Tensor:
+    if x.dtype not in dtypes or x.device.type != "cpu" or x.shape != shape:
+        wanted = " or ".join(map(str, dtypes))
         raise ValueError(
             f"lamb16 (C): {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
-            f"it must be {dtype} {tuple(shape)} on the CPU"
+            f"it must be {wanted} {tuple(shape)} on the CPU"
         )
     return x.detach().contiguous()
 
 
-def _struct(p: Tensor, grad: Tensor, state: State) -> CTensor:
-    memory = (x.data_ptr() for x in (p, grad, state.exp_avg_codes, state.exp_avg_sq_codes))
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _struct(
+    p: Tensor, grad: Tensor | None, codes: Sequence[Tensor], remainder: Tensor | None, **scalars: Any
+) -> CTensor:
+    dtypes = DTYPES.index(p.dtype), 0 if grad is None else DTYPES.index(grad.dtype)
+    return CTensor(p.numel(), *dtypes, *map(_pointer, (p, grad, *codes, remainder)), **scalars)
+
+
+def _struct_of(p: Tensor, grad: Tensor, state: State) -> CTensor:
     scalars = {name: getattr(state, name) for name in CTensor.SCALARS} | {"salt": state.salt & 0xFFFFFFFF}
-    return CTensor(p.numel(), *memory, **scalars)
+    return _struct(p, grad, (state.exp_avg_codes, state.exp_avg_sq_codes), state.param_remainder, **scalars)
 
 
 def _results(held: tuple[Tensor, Tensor, State], tensor: CTensor, stats: CStats) -> tuple[Tensor, State, Stats]:

@@ -27,7 +27,10 @@ typedef struct AtenTensorOpaque *AtenTensorHandle;
 
 int32_t aoti_torch_device_type_cpu(void);
 int32_t aoti_torch_dtype_float32(void);
+int32_t aoti_torch_dtype_bfloat16(void);
+int32_t aoti_torch_dtype_float16(void);
 int32_t aoti_torch_dtype_float64(void);
+int32_t aoti_torch_dtype_int16(void);
 int32_t aoti_torch_dtype_int32(void);
 int32_t aoti_torch_dtype_int64(void);
 int32_t aoti_torch_dtype_uint8(void);

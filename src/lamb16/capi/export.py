@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from lamb16 import fp8, inductor, update
-from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, describe, inputs, write
-from lamb16.hyper import Hyper, numbers_of
+from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, Spec, describe, inputs, write
+from lamb16.hyper import numbers_of
 from lamb16.store import TABLES, init_state
 from lamb16.update import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree
 
@@ -63,21 +63,22 @@ def blocks(shapes: Sequence[Shape]) -> list[Block]:
 class ExportedStep(torch.nn.Module):
     """One whole step in place, with constant hyperparameters but for the learning rate."""
 
-    def __init__(self, shapes: Sequence[Shape], hyper: Hyper) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
-        sizes = [math.prod(shape) for shape in shapes]
-        self.blocks = blocks(shapes)
+        self.spec, self.width = spec, len(spec.parts)
+        sizes = [math.prod(shape) for shape in spec.shapes]
+        self.blocks = blocks(spec.shapes)
         self.order = [i for block in self.blocks for i in block.tensors]  # of the tensors in results and factors
         self.order += [i for i, n in enumerate(sizes) if n == 0]
         self.sizes = [sizes[i] for i in self.order]
-        self.numbers, self.caution = numbers_of(vars(hyper)), hyper.caution
+        self.numbers = numbers_of(vars(spec.hyper))
 
     def forward(
         self, tensors: list[Tensor], scales: Tensor, counters: Tensor, sums: Tensor, lr: Tensor, grad_factor: Tensor
     ) -> tuple[()]:
-        """Takes what :func:`inputs` lists; changes weights, codes and the three tables in place.
+        """Takes what :func:`inputs` lists; changes weights, codes, remainders and the three tables in place.
 
-        ``tensors`` are param, grad, exp_avg_codes and exp_avg_sq_codes of the first tensor, then of the next.
+        ``tensors`` are the inputs of the first tensor, then of the next.
         """
         count, device = len(self.order), lr.device
 
@@ -87,9 +88,13 @@ class ExportedStep(torch.nn.Module):
         def full(value: float) -> Tensor:
             return torch.full((count,), value, dtype=torch.float64, device=device)
 
-        parts = [_block(tensors, block) for block in self.blocks]
-        largest = [torch.zeros(len(block.tensors), dtype=torch.int32, device=device) for block in self.blocks]
-        update.inspect(parts, [[x] for x in largest], None)
+        parts = [self._block(tensors, block) for block in self.blocks]
+        read = [
+            [torch.zeros(len(block.tensors), dtype=torch.int32, device=device) for _ in range(1 + self.spec.exact)]
+            for block in self.blocks
+        ]
+        update.inspect(parts, read, None)
+        largest, *checksums = (self._of_all(list(results)) for results in zip(*read, strict=True))
 
         hyper = torch.stack([lr.expand(count) if name == "lr" else full(x) for name, x in self.numbers.items()], 1)
         each = torch.arange(count, device=device)[:, None]
@@ -98,8 +103,8 @@ class ExportedStep(torch.nn.Module):
         tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (scales, counters, sums)]
         state = State._make([x for table in tables for x in table] + [torch.tensor(self.order, device=device) + 1])
         given = Inputs(
-            self._of_all(largest), one_row, hyper, torch.tensor(self.sizes, dtype=torch.float64, device=device),
-            columns(1, torch.int32)[0], grad_factor.view(()), torch.zeros((), device=device),
+            largest, one_row, hyper, torch.tensor(self.sizes, dtype=torch.float64, device=device),
+            columns(1, torch.int32)[0], grad_factor.view(()), torch.zeros((), device=device), *checksums,
         )  # fmt: skip
         floats, integers = columns(FLOATS, torch.float32), columns(INTEGERS, torch.int32)
         counted, skipped = columns(1, torch.bool)[0], torch.zeros((), dtype=torch.int64, device=device)
@@ -108,11 +113,11 @@ class ExportedStep(torch.nn.Module):
         factors = stored(torch.stack(floats, 1)), stored(torch.stack(integers, 1))
         found = []
         for part, block in zip(parts, self.blocks, strict=True):
-            found.append(_update(part, block, factors, self.caution))
-            _write_back(tensors, part, block)
-        rows = [self._of_all([x[k] for x in found]) for k in range(len(found[0]))]
+            found.append(self._update(part, block, factors))
+            self._write_back(tensors, part, block)
+        rows = [None if x[0] is None else self._of_all(list(x)) for x in zip(*found, strict=True)]
         ones = torch.ones(count, dtype=torch.int64, device=device)
-        update.fold(Sums(*rows, *[None] * (5 - len(rows))), one_row, counted, ones, state, True)
+        update.fold(Sums._make(rows), one_row, counted, ones, state, True)
         for table, new in zip((scales, counters, sums), tables, strict=True):
             table.copy_(torch.stack([x[1:] for x in new], 1))
         return ()  # None would be an output
@@ -122,12 +127,33 @@ class ExportedStep(torch.nn.Module):
         empty = self.sizes.count(0)
         return stored(torch.cat(results + [results[0].new_zeros(empty)] * (empty > 0)))
 
+    def _block(self, tensors: list[Tensor], block: Block) -> update.Block:
+        """A block, [tensors, elements]; of a single tensor its own memory."""
+        found = [[tensors[self.width * i + k].view(1, -1) for i in block.tensors] for k in range(self.width)]
+        return update.in_place([x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found])
 
-def _block(tensors: list[Tensor], block: Block) -> update.Block:
-    """A block, [tensors, elements]; of a single tensor its own memory."""
-    found = [[tensors[4 * i + k].view(1, -1) for i in block.tensors] for k in range(4)]
-    p, g, m, v = (x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found)
-    return update.Block(p, g, m, v, p, m, v)
+    def _update(self, part: update.Block, block: Block, factors: tuple[Tensor, Tensor]) -> Sums:
+        """The step over a block, in place; gives its sums, of whole tensors."""
+        f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
+        device = f.salt.device
+        words = fp8.element_words(torch.arange(block.numel, dtype=torch.int32, device=device), f.salt)
+        dtypes: list[torch.dtype | None] = [torch.int32, torch.int32, torch.int64, torch.int64]
+        dtypes += [torch.int64 if self.spec.hyper.caution else None, torch.int32 if self.spec.exact else None]
+        found = [
+            None if dtype is None else torch.zeros(len(block.tensors), dtype=dtype, device=device) for dtype in dtypes
+        ]
+        sums = Sums._make(found)
+        magnitude = torch.full((1,), update.MAGNITUDE, dtype=torch.int32, device=device)
+        update.update_block(part, f, words, magnitude, sums, self.spec.hyper.param_rounding == "stochastic")
+        return sums
+
+    def _write_back(self, tensors: list[Tensor], part: update.Block, block: Block) -> None:
+        """Copy what is written of a block of small tensors to where it came from."""
+        if len(block.tensors) == 1:
+            return
+        for k, rows in ((0, part.new_p), (2, part.new_m), (3, part.new_v), (4, part.new_remainder)):
+            for i, row in zip(block.tensors, () if rows is None else stored(rows), strict=rows is not None):
+                tensors[self.width * i + k].view(-1).copy_(row)
 
 
 def _rows(table: Tensor, block: Block) -> list[Tensor]:
@@ -140,33 +166,11 @@ def _rows(table: Tensor, block: Block) -> list[Tensor]:
     return [own[:, k : k + 1] for k in range(table.shape[1])]
 
 
-def _update(part: update.Block, block: Block, factors: tuple[Tensor, Tensor], caution: bool) -> list[Tensor]:
-    """The step over a block, in place; gives its :class:`Sums`, of whole tensors."""
-    f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
-    words = fp8.element_words(torch.arange(block.numel, dtype=torch.int32, device=f.salt.device), f.salt)
-    dtypes = [torch.int32] * 2 + [torch.int64] * (2 + caution)
-    found = [torch.zeros(len(block.tensors), dtype=dtype, device=f.salt.device) for dtype in dtypes]
-    magnitude = torch.full((1,), update.MAGNITUDE, dtype=torch.int32, device=f.salt.device)
-    update.update_block(part, f, words, magnitude, Sums(*found, *[None] * (5 - len(found))))
-    return found
-
-
-def _write_back(tensors: list[Tensor], part: update.Block, block: Block) -> None:
-    """Copy weights and codes of a block of small tensors to where they came from."""
-    if len(block.tensors) == 1:
-        return
-    for k, rows in ((0, part.new_p), (2, part.new_m), (3, part.new_v)):
-        for i, row in zip(block.tensors, stored(rows), strict=True):
-            tensors[4 * i + k].view(-1).copy_(row)
-
-
-def first_inputs(
-    shapes: Sequence[Shape], device: torch.device
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+def first_inputs(spec: Spec, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inputs for a first step, as :meth:`ExportedStep.forward` takes them: all weights, gradients and salts 0."""
-    made = [torch.zeros(x.shape, dtype=x.dtype, device=device) for x in inputs(shapes)]
+    made = [torch.zeros(x.shape, dtype=x.dtype, device=device) for x in inputs(spec)]
     *tensors, scales, counters, sums, lr, grad_factor = made
-    for row, shape in enumerate(shapes):
+    for row, shape in enumerate(spec.shapes):
         state = init_state(torch.zeros(shape, device=device), 0, True)
         for table in (scales, counters, sums):
             table[row] = torch.stack([state[name] for name in TABLES[table.dtype]])
@@ -183,8 +187,8 @@ def inductor_options(device: torch.device, threads: int) -> dict[str, Any]:
     return found | {"cpp.dynamic_threads": False, "cpp.threads": threads} if device.type == "cpu" else found
 
 
-def export(shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.device, threads: int) -> dict[str, Any]:
-    """Compile the step over ``shapes``, write package and manifest into ``folder`` and return the manifest.
+def export(spec: Spec, folder: Path, device: torch.device, threads: int) -> dict[str, Any]:
+    """Compile the step, write package and manifest into ``folder`` and return the manifest.
 
     Nothing is written there before the compiler is through. Raises whatever torch.export and Inductor do.
     """
@@ -192,10 +196,10 @@ def export(shapes: Sequence[Shape], hyper: Hyper, folder: Path, device: torch.de
     with tempfile.TemporaryDirectory(prefix="lamb16-export-") as scratch:
         package = Path(scratch) / PACKAGE
         with torch.no_grad(), _kernels_shared(), inductor.cpu_help(), inductor.fused_reductions():
-            program = torch.export.export(ExportedStep(shapes, hyper), first_inputs(shapes, device))
+            program = torch.export.export(ExportedStep(spec), first_inputs(spec, device))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
         plain = {name: x for name, x in options.items() if not isinstance(x, CustomGraphPass)}
-        manifest = describe(shapes, hyper, device, plain, package)
+        manifest = describe(spec, device, plain, package)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.move(package, folder / PACKAGE)
     write(manifest, folder / MANIFEST)

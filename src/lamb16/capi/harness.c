@@ -2,8 +2,8 @@
  *
  *     AOTI_RUNTIME_CHECK_INPUTS=1 harness MODEL.so < PLAN
  *
- * PLAN is text: steps, seed, the hyperparameters, the number of tensors, and for each of them its salt, the number of
- * its dimensions and these. The results go to stdout as one line of names and numbers, the first mismatches to stderr.
+ * PLAN is text: steps, seed, the hyperparameters, the lamb16_dtype of weights and gradients, the number of tensors, and
+ * for each of them its salt, the number of its dimensions and these. The results go to stdout as one line of names and numbers, the first mismatches to stderr.
  * Status 0: no bit differed; 1: some did; 2: it could not be run, and stderr says why.
  *
  * HYPERPARAMETERS(X) is defined by whoever compiles this, as X(lr) X(beta1) ...: the fields of lamb16_hyper in the order
@@ -16,27 +16,31 @@
 #include <inttypes.h>
 
 enum { SHOWN = 8 };                          /* mismatches that are printed */
-enum { SCALES = 4, COUNTERS = 2, SUMS = 3 }; /* columns of the step's tables */
-enum { TABLES = 5 };                         /* inputs of the step besides four per tensor: these and two numbers */
+enum { SCALES = 4, COUNTERS = 2, SUMS = 4 }; /* columns of the step's tables */
+enum { TABLES = 5 };                         /* inputs of the step besides those of tensors: these and two numbers */
 
 /* The two copies of a tensor: of the exported step, whose scalars are in tables, and of the reference. */
 typedef struct {
     int32_t ndim;
     int64_t shape[AOTI_MAX_DIMS];
-    float *param, *grad;
+    void *param, *grad;
     uint8_t *exp_avg_codes, *exp_avg_sq_codes;
+    int16_t *param_remainder;
     lamb16_tensor reference;
-    float *reference_grad;
+    void *reference_grad;
 } tensor;
 
 typedef struct {
     uint64_t steps, seed;
     lamb16_hyper hyper;
+    int32_t dtype;     /* of weights and gradients */
+    int exact;         /* whether there are remainders */
+    size_t per_tensor; /* inputs: param, grad, codes of both moments, and param_remainder if there are */
     size_t count;
     tensor *tensors;
     float *scales;      /* [count, SCALES]: exp_avg_scale, exp_avg_sq_scale, exp_avg_max, exp_avg_sq_max */
     int32_t *counters; /* [count, COUNTERS]: step, salt */
-    int64_t *sums;     /* [count, SUMS]: weight_sum, update_sum, mask_count */
+    int64_t *sums;     /* [count, SUMS]: weight_sum, update_sum, mask_count, param_checksum */
 } plan;
 
 typedef struct {
@@ -73,7 +77,18 @@ static void read_hyper(lamb16_hyper *h)
     HYPERPARAMETERS(READ)
 }
 
-static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
+static size_t size_of(int32_t dtype) { return dtype == LAMB16_FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
+
+/* Floats as weights or gradients of this dtype. */
+static void store(const float *x, size_t n, void *array, int32_t dtype)
+{
+    if (dtype == LAMB16_FLOAT32)
+        memcpy(array, x, n * sizeof *x);
+    else if (lamb16_round_weights(x, NULL, dtype, LAMB16_ROUNDING_NEAREST, array, NULL, n) != LAMB16_OK)
+        quit("the plan has a dtype that there is not");
+}
+
+static void read_tensor(const plan *p, tensor *t, uint64_t index)
 {
     size_t n = 1;
     if (scanf("%" SCNu32 " %" SCNd32, &t->reference.salt, &t->ndim) != 2 || t->ndim < 0 || t->ndim > AOTI_MAX_DIMS)
@@ -83,18 +98,24 @@ static void read_tensor(tensor *t, uint64_t seed, uint64_t index)
             quit("the plan has a tensor without a size");
         n *= (size_t)t->shape[k];
     }
-    t->param = allocate(n, sizeof *t->param);
-    t->grad = allocate(n, sizeof *t->grad);
+    t->param = allocate(n, size_of(p->dtype));
+    t->grad = allocate(n, size_of(p->dtype));
     t->exp_avg_codes = allocate(n, 1);
     t->exp_avg_sq_codes = allocate(n, 1);
-    t->reference_grad = allocate(n, sizeof *t->grad);
+    t->param_remainder = allocate(n, sizeof *t->param_remainder);
+    t->reference_grad = allocate(n, size_of(p->dtype));
     t->reference.numel = n;
-    t->reference.param = allocate(n, sizeof *t->param);
+    t->reference.param_dtype = t->reference.grad_dtype = p->dtype;
+    t->reference.param = allocate(n, size_of(p->dtype));
     t->reference.grad = t->reference_grad;
     t->reference.exp_avg_codes = allocate(n, 1);
     t->reference.exp_avg_sq_codes = allocate(n, 1);
-    inputs_weights(t->param, n, seed, index);
-    memcpy(t->reference.param, t->param, n * sizeof *t->param);
+    t->reference.param_remainder = allocate(n, sizeof *t->param_remainder);
+    float *weights = allocate(n, sizeof *weights);
+    inputs_weights(weights, n, p->seed, index);
+    store(weights, n, t->param, p->dtype);
+    store(weights, n, t->reference.param, p->dtype);
+    free(weights);
     if (lamb16_init(&t->reference) != LAMB16_OK)
         quit("lamb16_init refused a tensor");
 }
@@ -115,6 +136,7 @@ static void write_scalars(const plan *p, size_t i)
     sums[0] = r->weight_sum;
     sums[1] = r->update_sum;
     sums[2] = r->mask_count;
+    sums[3] = r->param_checksum;
 }
 
 static void read_plan(plan *p)
@@ -122,6 +144,10 @@ static void read_plan(plan *p)
     if (scanf("%" SCNu64 " %" SCNu64, &p->steps, &p->seed) != 2)
         quit("the plan has no steps");
     read_hyper(&p->hyper);
+    if (scanf("%" SCNd32, &p->dtype) != 1)
+        quit("the plan has no dtype");
+    p->exact = p->hyper.param_rounding == LAMB16_ROUNDING_EXACT && p->dtype == LAMB16_BFLOAT16;
+    p->per_tensor = p->exact ? 5 : 4;
     if (scanf("%zu", &p->count) != 1 || p->count == 0)
         quit("the plan has no tensors");
     p->tensors = allocate(p->count, sizeof *p->tensors);
@@ -129,7 +155,7 @@ static void read_plan(plan *p)
     p->counters = allocate(COUNTERS * p->count, sizeof *p->counters);
     p->sums = allocate(SUMS * p->count, sizeof *p->sums);
     for (size_t i = 0; i < p->count; i++) {
-        read_tensor(&p->tensors[i], p->seed, i);
+        read_tensor(p, &p->tensors[i], i);
         write_scalars(p, i);
     }
 }
@@ -142,19 +168,28 @@ static aoti_input table(void *data, int32_t dtype, int64_t rows, int64_t columns
     return input;
 }
 
-/* The exported step's inputs in its order: four per tensor, scales, counters, sums, learning rate, gradients' factor. */
+static int32_t torch_dtype(int32_t dtype)
+{
+    return dtype == LAMB16_FLOAT32    ? aoti_torch_dtype_float32()
+           : dtype == LAMB16_BFLOAT16 ? aoti_torch_dtype_bfloat16()
+                                      : aoti_torch_dtype_float16();
+}
+
+/* The exported step's inputs in its order: those of each tensor, scales, counters, sums, learning rate, gradients' factor. */
 static aoti_input *make_inputs(const plan *p, double *lr, double *grad_factor)
 {
     const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), byte = aoti_torch_dtype_uint8();
+    const int32_t own = torch_dtype(p->dtype), dtypes[] = {own, own, byte, byte, aoti_torch_dtype_int16()};
     const int64_t rows = (int64_t)p->count;
-    aoti_input *inputs = allocate(4 * p->count + TABLES, sizeof *inputs), *tables = inputs + 4 * p->count;
+    const size_t each = p->per_tensor;
+    aoti_input *inputs = allocate(each * p->count + TABLES, sizeof *inputs), *tables = inputs + each * p->count;
     for (size_t i = 0; i < p->count; i++) {
         const tensor *t = &p->tensors[i];
-        void *data[] = {t->param, t->grad, t->exp_avg_codes, t->exp_avg_sq_codes};
-        for (int k = 0; k < 4; k++) {
-            aoti_input *input = &inputs[4 * i + (size_t)k];
+        void *data[] = {t->param, t->grad, t->exp_avg_codes, t->exp_avg_sq_codes, t->param_remainder};
+        for (size_t k = 0; k < each; k++) {
+            aoti_input *input = &inputs[each * i + k];
             input->data = data[k];
-            input->dtype = k < 2 ? f32 : byte;
+            input->dtype = dtypes[k];
             input->ndim = t->ndim;
             memcpy(input->shape, t->shape, sizeof t->shape);
         }
@@ -171,8 +206,25 @@ static void fill_gradients(const plan *p, uint64_t step)
 {
     for (size_t i = 0; i < p->count; i++) {
         const tensor *t = &p->tensors[i];
-        inputs_gradient(t->grad, t->reference.numel, p->seed, i, step);
-        memcpy(t->reference_grad, t->grad, t->reference.numel * sizeof *t->grad);
+        size_t n = t->reference.numel;
+        float *gradient = allocate(n, sizeof *gradient);
+        inputs_gradient(gradient, n, p->seed, i, step);
+        store(gradient, n, t->grad, p->dtype);
+        store(gradient, n, t->reference_grad, p->dtype);
+        free(gradient);
+    }
+}
+
+static void change_weights(const plan *p, uint64_t step)
+{
+    const float changed = INPUTS_CHANGED;
+    for (size_t i = 0; i < p->count; i++) {
+        const lamb16_tensor *r = &p->tensors[i].reference;
+        const size_t place = r->numel / 2 * size_of(p->dtype);
+        if (r->numel > 0 && inputs_change(i, step)) {
+            store(&changed, 1, (char *)p->tensors[i].param + place, p->dtype);
+            store(&changed, 1, (char *)r->param + place, p->dtype);
+        }
     }
 }
 
@@ -200,10 +252,19 @@ static uint32_t bits_of(float x)
     return bits;
 }
 
-/* How many floats lie between two; 0 and -0 are one apart here, so that only equal bits give 0. */
-static uint64_t ulps(float a, float b)
+/* The bits of weight i; of bfloat16 and float16 those of the exact weights, and their own, in the upper half. */
+static uint32_t weight_bits(const void *param, const int16_t *remainder, const plan *p, size_t i)
 {
-    int64_t x = bits_of(a), y = bits_of(b);
+    if (p->dtype == LAMB16_FLOAT32)
+        return bits_of(((const float *)param)[i]);
+    uint32_t rest = p->exact ? (uint32_t)remainder[i] : 0;
+    return ((uint32_t)((const uint16_t *)param)[i] << 16) + rest;
+}
+
+/* How many floats lie between two; 0 and -0 are one apart here, so that only equal bits give 0. */
+static uint64_t ulps(uint32_t a, uint32_t b)
+{
+    int64_t x = a, y = b;
     x = x & 0x80000000 ? -1 - (x & 0x7FFFFFFF) : x;
     y = y & 0x80000000 ? -1 - (y & 0x7FFFFFFF) : y;
     return (uint64_t)(x > y ? x - y : y - x);
@@ -240,18 +301,22 @@ static void compare_scalars(const plan *p, size_t i, uint64_t step, differences 
     compare_scalar(d, step, i, "weight_sum", (uint64_t)sums[0], (uint64_t)r->weight_sum);
     compare_scalar(d, step, i, "update_sum", (uint64_t)sums[1], (uint64_t)r->update_sum);
     compare_scalar(d, step, i, "mask_count", (uint64_t)sums[2], (uint64_t)r->mask_count);
+    compare_scalar(d, step, i, "param_checksum", (uint64_t)sums[3], (uint64_t)r->param_checksum);
 }
 
 static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *d)
 {
     const tensor *t = &p->tensors[i];
     const lamb16_tensor *r = &t->reference;
+    const int unit = p->dtype == LAMB16_FLOAT32 || p->exact ? 0 : 16; /* 2^unit is the distance of two weights' bits */
     for (size_t e = 0; e < r->numel; e++) {
-        uint64_t apart = ulps(t->param[e], r->param[e]);
+        uint32_t found = weight_bits(t->param, t->param_remainder, p, e);
+        uint32_t wanted = weight_bits(r->param, r->param_remainder, p, e);
+        uint64_t apart = ulps(found, wanted) >> unit;
         if (apart > 0) {
             d->weights++;
             d->ulp = apart > d->ulp ? apart : d->ulp;
-            show(d, step, i, "param", e, bits_of(t->param[e]), bits_of(r->param[e]));
+            show(d, step, i, "param", e, found, wanted);
         }
         if (t->exp_avg_codes[e] != r->exp_avg_codes[e]) {
             d->codes++;
@@ -263,7 +328,7 @@ static void compare_tensor(const plan *p, size_t i, uint64_t step, differences *
         }
     }
     compare_scalars(p, i, step, d);
-    if (memcmp(t->grad, t->reference_grad, r->numel * sizeof *t->grad) != 0)
+    if (memcmp(t->grad, t->reference_grad, r->numel * size_of(p->dtype)) != 0)
         quit("the step changed a gradient, which it is only to read");
 }
 
@@ -285,9 +350,10 @@ int main(int argc, char **argv)
         quit(model.message);
     for (uint64_t step = 0; step < p.steps; step++) {
         fill_gradients(&p, step);
+        change_weights(&p, step);
         lr = inputs_lr(p.hyper.lr, step);
         grad_factor = inputs_grad_factor(step);
-        if (aoti_run(&model, inputs, 4 * p.count + TABLES) != 0)
+        if (aoti_run(&model, inputs, p.per_tensor * p.count + TABLES) != 0)
             quit(model.message);
         step_reference(&p, inputs_lr(p.hyper.lr, step), inputs_grad_factor(step), &d);
         for (size_t i = 0; i < p.count; i++)

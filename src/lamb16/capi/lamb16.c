@@ -31,17 +31,21 @@ static const float OVERFLOW_V = 0x1p127f;   /* a second moment from here on cann
 static const double SMALLEST_EPS = 0x1p-100;
 static const uint64_t LARGEST_NUMEL = INT64_MAX >> 20; /* a sum counts each element with up to 2^20 */
 
+/* A format of fewer bits than float; a value's code is its bits without the sign. */
 typedef struct {
     int mantissa_bits;
-    int min_exponent;     /* 2^min_exponent is the smallest normal value */
-    int random_bits;      /* bits of the rounding word that decide */
-    uint8_t largest_code; /* of the finite ones */
-    float largest;
-    float smallest_scale; /* every decoded moment is then a normal float */
+    int min_exponent;      /* 2^min_exponent is the smallest normal value */
+    int random_bits;       /* bits of the rounding word that decide */
+    uint16_t largest_code; /* of the finite ones */
 } format;
 
-static const format E4M3 = {3, -6, 20, 0x7E, 448.0f, 0x1p-117f};
-static const format E5M2 = {2, -14, 21, 0x7B, 57344.0f, 0x1p-110f};
+static const format E4M3 = {3, -6, 20, 0x7E};
+static const format E5M2 = {2, -14, 21, 0x7B};
+static const format BFLOAT16 = {7, -126, 16, 0x7F7F};
+static const format FLOAT16 = {10, -14, 13, 0x7BFF};
+
+static const float E4M3_MAX = 448.0f, E5M2_MAX = 57344.0f;
+static const float MIN_SCALE_M = 0x1p-117f, MIN_SCALE_V = 0x1p-110f; /* every decoded moment is then a normal float */
 
 /* ---- rounding words ---------------------------------------------------------------------------------------------- */
 
@@ -69,54 +73,87 @@ lamb16_status lamb16_words(uint64_t first, uint32_t salt, int32_t t, uint32_t *w
     return LAMB16_OK;
 }
 
-/* ---- fp8 --------------------------------------------------------------------------------------------------------- */
+/* ---- formats ----------------------------------------------------------------------------------------------------- */
 
-/* 2^exponent for exponents of normal floats; ldexp would do, a hundred times as slowly. */
-static float power_of_two(int exponent)
+static uint32_t bits_of(float x)
 {
-    uint32_t bits = (uint32_t)(exponent + 127) << 23;
-    float value;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* 2^exponent for exponents of normal doubles; ldexp would do, a hundred times as slowly. */
+static double power_of_two(int exponent)
+{
+    uint64_t bits = (uint64_t)(exponent + 1023) << 52;
+    double value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
 /* floor(log2(x)) for a normal x > 0; something below -126 for smaller ones. */
-static int exponent_of(float x)
+static int exponent_of(float x) { return (int)(bits_of(x) >> 23 & 0xFF) - 127; }
+
+/* The value of the code of a finite magnitude. */
+static float value_of(uint32_t code, const format *f)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (int)(bits >> 23 & 0xFF) - 127;
+    uint32_t one = 1u << f->mantissa_bits; /* the implicit one, in units of the mantissa's last bit */
+    uint32_t mantissa = code & (one - 1);
+    int field = (int)(code >> f->mantissa_bits);
+    int exponent = f->min_exponent - f->mantissa_bits;
+    return field == 0 ? (float)((double)mantissa * power_of_two(exponent))
+                      : (float)((double)(one + mantissa) * power_of_two(exponent + field - 1));
 }
+
+/* A finite magnitude between two values of a format, whose codes go on beyond the largest one here. */
+typedef struct {
+    uint32_t code;   /* of the value below */
+    double fraction; /* how far it is on the way to the one above, in [0, 1) */
+} place;
+
+static place place_of(float magnitude, const format *f)
+{
+    int exponent = exponent_of(magnitude);
+    if (exponent < f->min_exponent)
+        exponent = f->min_exponent; /* subnormal values have the gap of the smallest normal ones */
+    double gaps = (double)magnitude * power_of_two(f->mantissa_bits - exponent);
+    int low = (int)gaps;
+    place found = {(uint32_t)(((exponent - f->min_exponent) << f->mantissa_bits) + low), gaps - low};
+    return found;
+}
+
+/* The code of a neighbour: that above where the fraction, in units of `random`, plus `random` reaches 1. */
+static uint32_t round_stochastically(place x, uint32_t random, const format *f)
+{
+    double fraction = nearbyint(x.fraction * power_of_two(f->random_bits)); /* half to even */
+    return x.code + (((uint32_t)fraction + random) >> f->random_bits);
+}
+
+/* ---- fp8 --------------------------------------------------------------------------------------------------------- */
 
 /* The value of a finite code. */
 static float decode(uint8_t code, const format *f)
 {
-    int one = 1 << f->mantissa_bits; /* the implicit one, in units of the mantissa's last bit */
-    int mantissa = code & (one - 1);
-    int field = (code & 0x7F) >> f->mantissa_bits;
-    int exponent = f->min_exponent - f->mantissa_bits;
-    float magnitude = field == 0 ? (float)mantissa * power_of_two(exponent)
-                                 : (float)(one + mantissa) * power_of_two(exponent + field - 1);
+    float magnitude = value_of(code & 0x7F, f);
     return code & 0x80 ? -magnitude : magnitude;
 }
 
 static uint8_t encode(float x, uint32_t word, const format *f)
 {
     uint8_t sign = signbit(x) ? 0x80 : 0;
-    float magnitude = fabsf(x);
     if (isnan(x))
         return sign | 0x7F;
-    if (magnitude >= f->largest)
-        return sign | f->largest_code;
-    int exponent = exponent_of(magnitude);
-    if (exponent < f->min_exponent)
-        exponent = f->min_exponent; /* subnormal codes have the gap of the smallest normal ones */
-    double gaps = (double)magnitude * (double)power_of_two(f->mantissa_bits - exponent);
-    int low = (int)gaps;
-    double fraction = nearbyint((gaps - low) * (double)power_of_two(f->random_bits)); /* half to even */
-    uint32_t random = word >> (32 - f->random_bits);
-    int up = (int)(((uint32_t)fraction + random) >> f->random_bits);
-    return (uint8_t)(sign | (((exponent - f->min_exponent) << f->mantissa_bits) + low + up));
+    if (isinf(x))
+        return sign | (uint8_t)f->largest_code;
+    uint32_t code = round_stochastically(place_of(fabsf(x), f), word >> (32 - f->random_bits), f);
+    return sign | (uint8_t)(code < f->largest_code ? code : f->largest_code);
 }
 
 uint8_t lamb16_encode_e4m3(float x, uint32_t word) { return encode(x, word, &E4M3); }
@@ -175,21 +212,147 @@ lamb16_status lamb16_decode_e5m2_array(const uint8_t *codes, float *x, size_t co
     return decode_array(codes, x, count, lamb16_decode_e5m2);
 }
 
-static float scale(float largest, const format *f)
+static float scale(float largest, float format_max, float smallest)
 {
     if (!(largest >= 0.0f) || isinf(largest))
         return NAN;
     if (largest == 0.0f)
-        return f->smallest_scale;
+        return smallest;
     int exponent;
-    double fraction = frexp((double)largest / (double)f->largest, &exponent); /* in [0.5, 1) */
+    double fraction = frexp((double)largest / (double)format_max, &exponent); /* in [0.5, 1) */
     float found = (float)ldexp(1.0, fraction == 0.5 ? exponent - 1 : exponent);
-    return found > f->smallest_scale ? found : f->smallest_scale;
+    return found > smallest ? found : smallest;
 }
 
-float lamb16_scale_e4m3(float largest) { return scale(largest, &E4M3); }
+float lamb16_scale_e4m3(float largest) { return scale(largest, E4M3_MAX, MIN_SCALE_M); }
 
-float lamb16_scale_e5m2(float largest) { return scale(largest, &E5M2); }
+float lamb16_scale_e5m2(float largest) { return scale(largest, E5M2_MAX, MIN_SCALE_V); }
+
+/* ---- weights with 16 bits ---------------------------------------------------------------------------------------- */
+
+static const format *format_of(int32_t dtype) { return dtype == LAMB16_BFLOAT16 ? &BFLOAT16 : &FLOAT16; }
+
+static float widen(uint16_t weight, int32_t dtype)
+{
+    const format *f = format_of(dtype);
+    uint32_t code = weight & 0x7FFF;
+    float magnitude = code <= f->largest_code ? value_of(code, f) : code == f->largest_code + 1u ? INFINITY : NAN;
+    return weight & 0x8000 ? -magnitude : magnitude;
+}
+
+/* The float that a bfloat16 weight and its remainder are. */
+static float join(uint16_t weight, int16_t remainder)
+{
+    return float_of(((uint32_t)weight << 16) + (uint32_t)remainder); /* modulo 2^32 */
+}
+
+/* x rounded; with LAMB16_ROUNDING_EXACT, which is for bfloat16, *remainder is what is left. */
+static uint16_t narrow(float x, uint32_t word, int32_t dtype, int32_t rounding, int16_t *remainder)
+{
+    const format *f = format_of(dtype);
+    uint32_t infinity = f->largest_code + 1u, code = infinity;
+    if (isnan(x)) {
+        if (rounding == LAMB16_ROUNDING_EXACT)
+            *remainder = 0;
+        return (uint16_t)(infinity | infinity >> 1); /* the quiet NaN without a sign */
+    }
+    if (!isinf(x)) {
+        place found = place_of(fabsf(x), f);
+        if (rounding == LAMB16_ROUNDING_STOCHASTIC)
+            code = round_stochastically(found, word & ((1u << f->random_bits) - 1), f);
+        else if (rounding == LAMB16_ROUNDING_EXACT)
+            code = found.code + (found.fraction >= 0.5);
+        else /* half to even */
+            code = found.code + (found.fraction > 0.5 || (found.fraction == 0.5 && found.code % 2 == 1));
+    }
+    uint16_t weight = (uint16_t)((signbit(x) ? 0x8000 : 0) | (code < infinity ? code : infinity));
+    if (rounding == LAMB16_ROUNDING_EXACT)
+        *remainder = (int16_t)((int64_t)bits_of(x) - ((int64_t)weight << 16)); /* -2^15 .. 2^15 - 1 */
+    return weight;
+}
+
+static int has_16_bits(int32_t dtype) { return dtype == LAMB16_BFLOAT16 || dtype == LAMB16_FLOAT16; }
+
+static int is_rounding(int32_t x)
+{
+    return x == LAMB16_ROUNDING_STOCHASTIC || x == LAMB16_ROUNDING_NEAREST || x == LAMB16_ROUNDING_EXACT;
+}
+
+lamb16_status lamb16_round_weights(const float *x, const uint32_t *words, int32_t dtype, int32_t rounding,
+                                   uint16_t *weights, int16_t *remainders, size_t count)
+{
+    int stochastic = rounding == LAMB16_ROUNDING_STOCHASTIC, exact = rounding == LAMB16_ROUNDING_EXACT;
+    if (!has_16_bits(dtype))
+        return LAMB16_BAD_PARAM_DTYPE;
+    if (!is_rounding(rounding))
+        return LAMB16_BAD_PARAM_ROUNDING;
+    if (exact && dtype == LAMB16_FLOAT16)
+        return LAMB16_EXACT_FLOAT16;
+    if (count > 0 && (x == NULL || weights == NULL || (stochastic && words == NULL) || (exact && remainders == NULL)))
+        return LAMB16_NULL_POINTER;
+    for (size_t i = 0; i < count; i++)
+        weights[i] = narrow(x[i], stochastic ? words[i] : 0, dtype, rounding, exact ? &remainders[i] : NULL);
+    return LAMB16_OK;
+}
+
+lamb16_status lamb16_widen_weights(const uint16_t *weights, const int16_t *remainders, int32_t dtype, float *x,
+                                   size_t count)
+{
+    if (!has_16_bits(dtype))
+        return LAMB16_BAD_PARAM_DTYPE;
+    if (remainders != NULL && dtype == LAMB16_FLOAT16)
+        return LAMB16_EXACT_FLOAT16;
+    if (count > 0 && (weights == NULL || x == NULL))
+        return LAMB16_NULL_POINTER;
+    for (size_t i = 0; i < count; i++)
+        x[i] = remainders != NULL ? join(weights[i], remainders[i]) : widen(weights[i], dtype);
+    return LAMB16_OK;
+}
+
+/* ---- reading and writing tensors --------------------------------------------------------------------------------- */
+
+/* Element i of weights or gradients. */
+static float load(const void *array, int32_t dtype, size_t i)
+{
+    return dtype == LAMB16_FLOAT32 ? ((const float *)array)[i] : widen(((const uint16_t *)array)[i], dtype);
+}
+
+/* Whether the tensor's remainders are a part of its weights. */
+static int is_exact(const lamb16_tensor *x, const lamb16_hyper *h)
+{
+    return h->param_rounding == LAMB16_ROUNDING_EXACT && x->param_dtype == LAMB16_BFLOAT16;
+}
+
+/* NULL where they are not. */
+static int16_t *remainder_of(const lamb16_tensor *x, const lamb16_hyper *h)
+{
+    return is_exact(x, h) ? x->param_remainder : NULL;
+}
+
+static float load_weight(const lamb16_tensor *x, size_t i, const lamb16_hyper *h)
+{
+    return is_exact(x, h) ? join(((const uint16_t *)x->param)[i], x->param_remainder[i])
+                          : load(x->param, x->param_dtype, i);
+}
+
+/* Store the new weight of element i, rounded; gives the weight as it is from here on. */
+static float store_weight(lamb16_tensor *x, size_t i, float weight, uint32_t word, const lamb16_hyper *h)
+{
+    if (x->param_dtype == LAMB16_FLOAT32)
+        return ((float *)x->param)[i] = weight;
+    int16_t *remainder = is_exact(x, h) ? &x->param_remainder[i] : NULL;
+    ((uint16_t *)x->param)[i] = narrow(weight, word, x->param_dtype, h->param_rounding, remainder);
+    return load_weight(x, i, h);
+}
+
+/* The sum of the hashes of bfloat16 weights' bits as floats. */
+static int64_t checksum(const lamb16_tensor *x)
+{
+    uint32_t sum = 0;
+    for (size_t i = 0; i < x->numel; i++)
+        sum += lamb16_hash((uint32_t)((const uint16_t *)x->param)[i] << 16);
+    return sum;
+}
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
@@ -198,7 +361,8 @@ const char *lamb16_status_string(lamb16_status status)
     switch (status) {
     case LAMB16_OK: return "no error";
     case LAMB16_NULL_POINTER: return "a pointer is NULL; only arrays of tensors with numel 0, and stats, may be";
-    case LAMB16_MISALIGNED: return "param or grad is not aligned as a float is; copy it to aligned memory";
+    case LAMB16_MISALIGNED:
+        return "param, grad or param_remainder is not aligned as its elements are; copy it to aligned memory";
     case LAMB16_BAD_NUMEL: return "numel is too large: so many floats do not fit into memory, or their sum into 63 bits";
     case LAMB16_OVERLAP: return "an array that is written overlaps another array; give each tensor memory of its own";
     case LAMB16_BAD_LR: return "lr is invalid; it must be finite and >= 0";
@@ -230,13 +394,31 @@ const char *lamb16_status_string(lamb16_status status)
     case LAMB16_BAD_UPDATE_SUM: return "update_sum is negative: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_MASK_COUNT: return "mask_count is not in [0, numel]: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_STEP: return "step is invalid; it must be in [0, 2^31 - 2]";
+    case LAMB16_BAD_PARAM_ROUNDING:
+        return "param_rounding is invalid; it must be LAMB16_ROUNDING_STOCHASTIC, LAMB16_ROUNDING_NEAREST or "
+               "LAMB16_ROUNDING_EXACT";
+    case LAMB16_BAD_PARAM_DTYPE:
+        return "the weights' dtype is invalid; it must be LAMB16_BFLOAT16 or LAMB16_FLOAT16, for a tensor also "
+               "LAMB16_FLOAT32: start from a structure of zeros";
+    case LAMB16_BAD_GRAD_DTYPE:
+        return "grad_dtype is invalid; it must be LAMB16_FLOAT32, LAMB16_BFLOAT16 or LAMB16_FLOAT16: start from a "
+               "structure of zeros";
+    case LAMB16_EXACT_FLOAT16:
+        return "LAMB16_ROUNDING_EXACT is not for float16, whose range is too small for remainders to complete; use "
+               "LAMB16_ROUNDING_STOCHASTIC, or bfloat16 weights";
+    case LAMB16_NO_REMAINDER:
+        return "param_remainder is NULL, and LAMB16_ROUNDING_EXACT needs it; give it numel int16_t that are 0";
+    case LAMB16_BAD_PARAM_CHECKSUM:
+        return "param_checksum is not in [0, 2^32 - 1]: it is damaged, or lamb16_init was not called";
     }
     return "no lamb16_status";
 }
 
 void lamb16_default_hyper(lamb16_hyper *hyper)
 {
-    static const lamb16_hyper defaults = {1e-3, 0.9, 0.999, 1e-6, 0.0, 0.382, 1e-3, 2.0, 1, 1, 0, 0};
+    static const lamb16_hyper defaults = {
+        1e-3, 0.9, 0.999, 1e-6, 0.0, 0.382, 1e-3, 2.0, 1, 1, 0, 0, LAMB16_ROUNDING_STOCHASTIC,
+    };
     if (hyper != NULL)
         *hyper = defaults;
 }
@@ -277,26 +459,48 @@ static lamb16_status check_hyper(const lamb16_hyper *h)
         return LAMB16_BAD_CAUTION;
     if (!is_flag(h->maximize))
         return LAMB16_BAD_MAXIMIZE;
+    if (!is_rounding(h->param_rounding))
+        return LAMB16_BAD_PARAM_ROUNDING;
     return LAMB16_OK;
 }
 
-/* Whether two arrays share a byte. Addresses of different objects are compared as integers, which C permits. */
-static int overlap(const void *a, size_t a_size, const void *b, size_t b_size)
+/* An array's memory. Addresses of different objects are compared as integers, which C permits. */
+typedef struct {
+    uintptr_t start;
+    size_t size; /* in bytes */
+} array;
+
+/* The arrays of a tensor: WRITTEN that a step writes to and the gradient; size 0 for what it does not use. */
+enum { WRITTEN = 4, ARRAYS };
+typedef struct {
+    array of[ARRAYS];
+} arrays;
+
+static size_t size_of(int32_t dtype) { return dtype == LAMB16_FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
+
+static arrays arrays_of(const lamb16_tensor *x, const void *remainder, const void *grad)
 {
-    uintptr_t x = (uintptr_t)a, y = (uintptr_t)b;
-    return a_size > 0 && b_size > 0 && (x <= y ? y - x < a_size : x - y < b_size);
+    size_t n = x->numel;
+    arrays found = {{
+        {(uintptr_t)x->param, n * size_of(x->param_dtype)},
+        {(uintptr_t)x->exp_avg_codes, n},
+        {(uintptr_t)x->exp_avg_sq_codes, n},
+        {(uintptr_t)remainder, remainder != NULL ? n * sizeof(int16_t) : 0},
+        {(uintptr_t)grad, grad != NULL ? n * size_of(x->grad_dtype) : 0},
+    }};
+    return found;
 }
 
-/* Whether what is written of `a` shares memory with what is used of `b`; with its own other arrays where a is b. */
-static int disturbs(const lamb16_tensor *a, const lamb16_tensor *b)
+/* Whether what is written of `a` shares a byte with what is used of `b`; with its other arrays where they are one. */
+static int disturbs(const arrays *a, const arrays *b)
 {
-    const void *written[] = {a->param, a->exp_avg_codes, a->exp_avg_sq_codes};
-    const void *used[] = {b->param, b->exp_avg_codes, b->exp_avg_sq_codes, b->grad};
-    const size_t sizes[] = {sizeof(float), 1, 1, sizeof(float)};
-    for (int i = 0; i < 3; i++)
-        for (int k = 0; k < 4; k++)
-            if (!(a == b && i == k) && overlap(written[i], a->numel * sizes[i], used[k], b->numel * sizes[k]))
+    for (int i = 0; i < WRITTEN; i++)
+        for (int k = 0; k < ARRAYS; k++) {
+            array x = a->of[i], y = b->of[k];
+            if (!(a == b && i == k) && x.size > 0 && y.size > 0 &&
+                (x.start <= y.start ? y.start - x.start < x.size : x.start - y.start < y.size))
                 return 1;
+        }
     return 0;
 }
 
@@ -306,7 +510,12 @@ static int is_power_of_two(float x)
     return x >= FLT_MIN && x <= FLT_MAX && frexpf(x, &exponent) == 0.5f;
 }
 
-static int is_misaligned(const float *x) { return (uintptr_t)x % _Alignof(float) != 0; }
+static int is_misaligned(const void *x, int32_t dtype)
+{
+    return (uintptr_t)x % (dtype == LAMB16_FLOAT32 ? _Alignof(float) : _Alignof(uint16_t)) != 0;
+}
+
+static int is_dtype(int32_t x) { return x == LAMB16_FLOAT32 || has_16_bits(x); }
 
 static int is_too_large(size_t numel) { return numel > SIZE_MAX / sizeof(float) || numel > LARGEST_NUMEL; }
 
@@ -347,22 +556,42 @@ static lamb16_status check_scalars(const lamb16_tensor *x)
         return LAMB16_BAD_UPDATE_SUM;
     if (x->mask_count < 0 || (uint64_t)x->mask_count > x->numel)
         return LAMB16_BAD_MASK_COUNT;
+    if (x->param_checksum < 0 || x->param_checksum > UINT32_MAX)
+        return LAMB16_BAD_PARAM_CHECKSUM;
     if (x->step < 0 || x->step == INT32_MAX)
         return LAMB16_BAD_STEP;
     return LAMB16_OK;
 }
 
-static lamb16_status check_tensor(const lamb16_tensor *x)
+/* Dtypes, pointers, numel, alignment and overlap of what lamb16_init uses, and of gradient and remainders if given. */
+static lamb16_status check_arrays(const lamb16_tensor *x, const void *remainder, const void *grad)
 {
-    if (x->numel > 0 && (x->param == NULL || x->grad == NULL || x->exp_avg_codes == NULL || x->exp_avg_sq_codes == NULL))
+    if (x->numel > 0 && (x->param == NULL || x->exp_avg_codes == NULL || x->exp_avg_sq_codes == NULL))
         return LAMB16_NULL_POINTER;
     if (is_too_large(x->numel))
         return LAMB16_BAD_NUMEL;
-    if (x->numel > 0 && (is_misaligned(x->param) || is_misaligned(x->grad)))
+    if (x->numel > 0 && (is_misaligned(x->param, x->param_dtype) || is_misaligned(remainder, LAMB16_BFLOAT16) ||
+                         is_misaligned(grad, x->grad_dtype)))
         return LAMB16_MISALIGNED;
-    if (disturbs(x, x))
-        return LAMB16_OVERLAP;
-    lamb16_status status = check_scalars(x);
+    arrays own = arrays_of(x, remainder, grad);
+    return disturbs(&own, &own) ? LAMB16_OVERLAP : LAMB16_OK;
+}
+
+static lamb16_status check_tensor(const lamb16_tensor *x, const lamb16_hyper *h)
+{
+    if (!is_dtype(x->param_dtype))
+        return LAMB16_BAD_PARAM_DTYPE;
+    if (!is_dtype(x->grad_dtype))
+        return LAMB16_BAD_GRAD_DTYPE;
+    if (h->param_rounding == LAMB16_ROUNDING_EXACT && x->param_dtype == LAMB16_FLOAT16)
+        return LAMB16_EXACT_FLOAT16;
+    if (x->numel > 0 && is_exact(x, h) && x->param_remainder == NULL)
+        return LAMB16_NO_REMAINDER;
+    if (x->numel > 0 && x->grad == NULL)
+        return LAMB16_NULL_POINTER;
+    lamb16_status status = check_arrays(x, remainder_of(x, h), x->grad);
+    if (status == LAMB16_OK)
+        status = check_scalars(x);
     return status != LAMB16_OK ? status : check_codes(x);
 }
 
@@ -371,7 +600,7 @@ lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hype
     if (tensor == NULL)
         return LAMB16_NULL_POINTER;
     lamb16_status status = check_hyper(hyper);
-    return status != LAMB16_OK ? status : check_tensor(tensor);
+    return status != LAMB16_OK ? status : check_tensor(tensor, hyper);
 }
 
 static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, const lamb16_hyper *hyper,
@@ -383,11 +612,15 @@ static lamb16_status check_list(const lamb16_tensor *tensors, size_t count, cons
     if (status == LAMB16_OK && !is_non_negative(grad_factor))
         status = LAMB16_BAD_GRAD_FACTOR;
     for (size_t i = 0; i < count && status == LAMB16_OK; i++)
-        status = check_tensor(&tensors[i]);
-    for (size_t i = 0; i < count && status == LAMB16_OK; i++)
-        for (size_t k = 0; k < i && status == LAMB16_OK; k++)
-            if (disturbs(&tensors[i], &tensors[k]) || disturbs(&tensors[k], &tensors[i]))
+        status = check_tensor(&tensors[i], hyper);
+    for (size_t i = 0; i < count && status == LAMB16_OK; i++) {
+        arrays a = arrays_of(&tensors[i], remainder_of(&tensors[i], hyper), tensors[i].grad);
+        for (size_t k = 0; k < i && status == LAMB16_OK; k++) {
+            arrays b = arrays_of(&tensors[k], remainder_of(&tensors[k], hyper), tensors[k].grad);
+            if (disturbs(&a, &b) || disturbs(&b, &a))
                 status = LAMB16_OVERLAP;
+        }
+    }
     return status;
 }
 
@@ -409,7 +642,7 @@ static float largest_gradient(const lamb16_tensor *x, float factor)
 {
     float largest = 0.0f;
     for (size_t i = 0; i < x->numel; i++) {
-        float magnitude = fabsf(factor * x->grad[i]);
+        float magnitude = fabsf(factor * load(x->grad, x->grad_dtype, i));
         if (isnan(magnitude))
             return magnitude;
         if (magnitude > largest)
@@ -421,11 +654,13 @@ static float largest_gradient(const lamb16_tensor *x, float factor)
 static lamb16_status check_gradients(const lamb16_tensor *tensors, size_t count)
 {
     for (size_t k = 0; k < count; k++) {
+        if (!is_dtype(tensors[k].grad_dtype))
+            return LAMB16_BAD_GRAD_DTYPE;
         if (tensors[k].numel > 0 && tensors[k].grad == NULL)
             return LAMB16_NULL_POINTER;
         if (is_too_large(tensors[k].numel))
             return LAMB16_BAD_NUMEL;
-        if (tensors[k].numel > 0 && is_misaligned(tensors[k].grad))
+        if (tensors[k].numel > 0 && is_misaligned(tensors[k].grad, tensors[k].grad_dtype))
             return LAMB16_MISALIGNED;
     }
     return LAMB16_OK;
@@ -439,7 +674,7 @@ static double sum_of_squares(const lamb16_tensor *tensors, size_t count, double 
         if (!isfinite(largest_gradient(&tensors[k], 1.0f)))
             continue;
         for (size_t i = 0; i < tensors[k].numel; i++) {
-            float x = (float)((double)tensors[k].grad[i] * factor);
+            float x = (float)((double)load(tensors[k].grad, tensors[k].grad_dtype, i) * factor);
             uint64_t square = (uint64_t)nearbyint((double)(x * x) * NORM_UNITS);
             low += square;
             high += low < square;
@@ -482,30 +717,28 @@ lamb16_status lamb16_init(lamb16_tensor *tensor)
 {
     if (tensor == NULL)
         return LAMB16_NULL_POINTER;
+    if (!is_dtype(tensor->param_dtype))
+        return LAMB16_BAD_PARAM_DTYPE;
+    lamb16_status status = check_arrays(tensor, tensor->param_remainder, NULL);
+    if (status != LAMB16_OK)
+        return status;
     size_t n = tensor->numel;
-    if (n > 0 && (tensor->param == NULL || tensor->exp_avg_codes == NULL || tensor->exp_avg_sq_codes == NULL))
-        return LAMB16_NULL_POINTER;
-    if (is_too_large(n))
-        return LAMB16_BAD_NUMEL;
-    if (n > 0 && is_misaligned(tensor->param))
-        return LAMB16_MISALIGNED;
-    if (overlap(tensor->exp_avg_codes, n, tensor->exp_avg_sq_codes, n) ||
-        overlap(tensor->exp_avg_codes, n, tensor->param, n * sizeof(float)) ||
-        overlap(tensor->exp_avg_sq_codes, n, tensor->param, n * sizeof(float)))
-        return LAMB16_OVERLAP;
     if (n > 0) {
         memset(tensor->exp_avg_codes, 0, n);
         memset(tensor->exp_avg_sq_codes, 0, n);
     }
-    tensor->exp_avg_scale = E4M3.smallest_scale;
-    tensor->exp_avg_sq_scale = E5M2.smallest_scale;
+    if (n > 0 && tensor->param_remainder != NULL)
+        memset(tensor->param_remainder, 0, n * sizeof *tensor->param_remainder);
+    tensor->exp_avg_scale = MIN_SCALE_M;
+    tensor->exp_avg_sq_scale = MIN_SCALE_V;
     tensor->exp_avg_max = 0.0f;
     tensor->exp_avg_sq_max = 0.0f;
     tensor->weight_sum = 0;
     for (size_t i = 0; i < n; i++)
-        tensor->weight_sum += clamped_square(tensor->param[i], WEIGHT_FLOOR);
+        tensor->weight_sum += clamped_square(load(tensor->param, tensor->param_dtype, i), WEIGHT_FLOOR);
     tensor->update_sum = (int64_t)n << 20; /* Adam's first update is +-1 everywhere */
     tensor->mask_count = (int64_t)n;
+    tensor->param_checksum = 0;
     tensor->step = 0;
     return LAMB16_OK;
 }
@@ -592,9 +825,9 @@ typedef struct {
     int agrees;  /* whether it has the gradient's sign */
 } element;
 
-static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
+static element evaluate(const lamb16_tensor *x, size_t i, float weight, const factors *f)
 {
-    float g = f->gradient * x->grad[i];
+    float g = f->gradient * load(x->grad, x->grad_dtype, i);
     float old_m = decode(x->exp_avg_codes[i], &E4M3) * x->exp_avg_scale;
     float old_v = decode(x->exp_avg_sq_codes[i], &E5M2) * x->exp_avg_sq_scale;
     element e;
@@ -609,7 +842,7 @@ static element evaluate(const lamb16_tensor *x, size_t i, const factors *f)
     e.agrees = (n > 0.0f && g > 0.0f) || (n < 0.0f && g < 0.0f);
     if (f->caution)
         d = e.agrees ? d * f->gain : 0.0f;
-    e.u = d + f->weight_decay * x->param[i];
+    e.u = d + f->weight_decay * weight;
     return e;
 }
 
@@ -619,25 +852,26 @@ typedef struct {
     int64_t weight_sum, update_sum, mask_count;
 } totals;
 
-/* Weights and codes of all elements with these scales. */
-static totals apply(lamb16_tensor *x, const factors *f, float scale_m, float scale_v, int32_t t)
+/* Weights, with their remainders, and codes of all elements with these scales. */
+static totals apply(lamb16_tensor *x, const lamb16_hyper *h, const factors *f, float scale_m, float scale_v)
 {
     totals found = {0.0f, 0.0f, 0, 0, 0};
     for (size_t i = 0; i < x->numel; i++) {
-        element e = evaluate(x, i, f);
-        uint32_t word = lamb16_word(i, x->salt, t);
+        float weight = load_weight(x, i, h);
+        element e = evaluate(x, i, weight, f);
+        uint32_t word = lamb16_word(i, x->salt, x->step + 1);
         uint8_t code_m = encode(e.m / scale_m, word, &E4M3);
         uint8_t code_v = encode(e.v / scale_v, word, &E5M2);
         if (code_v == 0 && e.v > 0.0f)
             code_v = 1; /* 1 / sqrt(0) would ruin the layer */
-        x->param[i] = x->param[i] - f->step_size * e.u;
+        weight = store_weight(x, i, weight - f->step_size * e.u, word, h);
         x->exp_avg_codes[i] = code_m;
         x->exp_avg_sq_codes[i] = code_v;
 
         float m = fabsf(decode(code_m, &E4M3)), v = decode(code_v, &E5M2);
         found.max_m = m > found.max_m ? m : found.max_m;
         found.max_v = v > found.max_v ? v : found.max_v;
-        found.weight_sum += clamped_square(x->param[i], WEIGHT_FLOOR);
+        found.weight_sum += clamped_square(weight, WEIGHT_FLOOR);
         found.update_sum += clamped_square(e.u, f->eps);
         found.mask_count += e.agrees;
     }
@@ -648,6 +882,13 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
 {
     lamb16_stats stats = {NAN, NAN, NAN, 1};
     factors f = make_factors(x, h, grad_factor);
+
+    int64_t sum = is_exact(x, h) ? checksum(x) : x->param_checksum;
+    if (sum != x->param_checksum) { /* something else has changed the weights, which count as they are */
+        if (x->numel > 0)
+            memset(x->param_remainder, 0, x->numel * sizeof *x->param_remainder);
+        x->param_checksum = sum;
+    }
 
     /* The largest magnitudes that m and v can have, before they are formed; rounding is monotone. */
     float largest = largest_gradient(x, f.gradient);
@@ -660,11 +901,13 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
     stats.trust_ratio = trust_ratio(x, h);
     stats.skipped = 0;
 
-    float scale_m = scale(bound_m, &E4M3), scale_v = scale(bound_v, &E5M2);
-    totals found = apply(x, &f, scale_m, scale_v, x->step + 1);
+    float scale_m = lamb16_scale_e4m3(bound_m), scale_v = lamb16_scale_e5m2(bound_v);
+    totals found = apply(x, h, &f, scale_m, scale_v);
+    if (is_exact(x, h))
+        x->param_checksum = checksum(x);
     x->exp_avg_scale = scale_m;
     x->exp_avg_sq_scale = scale_v;
-    if (bound_m > 0.0f || bound_v > 0.0f) { /* else all moments are 0 and stay so: no step to count */
+    if (bound_m > 0.0f || bound_v > 0.0f) {
         x->exp_avg_max = found.max_m;
         x->exp_avg_sq_max = found.max_v;
         x->weight_sum = found.weight_sum;
@@ -672,6 +915,8 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
         if (h->caution)
             x->mask_count = found.mask_count;
         x->step += 1;
+    } else if (h->lr != 0.0 && h->weight_decay != 0.0) { /* all moments are 0 and stay so: no step to count */
+        x->salt += 1; /* but the weights are rounded, the next time by other words */
     }
     return stats;
 }

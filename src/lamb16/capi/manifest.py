@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from lamb16 import __version__
+from lamb16.checks import PARAM_DTYPES
 from lamb16.hyper import FLAGS, Hyper, check_hyperparameters, numbers_of
+from lamb16.remainder import REMAINDER
 from lamb16.store import TABLES
 
-FORMAT = 2
+FORMAT = 3
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
-PARTS = {"param": torch.float32, "grad": torch.float32, "exp_avg_codes": torch.uint8, "exp_avg_sq_codes": torch.uint8}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PARAM_DTYPES}  # of weights and gradients
 TABLE_INPUTS = {"scales": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: store.TABLES
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart, in order
 
@@ -39,16 +41,45 @@ class Input(NamedTuple):
     shape: Shape
 
 
-def inputs(shapes: Sequence[Shape]) -> list[Input]:
-    """What a step over these shapes takes, in order: four inputs per tensor, then the tables and two numbers."""
-    found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in PARTS.items()]
+class Spec(NamedTuple):
+    """What a step is exported for."""
+
+    shapes: list[Shape]
+    hyper: Hyper
+    param_dtype: torch.dtype = torch.float32  # of weights and gradients
+
+    @property
+    def exact(self) -> bool:
+        """Whether there are remainders of the weights."""
+        return self.param_dtype == torch.bfloat16 and self.hyper.param_rounding == "exact"
+
+    @property
+    def parts(self) -> dict[str, torch.dtype]:
+        """The inputs of each tensor."""
+        found = {"param": self.param_dtype, "grad": self.param_dtype}
+        found |= {"exp_avg_codes": torch.uint8, "exp_avg_sq_codes": torch.uint8}
+        return found | {REMAINDER: torch.int16} if self.exact else found
+
+
+def inputs(spec: Spec) -> list[Input]:
+    """What a step takes, in order: the inputs of each tensor, then the tables and two numbers."""
+    shapes = spec.shapes
+    found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in spec.parts.items()]
     found += [Input(name, dtype, (len(shapes), len(TABLES[dtype]))) for name, dtype in TABLE_INPUTS.items()]
     return [*found, Input("lr", torch.float64, (1,)), Input("grad_factor", torch.float64, (1,))]
 
 
+def wrong_rounding(spec: Spec) -> str:
+    """What is wrong with the weights' dtype and rounding together; nothing: an empty string."""
+    if spec.param_dtype == torch.float16 and spec.hyper.param_rounding == "exact":
+        return "exact rounding is for bfloat16: float16's range is too small for a remainder to complete"
+    return ""
+
+
 def hyper_entries(hyper: Hyper) -> dict[str, Any]:
     """The hyperparameters under their names in C; moment_dtype is always float8."""
-    return {name: bool(x) if name in FLAGS else x for name, x in numbers_of(vars(hyper)).items()}
+    found: dict[str, Any] = {name: bool(x) if name in FLAGS else x for name, x in numbers_of(vars(hyper)).items()}
+    return found | {"param_rounding": hyper.param_rounding}
 
 
 def hyper_of(entries: dict[str, Any]) -> Hyper:
@@ -58,9 +89,7 @@ def hyper_of(entries: dict[str, Any]) -> Hyper:
     return Hyper(betas=betas, **values)
 
 
-def describe(
-    shapes: Sequence[Shape], hyper: Hyper, device: torch.device, options: dict[str, Any], package: Path
-) -> dict[str, Any]:
+def describe(spec: Spec, device: torch.device, options: dict[str, Any], package: Path) -> dict[str, Any]:
     """The manifest of a package that lies at ``package``."""
     return {
         "format": FORMAT,
@@ -69,10 +98,11 @@ def describe(
         "device": device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "package": {"file": PACKAGE, "sha256": digest(package)},
-        "hyperparameters": hyper_entries(hyper),
+        "hyperparameters": hyper_entries(spec.hyper),
+        "param_dtype": str(spec.param_dtype).removeprefix("torch."),
         "inductor": options,
-        "tensors": _tensor_entries(shapes),
-        "inputs": _input_entries(shapes),
+        "tensors": _tensor_entries(spec.shapes),
+        "inputs": _input_entries(spec),
     }
 
 
@@ -80,9 +110,9 @@ def _tensor_entries(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     return [{"name": str(i), "shape": list(x), "numel": math.prod(x)} for i, x in enumerate(shapes)]
 
 
-def _input_entries(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+def _input_entries(spec: Spec) -> list[dict[str, Any]]:
     return [
-        {"name": x.name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)} for x in inputs(shapes)
+        {"name": x.name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)} for x in inputs(spec)
     ]
 
 
@@ -102,9 +132,8 @@ class Exported:
 
     package: Path
     device: str
-    hyper: Hyper
+    spec: Spec
     names: list[str]
-    shapes: list[Shape]
 
     def extract(self, folder: Path) -> Path:
         """Unpack the step's shared library into ``folder`` and return its path; raises ManifestError."""
@@ -130,6 +159,7 @@ def read(folder: Path) -> Exported:
         shapes = [tuple(int(n) for n in entry["shape"]) for entry in content["tensors"]]
         package, sha = folder / content["package"]["file"], content["package"]["sha256"]
         listed = content["tensors"], content["inputs"]
+        spec = Spec(shapes, hyper, DTYPES[content["param_dtype"]])
         device, cpu = content["device"], content["cpu"]
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{path} lacks or misstates {error}: export it again") from error
@@ -137,18 +167,18 @@ def read(folder: Path) -> Exported:
         check_hyperparameters(asdict(hyper), f" ({path})")
     except (ValueError, OverflowError) as error:
         raise ManifestError(str(error)) from error
-    if hyper_entries(hyper) != content["hyperparameters"]:
+    if hyper_entries(hyper) != content["hyperparameters"] or wrong_rounding(spec):
         raise ManifestError(f"{path}: its hyperparameters are not those of a step: export it again")
     if any(min(x, default=0) < 0 or len(x) > MAX_DIMS or math.prod(x) >= 1 << 31 for x in shapes):
         raise ManifestError(f"{path}: it has a shape that no step can have: export it again")
-    if listed != (_tensor_entries(shapes), _input_entries(shapes)):
+    if listed != (_tensor_entries(shapes), _input_entries(spec)):
         raise ManifestError(f"{path}: its inputs are not those of a step over its tensors: export it again")
     _check_cpu(cpu, path)
     if not package.is_file():
         raise ManifestError(f"{package} is missing: export it again")
     if digest(package) != sha:
         raise ManifestError(f"{package} is damaged or of another export: its SHA-256 is not the one in {path}")
-    return Exported(package, device, hyper, [entry["name"] for entry in content["tensors"]], shapes)
+    return Exported(package, device, spec, [entry["name"] for entry in content["tensors"]])
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every fp8 code and every float32: the C encoders and decoders against torch, eager and compiled.
+"""Every code and every float32: what C rounds and decodes against torch, eager and compiled.
 
     python -m lamb16.capi.sweep           # a stratified sample of 2^24 float32 bit patterns and all boundaries
     python -m lamb16.capi.sweep --full    # all 2^32
@@ -13,6 +13,7 @@ What is compared:
   everywhere else.
 - the hash that makes the random words, over the positions of all patterns.
 - decode: all 256 codes against torch's cast, and those that the step stores against ``fp8.decode``.
+- weights of bfloat16 and float16 in every rounding, and back (``sweep_weights.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from lamb16 import fp8
 from lamb16.capi import NEAREST, Library, NoCompilerError, load
+from lamb16.capi.sweep_weights import Weights, boundaries, sweep_widening
 from lamb16.cli.study.report import table
 from lamb16.fp8 import E4M3, E5M2
 from lamb16.inductor import options
@@ -126,10 +128,15 @@ def word_form(library: Library, value: int | None, first: int, count: int) -> Te
 def sweep_encoders(sweep: Sweep, chunks: Iterable[tuple[int, Tensor]]) -> None:
     """Compare the encoders and the hash on chunks: (position of the first pattern, int32 patterns)."""
     codes_compiled, words_compiled = compile_function(step_codes), compile_function(fp8.element_words)
+    weights = Weights(sweep.library, sweep.compare, compile_function)
     for first, patterns in chunks:
         x, nan = patterns.view(torch.float32), torch.isnan(patterns.view(torch.float32))
+        forms = {form: word_form(sweep.library, value, first, len(patterns)) for form, value in WORDS.items()}
+        weights.add(
+            patterns, {form: words for form, words in forms.items() if form != "nearest"}
+        )  # whose low bits are 0
         for form, value in WORDS.items():
-            words = word_form(sweep.library, value, first, len(patterns))
+            words = forms[form]
             if value is None:
                 index = torch.arange(len(patterns), dtype=torch.int32) + fp8.wrapped(first)
                 salt, offset = torch.tensor(SALT, dtype=torch.int32), fp8.wrapped(STEP * 0x9E3779B9)
@@ -246,13 +253,14 @@ def sample_patterns() -> Iterator[tuple[int, Tensor]]:
 
 
 def boundary_patterns() -> Tensor:
-    """Codes' values, midpoints, where the cast differs, the ends of every exponent, ±2, of both signs; int32."""
+    """Values of codes and weights, midpoints, where the cast differs, ends of exponents, ±2, of both signs; int32."""
     starts = [exponent << 23 for exponent in range(257)]
     for encoding in ENCODINGS:
         grid = torch.arange(encoding.largest_code + 1, dtype=torch.uint8).view(encoding.dtype).float()
         grid = torch.cat([grid, 2 * grid[-1:] - grid[-2:-1]])  # and what would follow
         middles = (grid[1:] + grid[:-1]) / 2
         starts += torch.cat([grid, middles]).view(torch.int32).tolist() + known_patterns(encoding).tolist()
+    starts += boundaries()
     near = {start + k for start in starts for k in range(-2, 3)}
     magnitudes = torch.tensor(sorted(x for x in near if 0 <= x < 1 << 31), dtype=torch.int32)
     return torch.cat([magnitudes, magnitudes | fp8.wrapped(1 << 31)])
@@ -282,6 +290,7 @@ def run(library: Library, full: bool = False) -> Sweep:
     """Compare everything; see the module's docstring."""
     sweep = Sweep(library)
     sweep_decoders(sweep)
+    sweep_widening(library, sweep.compare)
     sweep_encoders(sweep, with_progress(all_patterns()) if full else sample_patterns())
     for encoding in ENCODINGS:
         check_ties(sweep, encoding)

@@ -4,6 +4,9 @@ All optimizers step the same parameters with the same gradients, in turn, round 
 also of the ratios that two have in the same round. `copy` is a memory copy that moves as many bytes as lamb16's step,
 20 per parameter: about what the memory bus allows. "Beyond state" is the most memory that the first step,
 compilation included, takes beyond parameters, gradients and state, in percent of the parameters' bytes.
+
+With `--memory` no times are taken: the table says where the bytes of a training step go, for float32 and bfloat16
+weights, and the peak that was measured.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from lamb16 import Lamb, Lamb16, PublishedLamb16
-from lamb16.cli import CommandError, contenders, timing
+from lamb16.cli import CommandError, contenders, memory, timing
 from lamb16.cli.shapes import SETS, Shape
 from lamb16.cli.study import report
 from lamb16.cli.timing import Factory, Row
@@ -39,18 +41,16 @@ OWN: dict[str, Factory] = {
     "PublishedLamb16": lambda params: PublishedLamb16(params, **COMMON),
 }
 PEERS = ("adamwfp8", "adamw8bit", "adamw4bit", "adamw8bit-bnb", "lamb-timm", "lamb-po")
-MOST_SHAPES = 100  # torchao compiles for every shape, a second or so each
+# The options, with their defaults, that mean nothing where memory is measured.
+TIMES_ONLY: dict[str, Any] = {
+    "dtype": "float32", "rounds": 20, "peers": False, "compile_time": False, "passes": False, "sizes": None,
+    "plot": None, "size_plot": None,
+}  # fmt: skip
 COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shapes of BERT-large, scaled down
 
 
 def _peer(name: str) -> Factory:
-    def build(params: list[nn.Parameter]) -> Optimizer:
-        shapes = len({p.shape for p in params})
-        if contenders.CONTENDERS[name].module == "torchao" and shapes > MOST_SHAPES:
-            raise CommandError(f"left out: it would compile for each of {shapes} shapes")
-        return contenders.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
-
-    return build
+    return lambda params: contenders.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
 
 
 def measure(
@@ -75,9 +75,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--shapes", nargs="+", choices=SETS, default=["mlp", "tiny-tensors"], help="parameter shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
+    parser.add_argument("--dtype", choices=DTYPES, default=TIMES_ONLY["dtype"], help="of parameters and gradients")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="timed steps of each optimizer")
+    parser.add_argument(
+        "--rounds", type=int, default=TIMES_ONLY["rounds"], metavar="N", help="timed steps of each optimizer"
+    )
     parser.add_argument("--peers", action="store_true", help="with the installed optimizers of other libraries")
     parser.add_argument(
         "--compile-time",
@@ -86,6 +88,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--passes", action="store_true", help="also the parts of the compiled step, one by one")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="also one tensor of so many elements each")
+    parser.add_argument("--memory", action="store_true", help="bytes per parameter of a training step, and no times")
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (SVG)")
     parser.add_argument("--size-plot", metavar="FILE", help="write a chart of the time against --sizes (SVG)")
@@ -99,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= most:
         raise CommandError(f"--threads must be from 1 to {most}, the processors there are, not {args.threads}")
     device = _device(args.device)
+    unused = [name for name, default in TIMES_ONLY.items() if args.memory and getattr(args, name) != default]
+    if unused:
+        raise CommandError(f"--memory takes no times; leave --{unused[0].replace('_', '-')} out")
     if args.sizes and min(args.sizes) < 1:
         raise CommandError(f"--sizes must be at least 1, not {min(args.sizes)}")
     if args.size_plot and not args.sizes:
@@ -109,13 +115,14 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     threads = torch.get_num_threads()
+    if args.memory:
+        return _run_memory(args, device)
     factories = OWN | ({contenders.CONTENDERS[name].label: _peer(name) for name in PEERS} if args.peers else {})
     written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
     for name in args.shapes:
-        shapes = SETS[name]()
-        numel = sum(torch.Size(s).numel() for s in shapes)
+        shapes, numel, told = _set(name)
         where = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        print(f"\n{name}: {len(shapes)} tensors, {numel:,} parameters, {args.dtype}, {where}\n")
+        print(f"\n{told}, {args.dtype}, {where}\n")
         written["results"][name] = measure(shapes, DTYPES[args.dtype], device, args.rounds, factories)
         print(table(written["results"][name]), flush=True)
         if args.passes:
@@ -134,6 +141,25 @@ def run(args: argparse.Namespace) -> int:
         plot(written["results"], Path(args.plot))
     if args.size_plot:
         plot_sizes(written["sizes"], Path(args.size_plot))
+    return 0
+
+
+def _set(name: str) -> tuple[list[Shape], int, str]:
+    """The shapes of this name, their number of elements, and the line that says so."""
+    shapes = SETS[name]()
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    return shapes, numel, f"{name}: {len(shapes)} tensors, {numel:,} parameters"
+
+
+def _run_memory(args: argparse.Namespace, device: torch.device) -> int:
+    written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
+    for name in args.shapes:
+        shapes, _, told = _set(name)
+        print(f"\n{told}, {device}\n")
+        written["results"][name] = memory.measure(shapes, device)
+        print(memory.table(written["results"][name]), flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 

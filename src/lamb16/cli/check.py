@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ from torch import Tensor, nn
 
 from lamb16 import Lamb16, capi, reference
 from lamb16.capi import manifest
-from lamb16.capi.manifest import Exported, ManifestError
+from lamb16.capi.manifest import Exported, ManifestError, Spec
 from lamb16.cli import CommandError
 from lamb16.cli.study.report import table
-from lamb16.hyper import NUMBERS, Hyper, numbers_of
+from lamb16.hyper import Hyper
 from lamb16.optimizer import tensor_salt
 from lamb16.reference import State
+from lamb16.remainder import REMAINDER
+from lamb16.store import MOMENTS, SCALARS
 
 EXPORTED = "exported"
+CHANGED = 0.5  # INPUTS_CHANGED of capi/inputs.h
 Results = list[tuple[Tensor, State]]  # weights and state of every tensor
-Stepper = Callable[[list[Tensor], Hyper, float], Results]  # from gradients, hyperparameters, gradients' factor
-SCALARS = [field.name for field in fields(State) if field.type != "Tensor"]
+Changes = list[int]  # tensors whose middle weight something else than the step sets to CHANGED
+Stepper = Callable[[list[Tensor], Hyper, float, Changes], Results]  # from gradients, hyperparameters, their factor
 
 
 def add_parser(subparsers: Any) -> None:
@@ -106,8 +110,8 @@ class Row:
     tensors: int
     steps: int
     codes: int = 0
-    scalars: int = 0  # norms, maxima, sums, step count and salt
-    weights: int = 0
+    scalars: int = 0  # norms, maxima, sums, checksum, step count and salt
+    weights: int = 0  # with their remainders
     ulp: int = 0  # the largest difference of a weight
     skipped: int = 0  # tensor updates that the reference left out; no difference
 
@@ -139,7 +143,7 @@ def build_harness(compiler: str | None, folder: Path, harness: Path | None = Non
     # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
     link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
     link += ["-ltorch_cpu", "-lc10", "-ldl", "-lm"]
-    given = "-DHYPERPARAMETERS(X)=" + " ".join(f"X({name})" for name in NUMBERS)
+    given = "-DHYPERPARAMETERS(X)=" + " ".join(f"X({name})" for name in capi.CHyper.NAMES)
     capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS, given], sources, program, link)
     return program
 
@@ -165,9 +169,10 @@ def run_harness(harness: Path, step: Path, exported: Exported, steps: int, seed:
 
 def plan(exported: Exported, steps: int, seed: int) -> str:
     """What the harness reads; floats in hexadecimal, so that none is rounded."""
-    values = numbers_of(vars(exported.hyper)).values()
-    lines = [f"{steps} {seed}", " ".join(x.hex() for x in values), str(len(exported.shapes))]
-    for name, shape in zip(exported.names, exported.shapes, strict=True):
+    spec, hyper = exported.spec, capi.c_hyper(exported.spec.hyper)
+    values = " ".join(float(getattr(hyper, name)).hex() for name in hyper.NAMES)
+    lines = [f"{steps} {seed}", values, str(capi.DTYPES.index(spec.param_dtype)), str(len(spec.shapes))]
+    for name, shape in zip(exported.names, spec.shapes, strict=True):
         lines.append(" ".join(map(str, [tensor_salt(0, name), len(shape), *shape])))
     return "\n".join(lines) + "\n"
 
@@ -183,26 +188,32 @@ class Inputs:
         library = ctypes.CDLL(str(path))
         self._weights, self._gradient = library.inputs_weights, library.inputs_gradient
         self._lr, self._grad_factor = library.inputs_lr, library.inputs_grad_factor
+        self._change = library.inputs_change
         number = ctypes.c_uint64
+        self._change.argtypes, self._change.restype = [number, number], ctypes.c_int
         self._weights.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number]
         self._gradient.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number]
         self._weights.restype = self._gradient.restype = None
         self._lr.argtypes, self._grad_factor.argtypes = [ctypes.c_double, number], [number]
         self._lr.restype = self._grad_factor.restype = ctypes.c_double
 
-    def weights(self, shapes: Sequence[manifest.Shape], seed: int) -> list[Tensor]:
+    def weights(self, spec: Spec, seed: int) -> list[Tensor]:
         """The first weights of all tensors."""
-        found = [torch.empty(shape) for shape in shapes]
+        found = [torch.empty(shape) for shape in spec.shapes]
         for i, x in enumerate(found):
             self._weights(x.data_ptr(), x.numel(), seed, i)
-        return found
+        return [x.to(spec.param_dtype) for x in found]
 
-    def gradients(self, shapes: Sequence[manifest.Shape], seed: int, step: int) -> list[Tensor]:
+    def gradients(self, spec: Spec, seed: int, step: int) -> list[Tensor]:
         """The gradients of step number ``step``."""
-        found = [torch.empty(shape) for shape in shapes]
+        found = [torch.empty(shape) for shape in spec.shapes]
         for i, x in enumerate(found):
             self._gradient(x.data_ptr(), x.numel(), seed, i, step)
-        return found
+        return [x.to(spec.param_dtype) for x in found]
+
+    def changes(self, spec: Spec, step: int) -> Changes:
+        """Whose middle weight is changed before step number ``step``."""
+        return [i for i, x in enumerate(spec.shapes) if math.prod(x) and self._change(i, step)]
 
     def lr(self, lr: float, step: int) -> float:
         """The learning rate of a step, where the manifest has ``lr``."""
@@ -216,13 +227,15 @@ class Inputs:
 class ByRule:
     """Steps of a function like :func:`lamb16.reference.step`, which it takes tensor by tensor."""
 
-    def __init__(self, rule: Any, weights: list[Tensor], names: list[str]) -> None:
+    def __init__(self, rule: Any, weights: list[Tensor], names: list[str], hyper: Hyper) -> None:
         self.rule, self.skipped = rule, 0
         self.now: Results = [
-            (w.clone(), reference.init(w, tensor_salt(0, name))) for w, name in zip(weights, names, strict=True)
+            (w.clone(), reference.init(w, tensor_salt(0, name), param_rounding=hyper.param_rounding))
+            for w, name in zip(weights, names, strict=True)
         ]
 
-    def __call__(self, grads: list[Tensor], hyper: Hyper, grad_factor: float) -> Results:
+    def __call__(self, grads: list[Tensor], hyper: Hyper, grad_factor: float, changes: Changes) -> Results:
+        change([p for p, _ in self.now], changes)
         for i, ((p, state), grad) in enumerate(zip(self.now, grads, strict=True)):
             p, state, stats = self.rule(p, grad, state, hyper, grad_factor)
             self.now[i] = p, state
@@ -230,12 +243,19 @@ class ByRule:
         return self.now
 
 
+def change(weights: Sequence[Tensor], changes: Changes) -> None:
+    """Set the middle weights of these tensors, in place."""
+    for i in changes:
+        weights[i].view(-1)[weights[i].numel() // 2] = CHANGED
+
+
 def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile: bool) -> Stepper:
     """Steps of Lamb16, which takes the factor as a gradient scaler's scale."""
     params = [nn.Parameter(w.clone()) for w in weights]
     optimizer = Lamb16(list(zip(names, params, strict=True)), **asdict(hyper), compile=compile)
 
-    def step(grads: list[Tensor], hyper: Hyper, grad_factor: float) -> Results:
+    def step(grads: list[Tensor], hyper: Hyper, grad_factor: float, changes: Changes) -> Results:
+        change([p.detach() for p in params], changes)
         optimizer.param_groups[0]["lr"] = hyper.lr
         scale = torch.tensor(1 / grad_factor, dtype=torch.float32)  # what the factor is the inverse of
         optimizer.grad_scale, optimizer.found_inf = scale, torch.zeros(())  # type: ignore[attr-defined]
@@ -251,14 +271,14 @@ def by_optimizer(weights: list[Tensor], names: list[str], hyper: Hyper, compile:
 
 
 def _state(entries: dict[str, Tensor]) -> State:
-    codes = {name: entries[name].view(torch.uint8) for name in ("exp_avg_codes", "exp_avg_sq_codes")}
+    tensors = {name: entries[name].view(torch.uint8) for name in MOMENTS} | {REMAINDER: entries.get(REMAINDER)}
     scalars = {name: entries[name].item() for name in SCALARS}
-    return State(**codes, **scalars | {"salt": int(scalars["salt"]) & 0xFFFFFFFF})  # type: ignore[arg-type]
+    return State(**tensors, **scalars | {"salt": int(scalars["salt"]) & 0xFFFFFFFF})  # type: ignore[arg-type]
 
 
 # What is checked from Python: its line in the table, and how it starts from weights, names and hyperparameters.
 STEPPERS: dict[str, tuple[str, Callable[[list[Tensor], list[str], Hyper], Stepper]]] = {
-    "reference": ("Python reference", lambda weights, names, hyper: ByRule(reference.step, weights, names)),
+    "reference": ("Python reference", lambda *start: ByRule(reference.step, *start)),
     "eager": ("eager step", lambda weights, names, hyper: by_optimizer(weights, names, hyper, False)),
     "compiled": ("compiled step", lambda weights, names, hyper: by_optimizer(weights, names, hyper, True)),
 }
@@ -268,17 +288,18 @@ def check_steppers(
     which: Sequence[str], library: capi.Library, inputs: Inputs, exported: Exported, steps: int, seed: int
 ) -> list[Row]:
     """Run these beside the C reference, all on the inputs that the harness has, and compare after every step."""
-    weights, names, hyper = inputs.weights(exported.shapes, seed), exported.names, exported.hyper
-    oracle = ByRule(library.step, weights, names)
+    spec, names = exported.spec, exported.names
+    weights, hyper = inputs.weights(spec, seed), spec.hyper
+    oracle = ByRule(library.step, weights, names, hyper)
     rows = [Row(STEPPERS[name][0], len(names), steps) for name in which]
     others = [STEPPERS[name][1](weights, names, hyper) for name in which]
     for step in range(steps):
         now = replace(hyper, lr=inputs.lr(hyper.lr, step))
-        grads = inputs.gradients(exported.shapes, seed, step)
-        grad_factor = inputs.grad_factor(step)
-        wanted = oracle(grads, now, grad_factor)
+        grads = inputs.gradients(spec, seed, step)
+        grad_factor, changes = inputs.grad_factor(step), inputs.changes(spec, step)
+        wanted = oracle(grads, now, grad_factor, changes)
         for row, other in zip(rows, others, strict=True):
-            for mine, theirs in zip(other(grads, now, grad_factor), wanted, strict=True):
+            for mine, theirs in zip(other(grads, now, grad_factor, changes), wanted, strict=True):
                 compare(row, mine, theirs)
     for row in rows:
         row.skipped = oracle.skipped
@@ -288,6 +309,8 @@ def check_steppers(
 def compare(row: Row, mine: tuple[Tensor, State], theirs: tuple[Tensor, State]) -> None:
     """Count what differs between two results of a tensor."""
     (p, a), (wanted, b) = mine, theirs
+    if a.param_remainder is not None and b.param_remainder is not None:  # which make a difference of their own
+        p, wanted = reference.joined(p, a.param_remainder), reference.joined(wanted, b.param_remainder)
     apart = (_ordinal(p) - _ordinal(wanted)).abs()
     row.weights += int((apart > 0).sum())
     row.ulp = max(row.ulp, int(apart.max()) if apart.numel() else 0)
@@ -297,5 +320,5 @@ def compare(row: Row, mine: tuple[Tensor, State], theirs: tuple[Tensor, State]) 
 
 def _ordinal(x: Tensor) -> Tensor:
     """Floats numbered in their order, int64; -0 is one below 0."""
-    bits = x.view(torch.int32).long()
-    return torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).long()
+    return torch.where(bits < 0, -1 - (bits & (0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFF)), bits)

@@ -20,6 +20,7 @@ TRAININGS = {
     "moments": "8-bit against FP32 moments of the same rule, layer by layer",
     "ablations": "every part of the rule exchanged alone",
     "batches": "batch sizes from 64 to 8,192",
+    "rounding": "bfloat16 weights rounded in every way, on the language model",
     "rates": "loss against learning rate, for four optimizers, two of them with less momentum too",
     "published": "the published demonstration with seven optimizers",
     "reasons": "why Lamb16's final loss in `published` is not the lowest: one thing changed at a time",

@@ -17,6 +17,7 @@ from lamb16.cli import CommandError
 from lamb16.hyper import NAMES
 
 Named = Iterable[tuple[str, Tensor]]
+MOST_SHAPES = 100  # torchao compiles for every shape, a second or so each
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ CONTENDERS = {
     "adam": Contender("Adam", torch.optim.Adam, 0.001),
     "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
     "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
-    "adamw8bit": Contender("AdamW8bit (torchao)", _foreign("torchao.optim", "AdamW8bit"), 0.001, "torchao"),
+    "adamw8bit": Contender(
+        "AdamW8bit (torchao)",
+        _foreign("torchao.optim", "AdamW8bit"),
+        0.001,
+        "torchao",
+        special=frozenset({"bf16_stochastic_round"}),
+    ),
     "adamwfp8": Contender("AdamWFp8 (torchao)", _foreign("torchao.optim", "AdamWFp8"), 0.001, "torchao"),
     "adamw4bit": Contender("AdamW4bit (torchao)", _foreign("torchao.optim", "AdamW4bit"), 0.001, "torchao"),
     "adamw8bit-bnb": Contender(
@@ -68,10 +75,13 @@ CONTENDERS = {
 
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
     """The optimizer ``name`` over named parameters; of the ``options`` it gets those it takes."""
-    contender = CONTENDERS[name]
+    contender, named = CONTENDERS[name], list(named)
+    shapes = len({p.shape for _, p in named})
+    if contender.module == "torchao" and shapes > MOST_SHAPES:
+        raise CommandError(f"left out: it would compile for each of {shapes} shapes")
     taken = {key: value for key, value in options.items() if key in contender.special | {"betas"}}
     try:
-        return contender.build(list(named), lr=lr, weight_decay=weight_decay, **taken)
+        return contender.build(named, lr=lr, weight_decay=weight_decay, **taken)
     except ImportError as error:
         raise CommandError(
             f"{contender.label} needs '{contender.module}' ({error}); install it with: pip install 'lamb16[peers]'"

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from lamb16.capi.manifest import MANIFEST, MAX_DIMS, PACKAGE, Shape
+from lamb16.capi.manifest import DTYPES, MANIFEST, MAX_DIMS, PACKAGE, Shape, Spec, wrong_rounding
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import SETS
-from lamb16.hyper import FLAGS, NAMES, Hyper, check_hyperparameters
+from lamb16.hyper import FLAGS, NAMES, ROUNDINGS, Hyper, check_hyperparameters
 
 OPTIONS = [name for name in NAMES if name != "moment_dtype"]  # which is always float8
 
@@ -34,6 +34,9 @@ def add_parser(subparsers: Any) -> None:
         help=f"of the parameters, in order: words like 300x70, or the sets {', '.join(SETS)}",
     )  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
+    parser.add_argument(
+        "--param-dtype", default="float32", choices=list(DTYPES), help="of weights and gradients (default: float32)"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="that the step runs on (default: torch's)")
     hyper = parser.add_argument_group("hyperparameters, constants of the step", "as of lamb16.Lamb16")
@@ -42,12 +45,14 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_option(group: Any, name: str) -> None:
-    """The option of a hyperparameter: a number, two (betas) or a flag with its --no- form."""
+    """The option of a hyperparameter: a number, two (betas), a word or a flag with its --no- form."""
     option, default = f"--{name.replace('_', '-')}", getattr(Hyper, name)
     if name in FLAGS:
         group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
     elif name == "betas":
         group.add_argument(option, type=float, nargs=2, default=default, metavar=("BETA1", "BETA2"))
+    elif name == "param_rounding":
+        group.add_argument(option, default=default, choices=ROUNDINGS, help="of weights with 16 bits")
     else:
         said = "an input of the step; this one goes into the manifest" if name == "lr" else None
         group.add_argument(option, type=float, default=default, metavar="X", help=said)
@@ -56,7 +61,11 @@ def add_option(group: Any, name: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then compile and write."""
     shapes = parse_shapes(args.shapes)
-    hyper = hyperparameters(args)
+    spec = Spec(shapes, hyperparameters(args), DTYPES[args.param_dtype])
+    if wrong_rounding(spec):
+        raise CommandError(
+            f"--param-dtype float16 --param-rounding exact: {wrong_rounding(spec)}; use another of either"
+        )
     threads = torch.get_num_threads() if args.threads is None else args.threads
     if threads < 1:
         raise CommandError(f"--threads must be at least 1, not {threads}")
@@ -67,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     try:
-        written = export(shapes, hyper, args.out, torch.device(args.device), threads)
+        written = export(spec, args.out, torch.device(args.device), threads)
     except OSError as error:
         raise CommandError(f"cannot write ({error})", status=1) from error
     except Exception as error:

@@ -159,13 +159,18 @@ def _cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most bytes of tensors that a call holds beyond what was there before it."""
+    return traced_bytes(call, device)[1]
+
+
+def traced_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """The bytes of tensors that a call leaves, and the most that it holds, beyond what was there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -174,7 +179,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return held, peak
 
 
 class Stopwatch:

@@ -215,8 +215,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, workers: Workers 
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes of all tensors in `optimizer.state`; a tensor subclass counts with what it is made of here."""
-    return sum(_bytes(v) for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    """The bytes of all tensors in `optimizer.state`, of one that is in several states once.
+
+    A tensor subclass counts with what it is made of here.
+    """
+    entries = {id(v): v for state in optimizer.state.values() for v in state.values()}
+    return sum(_bytes(v) for v in entries.values() if isinstance(v, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:

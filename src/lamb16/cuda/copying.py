@@ -10,18 +10,21 @@ def copy_pieces(
     table_g,
     table_m,
     table_v,
+    table_r,
     p,
     g,
     m,
     v,
+    r,
     length,
+    EXACT: tl.constexpr,
     UNPACK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     """Copy one piece (a row of PIECE elements) of weights, gradients and codes into the packed buffer, or back.
 
-    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` [rows, PIECE] the buffer,
-    ``length`` [rows] int32 how much of a row is used. Gradients are not copied back.
+    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` and ``r`` [rows, PIECE] the
+    buffer, ``length`` [rows] int32 how much of a row is used. Gradients are not copied back, remainders only if EXACT.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PIECE)
@@ -35,8 +38,12 @@ def copy_pieces(
         tl.store(own_p, tl.load(p + packed, inside), inside)
         tl.store(own_m, tl.load(m + packed, inside), inside)
         tl.store(own_v, tl.load(v + packed, inside), inside)
+        if EXACT:
+            tl.store(tl.load(table_r + row).to(r.dtype) + lane, tl.load(r + packed, inside), inside)
     else:
         tl.store(p + packed, tl.load(own_p, inside), inside)
         tl.store(g + packed, tl.load(own_g, inside), inside)
         tl.store(m + packed, tl.load(own_m, inside), inside)
         tl.store(v + packed, tl.load(own_v, inside), inside)
+        if EXACT:
+            tl.store(r + packed, tl.load(tl.load(table_r + row).to(r.dtype) + lane, inside), inside)

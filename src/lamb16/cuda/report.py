@@ -96,9 +96,9 @@ class Code:
         if unpack not in self._copying:
             from .copying import copy_pieces
 
-            types = ["*i64"] * 4 + ["*fp32", "*fp32", "*u8", "*u8", "*i32"]
-            signature = dict(zip(copy_pieces.arg_names, [*types, "constexpr", "constexpr"], strict=True))
-            constants = {"UNPACK": unpack, "PIECE": PIECE}
+            types = ["*i64"] * 5 + ["*fp32", "*fp32", "*u8", "*u8", "*u8", "*i32"]
+            signature = dict(zip(copy_pieces.arg_names, [*types, *["constexpr"] * 3], strict=True))
+            constants = {"EXACT": False, "UNPACK": unpack, "PIECE": PIECE}
             self._copying[unpack] = assemble(copy_pieces, signature, constants, self.capability)
         return self._copying[unpack]
 
@@ -143,7 +143,7 @@ class Recorder:
 
     def copy(self, *arguments: Any) -> None:
         """Note the launch of the copying kernel."""
-        *tensors, unpack = arguments
+        *tensors, _, unpack = arguments
         self.launches.append((COPIES, copying(tensors, unpack)))
 
 
@@ -169,7 +169,7 @@ class Steps:
 
 def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
     """The launch of the copying kernel: it reads and writes as much as the packed buffer holds."""
-    copied = {k: x for k, x in zip("pgmv", tensors[4:8], strict=True) if k != "g" or not unpack}
+    copied = {k: x for k, x in zip("pgmv", tensors[5:9], strict=True) if k != "g" or not unpack}
     moved = {f"{side}_ptr_{k}": x for side in ("in", "out") for k, x in copied.items()}
     return Launch("copy_pieces", moved | {"UNPACK": unpack})
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -50,6 +51,18 @@ class Run:
     probed: bool = False
     parts: tuple[tuple[str, Any], ...] = field(default=())
 
+    def model(self, task: Task) -> nn.Module:
+        """The network of this run."""
+        return task.model(self.seed)
+
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """What the forward pass runs in."""
+        return contextlib.nullcontext()
+
+    def options(self) -> dict[str, Any]:
+        """More of the optimizer's options."""
+        return {}
+
 
 def describe(run: Run) -> str:
     """The settings in a few words."""
@@ -59,6 +72,7 @@ def describe(run: Run) -> str:
     for name in ("beta1", "beta2", "moment_dtype", "trust_scale", "bias_correction", "gradient_scale"):
         if getattr(run, name) != getattr(default, name):
             names.append(f"{name} {getattr(run, name)}")
+    names += [str(x) for f in fields(run)[len(fields(default)) :] if (x := getattr(run, f.name)) is not None]
     return ", ".join(names)
 
 
@@ -68,7 +82,7 @@ def execute(run: Run, folder: str | None) -> Result:
     The learning rate rises over the first tenth of the steps and falls linearly to 1 %.
     """
     task = load_task(run.task, run.dataset, folder)
-    model = task.model(run.seed)
+    model = run.model(task)
     optimizer = build(run, model)
     scheduler = LambdaLR(optimizer, _schedule(run.steps))
     shadow = Shadow(optimizer, dict(run.parts).get("bound", True)) if run.probed else None
@@ -80,7 +94,7 @@ def execute(run: Run, folder: str | None) -> Result:
     result: Result = {
         "curve": _curve(losses),
         "train_loss": sum(tail) / len(tail),
-        "validation_loss": math.inf if diverged else validation_loss(model, task),
+        "validation_loss": math.inf if diverged else validation_loss(run, model, task),
         "state_bytes": state_bytes(optimizer),
         "seconds": seconds,
     }
@@ -91,7 +105,7 @@ def execute(run: Run, folder: str | None) -> Result:
 
 def build(run: Run, model: nn.Module) -> Optimizer:
     """The optimizer of the run over the model's named parameters."""
-    options: dict[str, Any] = {"betas": (run.beta1, run.beta2), "seed": run.seed}
+    options: dict[str, Any] = {"betas": (run.beta1, run.beta2), "seed": run.seed} | run.options()
     if run.trust_scale is not None:
         options["trust_scale"] = run.trust_scale
     if run.optimizer == "variant":
@@ -127,7 +141,9 @@ def _train(
     losses: list[float] = []
     every = max(1, run.steps // PROBES)
     for step, (inputs, targets) in enumerate(task.batches(run.batch_size, run.steps, run.seed)):
-        loss = task.loss(model(inputs), targets)
+        with run.around():
+            outputs = model(inputs)
+        loss = task.loss(outputs.float(), targets)
         losses.append(loss.item())
         if not losses[-1] < DIVERGED:
             break
@@ -147,12 +163,14 @@ def _curve(losses: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, task: Task) -> float:
+def validation_loss(run: Run, model: nn.Module, task: Task) -> float:
     """The mean loss over the validation examples."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for x, y in zip(*(torch.split(part, CHUNK) for part in task.validation), strict=True):
-        part: Tensor = task.loss(model(x), y)
+        with run.around():
+            outputs = model(x)
+        part: Tensor = task.loss(outputs.float(), y)
         total += part * len(x)
     mean = float(total) / len(task.validation[0])
     return mean if math.isfinite(mean) else math.inf
