@@ -78,11 +78,11 @@ def test_the_fast_split_is_the_references() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("word", [0, 1, 0x0FFF, 0x1FFF, 0x7FFF, 0x8000, 0xFFFF, -1, 1 << 16])
+@pytest.mark.parametrize("word", [0, 1, 0x1FFF, 0x8000, -1])
 def test_fast_rounding_is_the_references_for_every_pattern(dtype: torch.dtype, word: int) -> None:
     """On the grid, between its values, in the subnormal range, up to infinity."""
-    for low in (*EDGES, 0x0FFF, 0x1000, 0x1001, 0x2000):
-        for values in (PATTERNS, HALVES):
+    for low in (-32768, -1, 0, 1, 0x0FFF, 0x1000, 0x1001):
+        for values in (PATTERNS,) if dtype == torch.bfloat16 else (PATTERNS, HALVES):
             x = with_bits(values, low) * 1.0
             words = torch.full(x.shape, word, dtype=torch.int32)
             mine = update.round_weights(x, words, dtype).to(dtype)
@@ -136,10 +136,9 @@ def test_the_control_cases_pass(compile: bool) -> None:
         assert run_beside_reference(case, compile) == 1
 
 
-@given(case=cases(dtypes=(torch.bfloat16,), moment_dtypes=("float8", "float32")))
+@given(case=cases(roundings=("exact",)))
 def test_exact_weights_are_those_of_a_float32_run(compile: bool, case: Case) -> None:
     """Bit for bit, after every step: weights with remainders, moments, sums."""
-    case = replace(case, param_rounding="exact")
     params, optimizer = make(case, compile)
     twins = [nn.Parameter(p.detach().float()) for p in params]
     names = [str(i) for i in range(len(params))]

@@ -461,9 +461,11 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
     dtype = block.p.dtype
     if block.new_remainder is not None and sums.checksum is not None:
         exact, nearest = split(weights)
-        block.new_p.copy_(nearest.to(dtype))
+        new_p = nearest.to(dtype)
+        block.new_p.copy_(new_p)
         block.new_remainder.copy_((exact - nearest.view(torch.int32)).to(torch.int16))
-        sums.checksum.copy_(sum_of_rows(hashes_of(nearest), block, 0, torch.int32))
+        hashes = hashes_of(new_p.float())  # as it is stored: what bits a NaN has is the conversion's affair
+        sums.checksum.copy_(sum_of_rows(hashes, block, 0, torch.int32))
     else:
         if dtype != torch.float32 and stochastic:
             weights = round_weights(weights, words, dtype)
