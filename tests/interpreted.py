@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -35,8 +35,9 @@ from lamb16.compiled import Eager, Graph, Kind
 from lamb16.cuda import fake
 from lamb16.cuda.kernels import Program
 from lamb16.optimizer import tensor_salt
+from lamb16.packing import TablePacking, Tail
 from lamb16.plan import Rows
-from lamb16.update import PIECE, State, Sums
+from lamb16.update import PIECE, Block, State, Sums
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {
@@ -56,9 +57,9 @@ class Interpreted:
         with fake.device(90):
             self.programs = {key: Program(key[0].name, code) for key, code in generated.items()}
 
-    def packs_by_table(self, device: torch.device) -> bool:
+    def packing(self, tails: Sequence[Tail], block: Block, *_: Any) -> TablePacking:
         """With the copying kernel, as on CUDA."""
-        return True
+        return TablePacking(tails, block, self.copy)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """The code is there."""
@@ -73,8 +74,8 @@ class Interpreted:
         """Run the copying kernel."""
         from lamb16.cuda.copying import copy_pieces
 
-        *tensors, unpack = arguments
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, UNPACK=unpack, PIECE=PIECE)
+        *tensors, exact, unpack = arguments
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
 
 
 def main(file: str) -> None:

@@ -672,7 +672,7 @@ def test_a_state_entry_with_new_memory_is_seen_at_the_next_step(compile_mode: bo
         assert_same(snapshot(moved), snapshot(plain))
     old = raw(moved.state[all_params(moved)[1]][key])
     take_steps(moved, [4])
-    if key not in ("salt", "mask_count"):
+    if key not in ("salt", "mask_count", "param_checksum"):
         assert not torch.equal(old, raw(moved.state[all_params(moved)[1]][key])) or key.endswith(("scale", "max"))
 
 

@@ -22,6 +22,7 @@ import refused
 from helpers import SCHEDULERS, all_params, assert_same, differing, snapshot
 from lamb16 import Lamb16, release_gradients
 from lamb16.optimizer import CACHED_PLANS
+from lamb16.parts import Part
 from ranks import Ranks
 from test_whole_step import DYNAMOS_WARNINGS
 
@@ -251,9 +252,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = Lamb16._make_plan
 
-    def make_plan(self: Lamb16, kind: Any, pairs: Any, executor: Any) -> Any:
+    def make_plan(self: Lamb16, kind: Any, pairs: Any, executor: Any, changed: Any) -> Any:
         numbers.append(len(pairs))
-        return original(self, kind, pairs, executor)
+        return original(self, kind, pairs, executor, changed)
 
     monkeypatch.setattr(Lamb16, "_make_plan", make_plan)
     return numbers
@@ -272,7 +273,7 @@ def test_steady_steps_make_no_plans(made: list[int]) -> None:
         model[1:](h).sum().backward()
         optimizer.step()
 
-    for with_extra in (True, False):
+    for with_extra in (True, False, False):  # what comes for the first time may be a part of what is there
         step(with_extra)
     assert sum(made) >= len(all_params(optimizer))
     assert len(made) > CACHED_PLANS
@@ -280,6 +281,41 @@ def test_steady_steps_make_no_plans(made: list[int]) -> None:
     for t in range(6):
         step(t % 2 == 0)
     assert made == []
+
+
+def test_sets_that_come_again_have_plans_of_their_own() -> None:
+    """Parts of more buckets than an optimizer otherwise remembers sets of parameters."""
+    model = deep(3 * CACHED_PLANS)
+    optimizer = Lamb16(model.named_parameters(), compile=False)
+    release_gradients(model, optimizer, bucket_bytes=20_000)
+    parts = []
+    for biases in (True, False, False, True):
+        for layer in model:
+            layer.bias.requires_grad_(biases)  # type: ignore[union-attr, operator]
+        model(torch.ones(2, 50)).sum().backward()
+        optimizer.step()
+        parts.append(sum(isinstance(plan, Part) for plan in optimizer._last))
+    assert parts[1] > CACHED_PLANS
+    assert [parts[0], *parts[2:]] == [0, 0, 0]
+
+
+def test_parts_of_a_bucket_in_one_iteration_keep_their_stats() -> None:
+    (model, optimizer), (other, ordinary) = (
+        (two := nn.ModuleList(nn.Linear(4, 5 + k) for k in range(2)), Lamb16(two.named_parameters(), compile=False))
+        for _ in range(2)
+    )
+    other.load_state_dict(model.state_dict())
+    release_gradients(model, optimizer)
+    for own, each in ((model, optimizer), (other, ordinary)):
+        for together in (True, False):
+            each.zero_grad()
+            losses = [(k + layer(torch.ones(2, 4))).square().sum() for k, layer in enumerate(own)]
+            for loss in [sum(losses)] if together else losses:
+                loss.backward()  # type: ignore[union-attr]
+            each.step()
+    assert [type(plan) for plan in optimizer._last] == [Part, Part]
+    assert optimizer.layer_stats() == ordinary.layer_stats()
+    assert_same(snapshot(optimizer), snapshot(ordinary))
 
 
 def test_small_tensors_share_a_step(made: list[int]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from operator import add, attrgetter, itemgetter, le
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .hyper import MOMENT_DTYPES
 from .remainder import check_remainder
 from .sharding import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
-from .wrapped import fake_mode, fault, is_fake
+from .wrapped import PLAIN, fake_mode, fault, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,14 +112,16 @@ def check_gradient_memory(grad: Tensor, name: str) -> None:
         )
 
 
-def check_memory(tensors: Sequence[tuple[Tensor, str]], inference: bool) -> None:
+def check_memory(tensors: Sequence[Tensor], names: Callable[[], Sequence[str]], inference: bool) -> None:
     """Raise ValueError unless every element of these plain tensors, which a step writes to, has memory of its own.
 
-    ``tensors`` come with what they are called. Tensors without elements are nobody's. ``inference``: whether step is
-    called in inference mode.
+    ``names`` gives what they are called. Tensors without elements are nobody's. ``inference``: whether step is called
+    in inference mode.
     """
+    if _are_apart(tensors):
+        return
     placed = []
-    for x, what in tensors:
+    for x, what in zip(tensors, names(), strict=True):
         if not x.numel() or x.is_meta or is_fake(x):
             continue
         if not inference and x.is_inference():
@@ -155,6 +158,24 @@ def check_memory(tensors: Sequence[tuple[Tensor, str]], inference: bool) -> None
                 raise ValueError(
                     f"Lamb16: {what} and {other} share memory; give each its own (.clone()), or optimize only one"
                 )
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether they are beyond doubt plain contiguous tensors of which each has memory of its own."""
+    if not set(map(type, tensors)) <= PLAIN or any(map(attrgetter("is_meta"), tensors)):
+        return False
+    if any(map(Tensor.is_inference, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return False
+    begins, storages = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.untyped_storage, tensors))
+    ends = list(map(add, begins, map(attrgetter("nbytes"), tensors)))
+    reach = map(add, map(torch.UntypedStorage.data_ptr, storages), map(torch.UntypedStorage.nbytes, storages))
+    places = sorted(zip(begins, ends, strict=True))
+    return (
+        all(begins)
+        and all(map(Tensor.is_contiguous, tensors))
+        and all(map(le, ends, reach))
+        and all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+    )
 
 
 def _overlaps_itself(x: Tensor) -> bool:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import update
+from . import cpu_copying, update
 from .hyper import NUMBERS
+from .packing import AddressPacking, ForeachPacking, Packing, TablePacking, Tail
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
 
 log = logging.getLogger(__name__)
@@ -101,8 +102,10 @@ GRAPHS = (
 class Executor(Protocol):
     """What runs the step functions of an optimizer; a tool may hand in one of its own as ``Lamb16(compile=...)``."""
 
-    def packs_by_table(self, device: torch.device) -> bool:
-        """Whether :meth:`copy` copies packed tensors by tables of addresses, in place of ``torch._foreach_copy_``."""
+    def packing(
+        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+    ) -> Packing:
+        """What copies packed tensors into a block and back; arguments as of :class:`lamb16.packing.ForeachPacking`."""
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Called before anything is changed, for every graph that a step will run; RuntimeError where it cannot."""
@@ -110,16 +113,15 @@ class Executor(Protocol):
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the step function."""
 
-    def copy(self, *arguments: Any) -> None:
-        """The kernel of ``cuda/copying.py``, see :class:`lamb16.packing.TablePacking`."""
-
 
 class Eager:
     """Runs the functions as they are."""
 
-    def packs_by_table(self, device: torch.device) -> bool:
-        """No."""
-        return False
+    def packing(
+        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+    ) -> Packing:
+        """By torch's own functions."""
+        return ForeachPacking(tails, block, shapes, moments)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Nothing to do."""
@@ -128,17 +130,18 @@ class Eager:
         """Call the function."""
         getattr(update, graph.function)(*arguments)
 
-    def copy(self, *arguments: Any) -> None:
-        """Not called: there are no tables."""
-        raise NotImplementedError
-
 
 class Compiled:
     """Runs compiled graphs, which all optimizers of the process share."""
 
-    def packs_by_table(self, device: torch.device) -> bool:
-        """Where there is Triton for the copying kernel."""
-        return device.type == "cuda"
+    def packing(
+        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+    ) -> Packing:
+        """By tables of addresses, with Triton on CUDA and C++ on the CPU."""
+        if block.p.device.type == "cuda":
+            return TablePacking(tails, block, launch_copy)
+        copy = cpu_copying.kernel() if block.p.device.type == "cpu" else None
+        return ForeachPacking(tails, block, shapes, moments) if copy is None else AddressPacking(tails, block, copy)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
@@ -146,18 +149,21 @@ class Compiled:
         if lazy.code is None:
             _announce(kind)
         lazy.prepare()
+        if kind.device.type == "cpu":
+            cpu_copying.kernel()
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""
         _graph(graph, graph.kind(kind))(arguments)
 
-    def copy(self, *arguments: Any) -> None:
-        """Launch the kernel that copies packed tensors."""
-        from .cuda.copying import copy_pieces  # Triton is there where CUDA is
 
-        *tensors, exact, unpack = arguments
-        with torch.cuda.device(tensors[0].device):
-            copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
+def launch_copy(*arguments: Any) -> None:
+    """Launch the kernel of ``cuda/copying.py``, see :class:`lamb16.packing.TablePacking`."""
+    from .cuda.copying import copy_pieces  # Triton is there where CUDA is
+
+    *tensors, exact, unpack = arguments
+    with torch.cuda.device(tensors[0].device):
+        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
 
 
 @functools.cache

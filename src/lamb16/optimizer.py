@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -35,6 +36,7 @@ from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
 from .offload import check_homes, check_reloaded, checked_device, move
+from .parts import Part, divisible
 from .plan import Plan, graphs_of
 from .remainder import (
     REMAINDER,
@@ -61,15 +63,16 @@ from .sharding import (
     local_gradient,
     meet,
     placement,
-    sharded_types,
     signature,
     whole_sums,
 )
 from .store import (
+    ALL_ENTRIES,
     DERIVED,
     ENTRIES,
     MOMENTS,
     SCALARS,
+    WIDTH,
     Store,
     addresses,
     complete,
@@ -79,13 +82,14 @@ from .store import (
     resized,
     weight_sum,
 )
-from .wrapped import fake_mode, is_fake
+from .wrapped import PLAIN, fake_mode, is_fake
 
 if TYPE_CHECKING:
     from .release import GradientRelease
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
+GRAD, DTYPE, LAYOUT, SHAPE, DEVICE = map(attrgetter, ("grad", "dtype", "layout", "shape", "device"))
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
 
@@ -96,6 +100,8 @@ class Cached(NamedTuple):
     reductions: list[Bound]
     signature: int
     weights: set[int]  # where the weights begin
+    setting: Any = None  # what must be equal in steps of parts of these plans
+    members: Mapping[int, Any] = {}  # by parameters' ids their groups' and their gradients' dtypes
 
 
 class New(NamedTuple):
@@ -233,6 +239,7 @@ class Lamb16(Optimizer):
         """Drop everything that is derived from parameters and state."""
         self._stores: dict[torch.device, Store] = {}
         self._plans: OrderedDict[Any, Cached] = OrderedDict()
+        self._seen: OrderedDict[Any, None] = OrderedDict()  # sets that came lately
         self._last: list[Plan] = []
         self._skipped: dict[torch.device, Tensor] = {}
         self._grad_norm: Tensor | None = None
@@ -334,7 +341,7 @@ class Lamb16(Optimizer):
         check_resize(p, index, new_p, self._name(group, i))
         state = self.state.get(p)
         if state:
-            self._repair([(p, self._checked_live_state(p, group, self._name(group, i)))], New([], []))
+            self._repair([(p, self._checked_live_state(p, group, i))], New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
         self.state.pop(p, None)
         group["params"][i] = new_p
@@ -382,11 +389,13 @@ class Lamb16(Optimizer):
 
     def _step(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None = None) -> list[Plan]:
         """Step the parameters that have gradients, or those that they are ``given`` for by id; returns their plans."""
+        plans: list[Plan] = []
         try:
-            return self._run(grad_scale, found_inf, given)
+            plans = self._run(grad_scale, found_inf, given)
         finally:
-            for plan in (*self._last, *(plan for cached in self._plans.values() for plan in cached.plans)):
+            for plan in (*self._last, *plans, *(plan for cached in self._plans.values() for plan in cached.plans)):
                 plan.let_go()
+        return plans
 
     def _run(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None) -> list[Plan]:
         cached = self._begin(grad_scale, found_inf, given)
@@ -468,23 +477,23 @@ class Lamb16(Optimizer):
         grads: dict[int, Tensor] = {}
         params_of: dict[int, Tensor] = {}
         inference = torch.is_inference_mode_enabled()
-        key: list[Any] = [inference, self.max_grad_norm is None]
-        sharded, fake = sharded_types(), fake_mode()
-        gradient = attrgetter("grad") if given is None else lambda p: given.get(id(p))
+        setting: list[Any] = [inference, self.max_grad_norm is None]
+        key: list[Any] = [*setting]
+        fake = fake_mode()
         for group in self.param_groups:
-            key += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
-            params = group["params"]
-            for i, grad in enumerate(map(gradient, params)):
-                if grad is not None:
-                    p = params[i]
-                    special = type(grad) is not Tensor or (sharded and isinstance(p, sharded))
-                    if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
-                        check_gradient(p, grad, self._name(group, i))
-                    if special or fake:
-                        check_fake(p, grad, self._name(group, i))
-                        grad = local_gradient(p, grad, self._name(group, i))
-                    grads[id(p)], params_of[id(p)] = grad, p
-                    key += (id(p), grad.dtype)
+            setting += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
+            key += setting[-4:]
+            every = group["params"]
+            found = list(map(GRAD, every) if given is None else map(given.get, map(id, every)))
+            pairs = [(p, g) for p, g in zip(every, found, strict=True) if g is not None]
+            params, own = [p for p, _ in pairs], [g for _, g in pairs]
+            if fake or not _are_plain(params, own):
+                own = [self._checked_gradient(g, group, i, fake) for i, g in enumerate(found) if g is not None]
+            ids = list(map(id, params))
+            grads.update(zip(ids, own, strict=True))
+            params_of.update(zip(ids, params, strict=True))
+            key += ids
+            key += map(DTYPE, own)
         if given is not None and len(grads) < len(given):
             raise RuntimeError(
                 "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
@@ -498,35 +507,75 @@ class Lamb16(Optimizer):
         if cached is not None and not all(plan.fits(params_of) for plan in cached.plans):
             self._plans.clear()
             cached = None
-        changed = cached is None
+        part = None if cached is not None else self._part(frozen, setting, grads, params_of)
+        cached, changed = cached or part, cached is None and part is None
         if cached is None:
             with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
                 plans = self._make_plans(grads, new, inference)
             weights = {start for plan in plans for start in plan.memory[0]} - {0}
-            cached = Cached(plans, [], 0, weights)
+            cached = Cached(plans, [], 0, weights, setting, self._members(grads))
         states: list[list[Any]] = [list(map(self.state.get, plan.params)) for plan in cached.plans]
-        if any(
-            None in own or plan.store.changed(own, plan.homes) or plan.misfits(own)
-            for plan, own in zip(cached.plans, states, strict=True)
-        ):
-            touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+        touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
+        if touched:
             with torch.inference_mode(False), torch.no_grad():
                 self._ready_states(grads, touched, new, inference)
                 for plan in cached.plans:
-                    plan.place(plan.store.adopt([self.state[p] for p in plan.params], self.state.values()))
+                    own = [self.state[p] for p in plan.params]
+                    read = [state for state, key in zip(own, plan.ids, strict=True) if key in touched]
+                    plan.place(plan.store.adopt(own, read, self.state.values()))
             states = [[self.state[p] for p in plan.params] for plan in cached.plans]
             changed = True
-        if changed:
+        if changed and part is None:
             reductions = self._reductions(cached.plans)
             number = signature(cached.plans) if reductions else 0
             self._remember(frozen, cached._replace(reductions=reductions, signature=number))
             cached = self._plans[frozen]
-        self._plans.move_to_end(frozen)
+        if part is None:
+            self._plans.move_to_end(frozen)
         for plan in cached.plans:
             plan.hyper.check()
         if not cached.weights.isdisjoint(starts):  # weights as gradients, which the step would change as it reads them
             grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
         return cached, grads, states
+
+    def _checked_gradient(self, grad: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:
+        """This rank's part of the gradient of a group's parameter."""
+        p, name = group["params"][i], self._name(group, i)
+        special = type(grad) is not Tensor or is_sharded(p)
+        if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+            check_gradient(p, grad, name)
+        if special or fake:
+            check_fake(p, grad, name)
+            return local_gradient(p, grad, name)
+        return grad
+
+    def _members(self, grads: dict[int, Tensor]) -> dict[int, Any]:
+        """By parameters' ids what must be equal in plans of which a step can be a part."""
+        return {
+            id(p): (id(group), grads[id(p)].dtype)
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in grads
+        }
+
+    def _part(self, key: Any, setting: list[Any], grads: dict[int, Tensor], params: dict[int, Tensor]) -> Cached | None:
+        """Parts of plans that are remembered for more parameters, where these ones have come for the first time."""
+        if key in self._seen:
+            return None
+        self._seen[key] = None
+        if len(self._seen) > self._cached_plans:
+            self._seen.popitem(last=False)
+        own = self._members(grads)
+        for known, cached in reversed(self._plans.items()):
+            if cached.setting != setting or not own or not own.items() <= cached.members.items():
+                continue
+            if cached.reductions or not all(map(divisible, cached.plans)):
+                continue
+            parts: list[Plan] = [Part(plan, own) for plan in cached.plans if not own.keys().isdisjoint(plan.ids)]
+            if all(part.fits(params) for part in parts):
+                self._plans.move_to_end(known)
+                return cached._replace(plans=parts)
+        return None
 
     def _remember(self, key: Any, cached: Cached) -> None:
         """Keep plans for later steps, but for those of groups that are gone."""
@@ -535,8 +584,13 @@ class Lamb16(Optimizer):
             if any(id(group) not in groups for plan in other.plans for group, _, _ in plan.hyper.groups):
                 del self._plans[old]
         self._plans[key] = cached
-        if len(self._plans) > (CACHED_PLANS if self._release is None else self._release.cached_plans):
+        if len(self._plans) > self._cached_plans:
             self._plans.popitem(last=False)
+
+    @property
+    def _cached_plans(self) -> int:
+        """How many sets of parameters with gradients are remembered."""
+        return CACHED_PLANS if self._release is None else self._release.cached_plans
 
     def _check_gradients_memory(self, grads: dict[int, Tensor]) -> None:
         for group in self.param_groups:
@@ -572,10 +626,12 @@ class Lamb16(Optimizer):
                 for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
                     executor.prepare(graph, kind)
 
-        self._ready_states(grads, self._unknown(members), new, inference, prepare)
+        unknown = self._unknown(members)
+        self._ready_states(grads, unknown, new, inference, prepare)
+        unknown.update(map(id, new.made))
         for device in {kind.device for kind in members} - set(self._skipped):
             self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return [self._make_plan(kind, pairs, executor) for kind, pairs in members.items()]
+        return [self._make_plan(kind, pairs, executor, unknown) for kind, pairs in members.items()]
 
     def _unknown(self, members: dict[Kind, list[tuple[Tensor, dict[str, Any]]]]) -> set[int]:
         """The parameters, by id, with states that no store holds, or that were made for a parameter of another kind."""
@@ -584,7 +640,10 @@ class Lamb16(Optimizer):
             there = [(p, state) for p, _ in pairs if (state := self.state.get(p))]
             store = self._stores.setdefault(kind.device, Store(kind.device))
             unknown.update(id(there[k][0]) for k in store.changed([state for _, state in there]))
-            unknown.update(id(p) for p, state in there if not _is_ready(p, state, kind.float8, kind.exact))
+            params, own = [p for p, _ in there], [state for _, state in there]
+            group = pairs[0][1]  # the others have its moment_dtype and, where it matters, its param_rounding
+            if not _are_ready(params, own, group):
+                unknown.update(id(p) for p, state in there if not _are_ready([p], [state], group))
         return unknown
 
     def _ready_states(
@@ -601,21 +660,29 @@ class Lamb16(Optimizer):
         """
         missing: list[tuple[Tensor, dict[str, Any], int]] = []
         live: list[tuple[Tensor, dict[str, Any]]] = []
-        written: list[tuple[Tensor, str]] = []
+        written: list[Tensor] = []
+        called: list[tuple[dict[str, Any], int, tuple[str, ...]]] = []
         for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if id(p) in grads:
-                    name, state = self._name(group, i), self.state.get(p)
-                    written.append((local(p), f"parameter {name}"))
-                    if not state:
-                        missing.append((p, group, self._salt(group, i)))
-                        continue
-                    if id(p) in changed:
-                        state = self._checked_live_state(p, group, name)
-                        live.append((p, state))
-                    keys = (*MOMENTS, REMAINDER) if is_exact(p, group) else MOMENTS
-                    written += [(local(state[key]), f"{key} of parameter {name}") for key in keys]
-        check_memory(written, inference)
+            there = [(i, p, self.state.get(p)) for i, p in enumerate(group["params"]) if id(p) in grads]
+            pairs = [(p, state) for _, p, state in there if state and id(p) in changed]
+            ready = _are_ready([p for p, _ in pairs], [state for _, state in pairs], group)
+            for i, p, state in there:
+                keys = (*MOMENTS, REMAINDER) if is_exact(p, group) else MOMENTS
+                called.append((group, i, keys if state else ()))
+                written.append(p if type(p) in PLAIN else local(p))
+                if not state:
+                    missing.append((p, group, self._salt(group, i)))
+                    continue
+                if id(p) in changed:
+                    state = state if ready else self._checked_live_state(p, group, i)
+                    live.append((p, state))
+                written += [x if type(x) is Tensor else local(x) for x in map(state.get, keys)]
+
+        def names() -> list[str]:
+            owners = [(f"parameter {self._name(group, i)}", keys) for group, i, keys in called]
+            return [name for owner, keys in owners for name in (owner, *(f"{key} of {owner}" for key in keys))]
+
+        check_memory(written, names, inference)
         prepare()
         self._repair(live, new)
         made = {
@@ -632,7 +699,9 @@ class Lamb16(Optimizer):
             return Compiled() if self._compile and not any(p.is_meta or is_fake(p) for p in params) else Eager()
         return self._compile
 
-    def _make_plan(self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor) -> Plan:
+    def _make_plan(
+        self, kind: Kind, pairs: list[tuple[Tensor, dict[str, Any]]], executor: Executor, changed: set[int]
+    ) -> Plan:
         slices: list[tuple[dict[str, Any], int, int]] = []
         for i, (_, group) in enumerate(pairs):
             if not slices or slices[-1][0] is not group:
@@ -640,20 +709,21 @@ class Lamb16(Optimizer):
             slices[-1] = (group, slices[-1][1], i + 1)
         params = [p for p, _ in pairs]
         store = self._stores.setdefault(kind.device, Store(kind.device))
-        homes = store.adopt([self.state[p] for p in params], self.state.values())
+        read = [self.state[p] for p in params if id(p) in changed]
+        homes = store.adopt([self.state[p] for p in params], read, self.state.values())
         return Plan(kind, params, homes, store, slices, executor)
 
-    def _checked_live_state(self, p: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:
-        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in it.
+    def _checked_live_state(self, p: Tensor, group: dict[str, Any], i: int) -> dict[str, Any]:
+        """What a state is to hold: codes that another loader left as uint8, or elsewhere, are repaired in a copy.
 
         Raises ValueError for a state that does not fit its parameter.
         """
-        float8 = group["moment_dtype"] == "float8"
-        state, exact = dict(renamed(self.state[p])), is_exact(p, group)
+        state: dict[str, Any] = renamed(self.state[p])
+        if _are_ready([p], [state], group):
+            return state
+        state, name, exact = dict(state), self._name(group, i), is_exact(p, group)
         if not exact:
             state.pop(REMAINDER, None)
-        if _is_ready(p, state, float8, exact):
-            return state
         missing = set(ENTRIES) - set(DERIVED) - set(state)
         if missing:
             raise ValueError(
@@ -667,6 +737,7 @@ class Lamb16(Optimizer):
                     f"Lamb16: {key} of parameter {name} is {value!r}, expected one number; load states with "
                     "Lamb16.load_state_dict, cut and extend parameters with optimizer.resize(p, index, new_p)"
                 )
+        float8 = group["moment_dtype"] == "float8"
         for key, dtype in CODES.items():
             wanted = dtype if float8 else torch.float32
             if not isinstance(state[key], Tensor):
@@ -703,16 +774,18 @@ class Lamb16(Optimizer):
 
     def _repair(self, live: list[tuple[Tensor, dict[str, Any]]], new: New) -> None:
         """Give states the entries that they are to hold, and what is derived from them where they have changed."""
-        changed = []
+        changed: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, repaired in live:
             state = self.state[p]
             if state.keys() - repaired.keys():  # old names
                 state = self.state[p] = repaired
-            state.update(repaired)
+            if state is not repaired:
+                state.update(repaired)
             if not (is_sharded(p) and self._stores[p.device].holds([state])):
-                changed.append((p, state))  # its codes may be others than the maxima are of
-        find_largest(*(state for _, state in changed))
-        new.completed.extend(p for p, state in changed if complete(p, state))
+                changed.setdefault(p.device, []).append((p, state))  # its codes may be others than the maxima are of
+        for device, pairs in changed.items():
+            find_largest(*(state for _, state in pairs), store=self._stores.get(device))
+            new.completed.extend(p for p, state in pairs if complete(p, state))
 
     # -- what can be read ----------------------------------------------------------------------------------------
 
@@ -745,8 +818,7 @@ class Lamb16(Optimizer):
         names = {id(p): name for name, (p, _, _) in self._named().items() if p.numel()}
         stats = {}
         for plan in self._last:
-            report = plan.report.clone()
-            for row, key in zip(report, plan.ids, strict=False):
+            for row, key in zip(plan.reports, plan.ids, strict=True):
                 if key in names:
                     stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
         return stats
@@ -1082,28 +1154,46 @@ def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, An
     }
 
 
+def _are_plain(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether all are plain strided tensors, and the gradients of the parameters' dtypes and shapes."""
+    return (
+        set(map(type, params)) <= PLAIN
+        and set(map(type, grads)) <= {Tensor}
+        and set(map(LAYOUT, grads)) <= {torch.strided}
+        and list(map(DTYPE, grads)) == list(map(DTYPE, params))
+        and list(map(Tensor.size, grads)) == list(map(Tensor.size, params))
+    )
+
+
 def _is_held_alone(x: Tensor) -> bool:
     """Whether nothing but a tensor, of which this is a detached view, holds its memory."""
     return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
 
 
-def _is_ready(p: Tensor, state: dict[str, Any], float8: bool, exact: bool) -> bool:
-    """Whether a state has all entries, and nothing of it is to be repaired; False for all DTensors."""
-    moments = [state.get(name) for name in MOMENTS]
-    return (
-        all(
-            type(x) is Tensor
-            and x.dtype == dtype
-            and x.shape == p.shape
-            and x.device == p.device
-            and x.is_contiguous()
-            and not x.is_inference()
-            for x, dtype in zip(moments, MOMENT_DTYPES["float8" if float8 else "float32"], strict=True)
-        )
-        and not is_sharded(p)
-        and (has_remainder(p, state) if exact else REMAINDER not in state)
-        and all(type(x) is Tensor and x.numel() == 1 for x in map(state.get, SCALARS))
-    )
+def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]) -> bool:
+    """Whether these states have all entries and nothing of them is to be repaired; False for DTensors.
+
+    The parameters are of this group, or of others with its ``moment_dtype`` and ``param_rounding``.
+    """
+    try:
+        entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
+    except KeyError:
+        return False
+    if not set(map(type, entries)) <= {Tensor} or any(map(is_sharded, set(map(type, params)) - PLAIN and params)):
+        return False
+    shapes, devices = list(map(SHAPE, params)), list(map(DEVICE, params))
+    for k, dtype in enumerate(MOMENT_DTYPES["float8" if group["moment_dtype"] == "float8" else "float32"]):
+        moments = entries[k::WIDTH]
+        if set(map(DTYPE, moments)) - {dtype} or list(map(SHAPE, moments)) != shapes:
+            return False
+        if list(map(DEVICE, moments)) != devices or not all(map(Tensor.is_contiguous, moments)):
+            return False
+        if any(map(Tensor.is_inference, moments)):
+            return False
+    for p, state in zip(params, states, strict=True):
+        if not has_remainder(p, state) if is_exact(p, group) else REMAINDER in state:
+            return False
+    return all(set(map(Tensor.numel, entries[k::WIDTH])) <= {1} for k in range(len(MOMENTS), WIDTH))
 
 
 def _map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:

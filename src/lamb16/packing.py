@@ -1,18 +1,24 @@
 """Copying what is packed of many tensors into one buffer and back.
 
-On the CPU a ``torch._foreach_copy_`` for each of weights, gradients and codes. On CUDA that would be a launch for every
-64 tensors of each; there one kernel copies all of them by a table of addresses (compiled steps only). *Parts* are what
-is packed of p, g, the two moments and, if there are, the remainders of the weights: lists with a tensor per tail.
+Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients, codes and remainders. On CUDA that would be
+a launch for every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps
+copy by tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is
+packed of p, g, the two moments and, if there are, the remainders of the weights, or where that is: lists with one for
+each tail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from copy import copy
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .cpu_copying import PACK, UNPACK
+from .store import addresses
 from .update import PIECE, Block
 
 
@@ -44,8 +50,25 @@ def memory(block: Block) -> list[Tensor]:
     return [x for x in found if x is not None]
 
 
+class Packing(Protocol):
+    """Copies the tails of some tensors into a block and back."""
+
+    pads: bool  # whether the block's padding becomes 0
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Any]]:
+        """What is packed of these contiguous p, g, moments and remainders, each a list of all tensors of the plan."""
+
+    def pack(self, parts: Sequence[list[Any]], kinds: Sequence[int]) -> None:
+        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
+
+    def unpack(self, parts: Sequence[list[Any]]) -> None:
+        """Copy all but the gradients back."""
+
+
 class ForeachPacking:
     """Copies with a ``torch._foreach_copy_`` for each of p, g, codes and remainders."""
+
+    pads = True
 
     def __init__(
         self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
@@ -54,35 +77,96 @@ class ForeachPacking:
 
         The dtypes are those of the states' moments.
         """
-        first = tails[0].row
-        p, g, m, v, *remainder = memory(block)
+        self.tails, self.block, first = tails, memory(block), tails[0].row
+        p, g, m, v, *remainder = self.block
         flat = [x.view(-1) for x in (p, g, m.view(moments[0]), v.view(moments[1]), *remainder)]
         places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
+    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> ForeachPacking:
+        """For the ``kept`` ones among the tails, which are now ``tails``."""
+        found = copy(self)
+        found.tails, found.rows = tails, [[x[k] for k in kept] for x in self.rows]
+        return found
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """Of every tail a view."""
+        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
+
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
+        """As in :class:`Packing`."""
+        torch._foreach_zero_([self.block[k] for k in kinds])
         for k in kinds:
             torch._foreach_copy_(self.rows[k], parts[k])
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
-        """Copy all but the gradients back."""
+        """As in :class:`Packing`."""
         for k in (0, *range(2, len(parts))):
             torch._foreach_copy_(parts[k], self.rows[k])
+
+
+class AddressPacking:
+    """Copies on the CPU with a call for each kind of part; the tables are renewed when an address has changed."""
+
+    pads = True
+
+    def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
+        """``block`` as for :class:`ForeachPacking`; ``launch`` is the function of ``cpu_copying.py``."""
+        self.buffers, self.launch, self.first = memory(block), launch, tails[0].row
+        self._note(tails)
+
+    def _note(self, tails: Sequence[Tail]) -> None:
+        self.tails, owners = tails, [tail.tensor for tail in tails]
+        self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
+        self.places = torch.tensor([(tail.start, tail.length, tail.row - self.first) for tail in tails], device="cpu")
+        self.addresses: list[list[int]] = [[] for _ in self.buffers]
+        self.tables: list[Tensor] = [self.places for _ in self.buffers]
+
+    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> AddressPacking:
+        """As in :class:`ForeachPacking`."""
+        found = copy(self)
+        found._note(tails)
+        return found
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
+        """Where the tensors begin that tails belong to; they are to be kept until all is copied."""
+        return [addresses(self.owned(x)[:-1]) for x in tensors]
+
+    def pack(self, parts: Sequence[list[int]], kinds: Sequence[int]) -> None:
+        """As in :class:`Packing`."""
+        for k in kinds:
+            if parts[k] != self.addresses[k]:
+                self.addresses[k], self.tables[k] = parts[k], torch.tensor(parts[k], device="cpu")
+            self._copy(k, PACK)
+
+    def unpack(self, parts: Sequence[list[int]]) -> None:
+        """As in :class:`Packing`, to where it was packed from."""
+        for k in (0, *range(2, len(parts))):
+            self._copy(k, UNPACK)
+
+    def _copy(self, k: int, task: int) -> None:
+        buffer, size = self.buffers[k], self.buffers[k].element_size()
+        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PIECE * size, task)
 
 
 class TablePacking:
     """Copies with one launch each way, by tables of addresses; the tables are renewed when an address has changed."""
 
+    pads = False
+
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
-        self.block, self.device, self.launch = memory(block), block.p.device, launch
+        self.tails, self.block, self.device, self.launch = tails, memory(block), block.p.device, launch
         pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
         self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
         self.addresses: list[list[int]] = [[] for _ in self.block]
         self.tables: list[Tensor] = [self.length for _ in self.block]
         self.kept: list[Tensor] = []
+
+    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """Of every tail a view."""
+        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
 
     def _note(self, k: int, parts: Sequence[Tensor]) -> None:
         """Bring the table of one kind of tensors up to date."""
@@ -101,7 +185,7 @@ class TablePacking:
             self.kept += tables
 
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """As in :class:`ForeachPacking`, but that one launch copies all kinds, when it is the gradients' turn."""
+        """As in :class:`Packing`, but that one launch copies all kinds, when it is the gradients' turn."""
         if 1 not in kinds:
             return
         for k, tensors in enumerate(parts):
@@ -110,7 +194,7 @@ class TablePacking:
         self._launch(False)
 
     def unpack(self, parts: Sequence[list[Tensor]]) -> None:
-        """As in :class:`ForeachPacking`."""
+        """As in :class:`Packing`."""
         self._launch(True)
 
     def _launch(self, unpack: bool) -> None:

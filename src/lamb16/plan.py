@@ -19,7 +19,7 @@ from . import update
 from .compiled import Executor, Graph, Kind
 from .fp8 import as_int32
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
-from .packing import ForeachPacking, TablePacking, Tail, memory
+from .packing import Packing, Tail, memory
 from .remainder import REMAINDER, has_remainder
 from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
 from .store import MOMENTS, Store, addresses
@@ -267,13 +267,10 @@ class Plan:
             block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in pieces])
             own = [k for k, tail in enumerate(rows.tails) if part.start <= tail.row < part.stop]
             tails, where = rows.tails[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
-            if executor.packs_by_table(kind.device):
-                packing: Any = TablePacking(tails, block, executor.copy)
-            else:
-                shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
-                packing = ForeachPacking(tails, block, shapes, moments)
+            shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
+            packing, dirty = executor.packing(tails, block, shapes, moments), len(parts) > 1
             read = [x[where] for x in (self.largest, self.checksum) if x is not None]
-            found.append(Batch(slice(own[0], own[-1] + 1), packing, block, read, self.sums.rows(where), len(parts) > 1))
+            found.append(Batch(packing, block, read, self.sums.rows(where), dirty and not packing.pads))
         return found
 
     def place(self, homes: list[int]) -> None:
@@ -317,26 +314,26 @@ class Plan:
     def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """Read the gradients; changes no state. ``grads`` are the (local) gradients, in order, kept until the end."""
         weights = self._weights()
-        contiguous = [w if w.is_contiguous() else w.contiguous() for w in weights]
+        contiguous = list(map(Tensor.contiguous, weights))
         self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
         moments = [list(map(itemgetter(name), states)) for name in MOMENTS]
         if not self.plain:
             moments = [list(map(local, x)) for x in moments]
         self.moments = moments
         remainders = [[local(state[REMAINDER]) for state in states]] if self.kind.exact else []
-        tensors = [contiguous, [g.contiguous().resolve_neg() for g in grads], *moments, *remainders]
+        tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments, *remainders]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
         if self.kind.device.type != "cpu":
             tensors[2:4] = [list(map(as_bytes, x)) for x in moments]
-        self.parts = [[tail.of(x[tail.tensor]) for tail in self.rows.tails] for x in tensors]
+        self.tensors, self.parts = tensors, [batch.packing.parts(tensors) for batch in self.batches]
         self._inspect(self.row_read, None)
 
     def _inspect(self, results: list[list[Tensor]], unit: Tensor | None) -> None:
         squares = unit is not None
         packed = Graph("inspect", packed=True, squares=squares)
-        for batch in self.batches:
+        for batch, parts in zip(self.batches, self.parts, strict=True):
             if unit is None or len(self.batches) > 1:
-                batch.pack(self.parts, [0, 1] if self.kind.exact else [1])
+                batch.pack(parts, [0, 1] if self.kind.exact else [1])
             found = batch.read if unit is None else [batch.sums.weights, batch.sums.updates]
             self.executor.run(packed, self.kind, [batch.block], [found], unit)
         for k in self.readings:
@@ -388,52 +385,51 @@ class Plan:
                 self.columns, self.row_sums[k], places, stochastic,
             )  # fmt: skip
         places = None if self.shards.spread is None else [self.shards.spread]
-        for batch in self.batches:
-            batch.pack(
-                self.parts, [0, *range(2, len(self.parts))] if len(self.batches) == 1 else range(len(self.parts))
-            )
+        for batch, parts in zip(self.batches, self.parts, strict=True):
+            batch.pack(parts, [0, *range(2, len(parts))] if len(self.batches) == 1 else range(len(parts)))
             run(
                 Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
                 self.columns, [batch.sums], places, stochastic,
             )  # fmt: skip
-            batch.unpack(self.parts)
+            batch.packing.unpack(parts)
         for w, c in self.copies:
             w.copy_(c)
-        written = [x for block in self.blocks[: len(self.rows.large)] for x in (block.p, block.m, block.v)]
-        outer = [] if self.plain else list(self.params)
-        torch.autograd.graph.increment_version([x for x in written + outer if not x.is_inference()])
+        written = [x for k, own in enumerate(self.tensors) if k != 1 for x in own]
+        written += [] if self.plain else list(self.params)
+        inference = any(map(Tensor.is_inference, written))
+        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()] if inference else written)
         state = self.store.state(self.home)
         arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
         self.store.stepped(self.homes, self.moments)
 
+    @property
+    def reports(self) -> Tensor:
+        """Weight norm, update norm and trust ratio of every parameter in the last step, float64 [tensors, 3]."""
+        return self.report[: len(self.ids)].clone()
+
     def let_go(self) -> None:
-        """Forget parameters, gradients, moments and copies of weights."""
+        """Forget parameters, gradients, moments, remainders and copies of weights."""
         self.params = []
-        self.blocks, self.parts, self.copies, self.moments = [], [], [], []
+        self.blocks, self.tensors, self.parts, self.copies, self.moments = [], [], [], [], []
         self.scaled_from = self.largest, self.checksum, self.rows.tree
 
 
 class Batch(NamedTuple):
     """Some of the packed tensors, and their rows of what is found in every row."""
 
-    tails: slice
-    packing: ForeachPacking | TablePacking
+    packing: Packing
     block: Block
     read: list[Tensor]  # what inspect finds
     sums: Sums
-    shared: bool  # whether other batches use the buffer too
+    dirty: bool  # whether others leave something in the padding
 
-    def pack(self, parts: list[list[Tensor]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of the plan's parts into the buffer, where the padding is 0."""
-        if self.shared:
+    def pack(self, parts: list[list[Any]], kinds: Sequence[int]) -> None:
+        """Copy these kinds of parts into the buffer, where the padding is 0."""
+        if self.dirty:
             buffers = memory(self.block)
             torch._foreach_zero_([buffers[k] for k in kinds])
-        self.packing.pack([x[self.tails] for x in parts], kinds)
-
-    def unpack(self, parts: list[list[Tensor]]) -> None:
-        """Copy weights and codes back."""
-        self.packing.unpack([x[self.tails] for x in parts])
+        self.packing.pack(parts, kinds)
 
 
 def as_bytes(codes: Tensor) -> Tensor:

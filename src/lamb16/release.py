@@ -176,12 +176,12 @@ class GradientRelease:
                     f"lamb16.release_gradients: parameter {self._name(p)} has a gradient already; step "
                     "it if that is to be, and call optimizer.zero_grad()"
                 )
-        named = [
-            (local(p), f"parameter {optimizer._name(group, i)}")
-            for group in optimizer.param_groups
-            for i, p in enumerate(group["params"])
-        ]
-        check_memory(named, torch.is_inference_mode_enabled())
+        places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
+        check_memory(
+            [local(group["params"][i]) for group, i in places],
+            lambda: [f"parameter {optimizer._name(group, i)}" for group, i in places],
+            torch.is_inference_mode_enabled(),
+        )
         for p in params:
             self._hook(p)
 

@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from . import fp8, update
+from . import cpu_copying, fp8, update
 from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
 from .remainder import CHECKSUM, REMAINDER, checksums, no_remainder
@@ -31,6 +31,7 @@ ENTRIES = (*MOMENTS, *SCALARS)
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
 # What version 0.1 did not have, and what follows from codes, weights and size: see complete.
 DERIVED = (*MAXIMA, "weight_sum", "update_sum", "mask_count", "param_checksum")
+COMPLETE = set(DERIVED)
 # What versions before 0.2 called the entries, as torch's Adam calls its moments, which these are not.
 OLD_NAMES = {
     "exp_avg": "exp_avg_codes",
@@ -108,10 +109,15 @@ class Store:
         """Whether nothing of these states has been replaced, nor given other memory."""
         return not self.changed(states)
 
-    def adopt(self, states: Sequence[dict[str, Any]], live: Collection[dict[str, Any]]) -> list[int]:
-        """Make every state's scalars views of the tables; returns their rows. ``live`` are all states there are."""
+    def adopt(
+        self, states: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], live: Collection[dict[str, Any]]
+    ) -> list[int]:
+        """Make the scalars of those states that have changed views of the tables; returns the rows of all.
+
+        ``live`` are all states there are.
+        """
         self._forget_all_but(live)
-        changed, count = [states[k] for k in self.changed(states)], len(self.order)
+        count = len(self.order)
         for state in changed:
             if id(state) not in self.rows:
                 if not self.free:
@@ -121,9 +127,11 @@ class Store:
         if changed:
             for known, n in self._known():
                 known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
-            if len(self.order) > count or not all(self._places(changed)):
+            places = self._places(changed)
+            if len(self.order) > count or not all(places):
                 self._renew(count, live, changed)
-            self._read(changed)
+                places = [False] * len(places)
+            self._read(changed, places)
         return [self.rows[id(state)] for state in states]
 
     def _forget_all_but(self, live: Collection[dict[str, Any]]) -> None:
@@ -135,13 +143,13 @@ class Store:
             self.addresses[(row - 1) * WIDTH : row * WIDTH] = [-1] * WIDTH
             self.moments[(row - 1) * len(MOMENTS) : row * len(MOMENTS)] = [_nothing] * len(MOMENTS)
 
-    def _places(self, states: Sequence[dict[str, Any]]) -> list[bool]:
-        """Of every scalar, whether all these states have it where it is known to be."""
+    def _places(self, states: Sequence[dict[str, Any]], names: Sequence[str] = SCALARS) -> list[bool]:
+        """Of these scalars, whether all these states have them where they are known to be."""
         first = [self.rows[id(state)] * WIDTH - len(SCALARS) for state in states]
-        values = [[state[name] for state in states] for name in SCALARS]
+        values = {SCALARS.index(name): list(map(itemgetter(name), states)) for name in names}
         return [
             set(map(type, own)) == {Tensor} and addresses(own) == [self.addresses[place + k] for place in first]
-            for k, own in enumerate(values)
+            for k, own in values.items()
         ]
 
     def _renew(self, count: int, live: Collection[dict[str, Any]], changed: Sequence[dict[str, Any]]) -> None:
@@ -159,21 +167,26 @@ class Store:
         for state in changed:
             place = self.rows[id(state)] * WIDTH
             self.addresses[place - scalars : place] = [-1] * scalars
-        views, read = [column.unbind(0) for column in self.columns], set(map(id, changed))
-        for state in live:
-            row = self.rows.get(id(state), 0)
-            if not 0 < row <= count or id(state) in read:
-                continue
-            for k, name in enumerate(SCALARS):
-                place, value, view = row * WIDTH - scalars + k, state.get(name), views[k][row]
-                if type(value) is type(view) and addresses([value]) == [self.addresses[place]]:
+        read = set(map(id, changed))
+        kept = [state for state in live if 0 < self.rows.get(id(state), 0) <= count and id(state) not in read]
+        rows = [self.rows[id(state)] for state in kept]
+        for k, (name, column) in enumerate(zip(SCALARS, self.columns, strict=True) if kept else ()):
+            views, places = column.unbind(0), [row * WIDTH - scalars + k for row in rows]
+            values: list[Any] = [state.get(name) for state in kept]
+            own, alike = [views[row] for row in rows], type(views[0])
+            if set(map(type, values)) == {alike}:
+                seen: list[int | None] = [*addresses(values)]
+            else:
+                seen = [addresses([x])[0] if type(x) is alike else None for x in values]
+            for state, view, there, place, now in zip(kept, own, seen, places, addresses(own), strict=True):
+                if there == self.addresses[place]:
                     state[name] = view
-                self.addresses[place] = addresses([view])[0]
+                self.addresses[place] = now
 
-    def _read(self, states: Sequence[dict[str, Any]]) -> None:
-        """Put what these states hold into the tables, and views of them into the states."""
+    def _read(self, states: Sequence[dict[str, Any]], places: Sequence[bool]) -> None:
+        """Put what these states hold into the tables, unless it is in place, and views of them into the states."""
         rows = [self.rows[id(state)] for state in states]
-        for name, column, in_place in zip(SCALARS, self.columns, self._places(states), strict=True):
+        for name, column, in_place in zip(SCALARS, self.columns, places, strict=True):
             if in_place:
                 continue
             values = [state[name] for state in states]
@@ -184,8 +197,19 @@ class Store:
         entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
         found: list[list[Any]] = [list(map(ref, _moments(entries))), *_memory(entries)]
         for (known, n), read in zip(self._known(), found, strict=True):
+            if rows == self.order:
+                known[:] = read
+                continue
             for k, row in enumerate(rows):
                 known[(row - 1) * n : row * n] = read[k * n : (k + 1) * n]
+
+    def put(self, name: str, states: Sequence[dict[str, Any]], values: Tensor) -> bool:
+        """Set a scalar of these states to ``values``, if they have it in the tables; returns whether they have."""
+        rows = list(map(self.rows.get, map(id, states)))
+        if None in rows or not all(name in state for state in states) or not self._places(states, [name])[0]:
+            return False
+        self.columns[SCALARS.index(name)][torch.tensor(rows, device=self.device)] = values
+        return True
 
     def _stacked(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         try:
@@ -292,6 +316,8 @@ def renamed(state: Any) -> Any:
 def complete(param: Tensor, state: dict[str, Any]) -> bool:
     """Add the entries that a state of version 0.1 has not; returns whether the sum of the weights was added."""
     numel, device = param.numel(), param.device
+    if state.keys() >= COMPLETE:
+        return False
     if not set(MAXIMA) <= set(state):
         find_largest(state)
     for name, value in (("update_sum", numel << 20), ("mask_count", numel), ("param_checksum", 0)):
@@ -334,15 +360,19 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
     return found
 
 
-def find_largest(*states: dict[str, Any]) -> None:
-    """Set the maxima to those of the codes (or float32 moments) that the states hold, of this rank's part."""
+def find_largest(*states: dict[str, Any], store: Store | None = None) -> None:
+    """Set the maxima to those of the codes (or float32 moments) that the states hold, of this rank's part.
+
+    What lies in the tables of ``store`` stays there, so that they need not be made anew.
+    """
     for name, maximum, fmt in zip(MOMENTS, MAXIMA, (E4M3, E5M2), strict=True):
         for plain in {state[name].dtype == torch.float32 for state in states}:
             own = [state for state in states if (state[name].dtype == torch.float32) == plain]
-            moments = [local(state[name]) for state in own]
-            tops = [_largest(x) for x in moments] if plain else _largest_codes(moments, fmt)
-            for state, top in zip(own, tops, strict=True):
-                state[maximum] = top
+            moments = _plain([state[name] for state in own])
+            tops = torch.stack(list(map(_largest, moments))) if plain else _largest_codes(moments, fmt)
+            if store is None or not store.put(maximum, own, tops):
+                for state, top in zip(own, tops.unbind(0), strict=True):
+                    state[maximum] = top
 
 
 def _largest(moment: Tensor) -> Tensor:
@@ -352,14 +382,16 @@ def _largest(moment: Tensor) -> Tensor:
     return torch.maximum(least.abs(), most.abs())
 
 
-def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Sequence[Tensor]:
+def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Tensor:
     """The largest magnitudes, float32. As unsigned bytes negative codes are above the others, as signed ones below."""
-    found = []
-    for dtype in (torch.uint8, torch.int8):
-        nothing = torch.zeros((), dtype=dtype, device=codes[0].device)
-        found.append(torch.stack([x.view(dtype).max() if x.numel() else nothing.to(x.device) for x in codes]))
-    top = torch.maximum(found[0] & 0x7F, found[1].clamp(min=0).view(torch.uint8))
-    return fp8.decode(top, fmt).unbind(0)
+    top = cpu_copying.largest(codes)
+    if top is None:
+        found = []
+        for dtype in (torch.uint8, torch.int8):
+            nothing = torch.zeros((), dtype=dtype, device=codes[0].device)
+            found.append(torch.stack([x.view(dtype).max() if x.numel() else nothing.to(x.device) for x in codes]))
+        top = torch.maximum(found[0] & 0x7F, found[1].clamp(min=0).view(torch.uint8))
+    return fp8.decode(top, fmt)
 
 
 def weight_sum(weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lamb16.cli import CommandError
 from lamb16.cli.shapes import Shape, transformer
 from lamb16.cli.training import state_bytes
 from lamb16.compiled import Compiled, Graph, Kind
+from lamb16.packing import AddressPacking, Packing, TablePacking
 
 BYTES = 20  # what a step moves for a float32 parameter: 4 to inspect the gradients, 10 + 6 to update
 
@@ -188,9 +189,13 @@ class Stopwatch:
         self.inner, self.device = Compiled(), device
         self.spent: dict[str, float] = {}
 
-    def packs_by_table(self, device: torch.device) -> bool:
-        """As the compiled step does."""
-        return self.inner.packs_by_table(device)
+    def packing(self, *arguments: Any) -> Packing:
+        """The compiled step's, with the time of its copies."""
+        packing = self.inner.packing(*arguments)
+        if isinstance(packing, (AddressPacking, TablePacking)):
+            launch = packing.launch
+            packing.launch = lambda *given: self._add("copy", lambda: launch(*given))
+        return packing
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile."""
@@ -200,10 +205,6 @@ class Stopwatch:
         """Call the compiled code."""
         self._add(graph.name, lambda: self.inner.run(graph, kind, *arguments))
 
-    def copy(self, *arguments: Any) -> None:
-        """Launch the copying kernel."""
-        self._add("copy", lambda: self.inner.copy(*arguments))
-
     def _add(self, name: str, call: Callable[[], None]) -> None:
         self.spent[name] = self.spent.get(name, 0.0) + timed(call, self.device)
 
@@ -211,7 +212,7 @@ class Stopwatch:
 def pass_times(shapes: list[Shape], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds of the parts of Lamb16's compiled step: the calls of each graph together, and the rest.
 
-    The rest is Python and, on the CPU, packing.
+    The rest is Python.
     """
     watch = Stopwatch(device)
     optimizer = Lamb16(make_params(shapes, dtype, device), lr=1e-4, weight_decay=0.01, compile=watch)

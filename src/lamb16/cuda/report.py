@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lamb16 import Lamb16
 from lamb16.compiled import Graph, Kind
-from lamb16.update import PIECE
+from lamb16.packing import TablePacking, Tail
+from lamb16.update import PIECE, Block
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
@@ -95,9 +96,9 @@ class Code:
         if unpack not in self._copying:
             from .copying import copy_pieces
 
-            types = ["*i64"] * 4 + ["*fp32", "*fp32", "*u8", "*u8", "*i32"]
-            signature = dict(zip(copy_pieces.arg_names, [*types, "constexpr", "constexpr"], strict=True))
-            constants = {"UNPACK": unpack, "PIECE": PIECE}
+            types = ["*i64"] * 5 + ["*fp32", "*fp32", "*u8", "*u8", "*u8", "*i32"]
+            signature = dict(zip(copy_pieces.arg_names, [*types, *["constexpr"] * 3], strict=True))
+            constants = {"EXACT": False, "UNPACK": unpack, "PIECE": PIECE}
             self._copying[unpack] = assemble(copy_pieces, signature, constants, self.capability)
         return self._copying[unpack]
 
@@ -120,9 +121,9 @@ class Recorder:
         self.copied: list[Eager] = []
         self.used: dict[str, Program] = {}
 
-    def packs_by_table(self, device: torch.device) -> bool:
+    def packing(self, tails: Sequence[Tail], block: Block, *_: Any) -> TablePacking:
         """As on CUDA."""
-        return True
+        return TablePacking(tails, block, self.copy)
 
     def clear(self) -> None:
         """Forget what was launched."""
@@ -142,7 +143,7 @@ class Recorder:
 
     def copy(self, *arguments: Any) -> None:
         """Note the launch of the copying kernel."""
-        *tensors, unpack = arguments
+        *tensors, _, unpack = arguments
         self.launches.append((COPIES, copying(tensors, unpack)))
 
 
@@ -168,7 +169,7 @@ class Steps:
 
 def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
     """The launch of the copying kernel: it reads and writes as much as the packed buffer holds."""
-    copied = {k: x for k, x in zip("pgmv", tensors[4:8], strict=True) if k != "g" or not unpack}
+    copied = {k: x for k, x in zip("pgmv", tensors[5:9], strict=True) if k != "g" or not unpack}
     moved = {f"{side}_ptr_{k}": x for side in ("in", "out") for k, x in copied.items()}
     return Launch("copy_pieces", moved | {"UNPACK": unpack})
 

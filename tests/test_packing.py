@@ -1,0 +1,147 @@
+"""Copies of small tensors by their addresses: the same bytes as torch's own functions give."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import gradients, parameters, raw
+from lamb16 import Lamb16, cpu_copying
+from lamb16.packing import AddressPacking, ForeachPacking, Tail, memory
+from lamb16.plan import cut
+from lamb16.remainder import REMAINDER
+from lamb16.store import find_largest
+from lamb16.update import PIECE, Block, in_place
+
+SIZES = [21, 2100, 1, 256, 257, 4096, *range(1, 70)]
+
+
+def tensors(dtype: torch.dtype, exact: bool, seed: int) -> list[list[Tensor]]:
+    """Random p, g, two moments and, if they are to be ``exact``, remainders of all sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = (dtype, dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+    random = [[torch.rand(n, generator=generator) for n in SIZES] for _ in kinds]
+    found = [[x.to(kind) for x in own] for own, kind in zip(random, kinds, strict=True)]
+    remainders = [torch.randint(-(2**15), 2**15, (n,), generator=generator, dtype=torch.int16) for n in SIZES]
+    return [*found, remainders] if exact else found
+
+
+def packing(name: type, tails: list[Tail], dtype: torch.dtype, exact: bool) -> tuple[Any, Block]:
+    """A packing of this class, and its block, full of other things."""
+    rows = sum(tail.rows for tail in tails)
+    p, g = (torch.full((rows, PIECE), 7, dtype=dtype) for _ in range(2))
+    m, v = (torch.full((rows, PIECE), 9, dtype=torch.uint8) for _ in range(2))
+    remainders = [torch.full((rows, PIECE), 11, dtype=torch.int16)] * exact
+    block = in_place([p, g, m, v, *remainders])
+    if name is AddressPacking:
+        function = cpu_copying.kernel()
+        assert function is not None
+        return AddressPacking(tails, block, function), block
+    moments = torch.float8_e4m3fn, torch.float8_e5m2
+    return ForeachPacking(tails, block, [(tail.length,) for tail in tails], moments), block
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
+def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool) -> None:
+    tails = cut(SIZES)[1]
+    assert any(tail.start for tail in tails)
+    both = [packing(name, tails, dtype, exact) for name in (AddressPacking, ForeachPacking)]
+    for seed in (0, 1, 1):  # other memory, twice with the same values
+        given = [tensors(dtype, exact, seed) for _ in both]
+        for (own, block), x in zip(both, given, strict=True):
+            parts = own.parts(x)
+            own.pack(parts, [1])
+            own.pack(parts, [0, *range(2, len(x))])
+            for k, buffer in enumerate(memory(block)):
+                if k == 1:
+                    continue
+                buffer.copy_(buffer.flip(0))
+            own.unpack(parts)
+        for a, b in zip(*(memory(block) for _, block in both), strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(*given, strict=True):
+            assert all(torch.equal(raw(x), raw(y)) for x, y in zip(a, b, strict=True))
+        for k, (a, b) in enumerate(zip(given[0], tensors(dtype, exact, seed), strict=True)):
+            assert torch.equal(raw(a[0]), raw(b[0])) == (k == 1)  # gradients are not copied back
+
+
+def test_compiled_steps_on_the_cpu_copy_by_addresses() -> None:
+    optimizer = stepped(1)
+    assert [type(batch.packing) for plan in optimizer._last for batch in plan.batches] == [AddressPacking]
+
+
+def stepped(steps: int, dtype: torch.dtype = torch.float32) -> Lamb16:
+    params = parameters(dtype=dtype)
+    optimizer = Lamb16(params, lr=0.01, param_rounding="exact")
+    for t in range(steps):
+        for p, g in zip(params, gradients(params, t), strict=True):
+            p.grad = g
+        optimizer.step()
+    return optimizer
+
+
+def test_without_a_working_kernel_steps_are_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    expected = stepped(2)
+    broken = mock.patch("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding", side_effect=OSError)
+    cpu_copying.kernel.cache_clear()
+    try:
+        with broken, caplog.at_level(logging.WARNING, "lamb16"):
+            optimizer = stepped(2)
+    finally:
+        cpu_copying.kernel.cache_clear()
+    assert caplog.text.count("does not compile (OSError)") == 1
+    assert [type(batch.packing) for plan in optimizer._last for batch in plan.batches] == [ForeachPacking]
+    for p, q in zip(expected.state, optimizer.state, strict=True):
+        assert torch.equal(p, q)
+        values = zip(expected.state[p].values(), optimizer.state[q].values(), strict=True)
+        assert all(torch.equal(raw(x), raw(y)) for x, y in values)
+
+
+def test_what_is_written_to_counts_as_changed() -> None:
+    optimizer = stepped(1, torch.bfloat16)
+    assert {type(batch.packing) for plan in optimizer._last for batch in plan.batches} == {AddressPacking}
+    entries = "exp_avg_codes", "exp_avg_sq_codes", REMAINDER
+    written = [x for p, state in optimizer.state.items() for x in (p, *(state[key] for key in entries))]
+    before = [x._version for x in written]
+    optimizer.step()
+    assert all(x._version > version for x, version in zip(written, before, strict=True))
+
+
+def test_the_largest_codes_are_those_that_torch_finds() -> None:
+    cpu_copying.kernel()
+    generator = torch.Generator().manual_seed(0)
+    raws = [
+        torch.randint(k, k + n, (n,), generator=generator, dtype=torch.uint8) for k in (0, 100) for n in range(1, 70)
+    ]
+    raws += [torch.full((300,), 0x80, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)]
+
+    def maxima() -> list[tuple[float, float]]:
+        kinds = torch.float8_e4m3fn, torch.float8_e5m2
+        states = [dict(zip(("exp_avg_codes", "exp_avg_sq_codes"), map(x.view, kinds), strict=True)) for x in raws]
+        find_largest(*states)
+        return [(float(state["exp_avg_max"]), float(state["exp_avg_sq_max"])) for state in states]
+
+    with mock.patch.object(cpu_copying, "largest", return_value=None):
+        expected = maxima()
+    assert maxima() == expected
+    assert len(set(expected)) > 20
+    assert cpu_copying.largest(raws) is not None
+
+
+def test_codes_that_the_kernel_cannot_read_are_left_to_torch() -> None:
+    codes = torch.zeros(4, 4, dtype=torch.uint8)
+    cpu_copying.kernel()
+    assert cpu_copying.largest([codes]) is not None
+    assert cpu_copying.largest([codes.T[1:]]) is None
+    assert cpu_copying.largest([codes.to("meta")]) is None
+    cpu_copying.kernel.cache_clear()
+    assert cpu_copying.largest([codes]) is None  # eager steps need no compiler
+    cpu_copying.kernel()
