@@ -36,6 +36,7 @@ def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: T
     assert (REMAINDER in mine) == (theirs.param_remainder is not None)
     if theirs.param_remainder is not None:
         assert same_bits(mine[REMAINDER], theirs.param_remainder), f"{where}: remainders differ"
+    assert (int(mine["salt"]) - theirs.salt) % 2**32 == 0, f"{where}: salt differs"
     for name in set(SCALARS) - {"salt"}:
         a, b = mine[name].item(), getattr(theirs, name)
         assert a == b or (math.isnan(a) and math.isnan(b)), f"{where}: {name} differs"
@@ -73,7 +74,8 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
                 continue
             assert same_bits(p.grad, grad), "the gradient was modified"
             mine = optimizer.state[p]
-            state = states[i] or reference.init(weights[i], int(mine["salt"]) & 0xFFFFFFFF, **case.words)
+            salt = optimizer._salt(optimizer.param_groups[0], i)  # decay alone changes the state's
+            state = states[i] or reference.init(weights[i], salt, **case.words)
             weights[i], states[i], stats = rule(weights[i], grad, state, hyper)
             skipped += stats.skipped
             assert_same_state(f"step {step}, tensor {i} {tuple(p.shape)}", p, mine, weights[i], states[i])
