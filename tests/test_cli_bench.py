@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.cli import CommandError, bench, contenders, main, timing
+from lamb16.cli import CommandError, bench, contenders, main, releasing, timing
 from lamb16.cli.shapes import SETS
 
 
@@ -35,14 +35,14 @@ def test_a_run_reports_every_contender(
     monkeypatch.setitem(SETS, "mlp", lambda: [(70, 70), (9,)])
     monkeypatch.setitem(bench.OWN, "broken", _broken)
     file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
-    options = ["--rounds", "2", "--passes", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
+    options = ["--rounds", "2", "--passes", "--release", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
     options += ["--sizes", "4000", "30", "--size-plot", str(tmp_path / "sizes.svg")]
     assert main(["bench", "--shapes", "mlp", *options]) == 0
     written = json.loads(file.read_text())
     rows = {row["name"]: row for row in written["results"]["mlp"]}
     assert set(rows) == {bench.COPY, *bench.OWN}
     assert rows.pop("broken")["error"] == "ValueError: no step for you"
-    assert rows["Lamb16 compiled"]["state_bytes"] == 2 * 4909 + 2 * 48
+    assert rows["Lamb16 compiled"]["state_bytes"] == 2 * 4909 + 2 * 56
     assert rows["AdamW fused"]["to_adamw"] == rows[bench.COPY]["to_copy"] == 1
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows.values())
     assert written["settings"]["rounds"] == 2
@@ -51,6 +51,10 @@ def test_a_run_reports_every_contender(
     assert "could not run: ValueError" in table
     assert {"inspect", "scale", "update", "update packed", "fold", "rest"} <= set(written["passes"]["mlp"])
     assert all(ns > 0 for ns in written["passes"]["mlp"].values())
+    costs = {row["name"]: row["to_ordinary"] for row in written["release"]["mlp"]}
+    assert costs.keys() == {releasing.ORDINARY, releasing.RELEASED, releasing.EACH}
+    assert costs[releasing.ORDINARY] == 1
+    assert all(f"| {name} |" in table for name in costs)
     assert "<svg" in picture.read_text()
     assert [row["numel"] for row in written["sizes"]] == [30, 4000]
     assert all(row["ns_per_param"] > 0 and row["to_adamw"] > 0 for row in written["sizes"])

@@ -22,7 +22,7 @@ import torch
 from torch.optim import AdamW
 
 from lamb16 import Lamb, Lamb16, PublishedLamb16
-from lamb16.cli import CommandError, contenders, memory, timing
+from lamb16.cli import CommandError, contenders, memory, releasing, timing
 from lamb16.cli.shapes import SETS, Shape
 from lamb16.cli.study import report
 from lamb16.cli.timing import Factory, Row
@@ -43,8 +43,8 @@ OWN: dict[str, Factory] = {
 PEERS = ("adamwfp8", "adamw8bit", "adamw4bit", "adamw8bit-bnb", "lamb-timm", "lamb-po")
 # The options, with their defaults, that mean nothing where memory is measured.
 TIMES_ONLY: dict[str, Any] = {
-    "dtype": "float32", "rounds": 20, "peers": False, "compile_time": False, "passes": False, "sizes": None,
-    "plot": None, "size_plot": None,
+    "dtype": "float32", "rounds": 20, "peers": False, "compile_time": False, "passes": False, "release": False,
+    "sizes": None, "plot": None, "size_plot": None,
 }  # fmt: skip
 COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shapes of BERT-large, scaled down
 
@@ -87,6 +87,9 @@ def add_parser(subparsers: Any) -> None:
         help="also the first step of 37 and of 405 tensors in fresh processes (CPU)",
     )
     parser.add_argument("--passes", action="store_true", help="also the parts of the compiled step, one by one")
+    parser.add_argument(
+        "--release", action="store_true", help="also training steps with gradients released and without"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="also one tensor of so many elements each")
     parser.add_argument("--memory", action="store_true", help="bytes per parameter of a training step, and no times")
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
@@ -129,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
             passes = timing.pass_times(shapes, DTYPES[args.dtype], device, args.rounds)
             written.setdefault("passes", {})[name] = {key: seconds / numel * 1e9 for key, seconds in passes.items()}
             print("\n" + pass_table(written["passes"][name]))
+        if args.release:
+            written.setdefault("release", {})[name] = releasing.measure(shapes, DTYPES[args.dtype], device, args.rounds)
+            print("\n" + releasing.table(written["release"][name]))
     if args.sizes:
         written["sizes"] = [size_row(n, DTYPES[args.dtype], device, args.rounds) for n in sorted(args.sizes)]
         print("\none tensor\n\n" + size_table(written["sizes"]))
