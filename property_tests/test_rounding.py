@@ -51,6 +51,16 @@ def test_every_pattern_is_split_and_joined(low: int) -> None:
 
 
 @pytest.mark.parametrize("low", EDGES)
+def test_no_remainder_makes_a_number_a_nan(low: int) -> None:
+    """Of another weight it may be any, and 0 has 32,768 fewer than others; the fast form gives the same bits."""
+    remainder = torch.full(NUMBERS.shape, low, dtype=torch.int16)
+    weights = reference.joined(NUMBERS, remainder)
+    assert not weights.isnan().any()
+    assert ((weights - NUMBERS.float()).abs() <= NUMBERS.float().abs() * 2.0**-8 + 2.0**-134).all()
+    assert same_bits(update.join(NUMBERS.float(), remainder.int()), weights)
+
+
+@pytest.mark.parametrize("low", EDGES)
 def test_the_visible_weight_is_the_nearest(low: int) -> None:
     """To even but for ties, which are all of a remainder of -2^15: these go away from 0."""
     weights = with_bits(NUMBERS, low)

@@ -145,6 +145,7 @@ def train_released(
         GRADIENTS[gradients](model, step)
         left += sum(p.grad is not None for _, p in params)
         optimizer.step()
+        assert len(optimizer.layer_stats()) == len(params)
     return found([p for _, p in params], optimizer), left
 
 

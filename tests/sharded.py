@@ -86,6 +86,18 @@ def step_halves(placement: str | None, rounding: str, compile: bool, steps: int)
     return found(params, optimizer) | {f"{name}.float32": whole(x) for name, x in exact.items()}
 
 
+def step_with_a_plain_one(rounding: str) -> Tensor:
+    """A split tensor, and a plain bfloat16 one that has a gradient on the first rank only; returns the split one."""
+    spread = spreader("rows over 2")
+    a, b = nn.Parameter(spread(weights()[2])), nn.Parameter(torch.ones(40).bfloat16())
+    optimizer = Lamb16([("a", a), ("b", b)], **HYPER, param_rounding=rounding, compile=False)
+    for step in range(3):
+        a.grad = spread(gradient(6, step)[:1].new_ones(a.shape))
+        b.grad = torch.ones_like(b) if torch.distributed.get_rank() == 0 else None
+        optimizer.step()
+    return whole(a.detach())
+
+
 def step_whole(compile: bool, steps: int) -> Found:
     """One process, plain tensors."""
     params = [nn.Parameter(w) for w in weights()]

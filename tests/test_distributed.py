@@ -57,6 +57,11 @@ def test_weights_with_16_bits_on_a_mesh(ranks: Ranks, placement: str, compile: b
         assert_same(tensors, expected)
 
 
+def test_plain_exact_weights_are_nothing_to_other_ranks(ranks: Ranks) -> None:
+    exact, stochastic = (ranks.run(2, sharded.step_with_a_plain_one, x) for x in ("exact", "stochastic"))
+    assert all(torch.equal(x, exact[0]) for x in (*exact, *stochastic))
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("gradients", ["backward", "accumulate"])
 @pytest.mark.parametrize("how", parallel.EXACT)

@@ -220,6 +220,51 @@ def test_model_and_ema_loads_are_seen() -> None:
     assert all(torch.equal(found[name], average[name].float()) for name in average)
 
 
+def test_weights_that_change_places_stay_numbers(compile_mode: bool) -> None:
+    """Which the checksum does not see: what is wrong then is half of a gap at most."""
+    p = nn.Parameter(torch.randn(50, 8, device=DEVICE).to(BF16))
+    with torch.no_grad():
+        p[0] = 0  # as an embedding's padding
+    optimizer = Lamb16([("p", p)], **EXACT | {"weight_decay": 0.0}, compile=compile_mode)
+    for t in range(3):
+        p.grad = gradients([p], t)[0]
+        p.grad[0] = 0
+        optimizer.step()
+    with torch.no_grad():
+        p.copy_(p.flip(0))
+    found = optimizer.float32_weights()["p"]
+    assert torch.allclose(found, p.detach().float(), rtol=2.0**-8, atol=2.0**-134)
+    optimizer.step()
+    assert torch.isfinite(p).all()
+
+
+def test_a_remainder_without_memory_is_refused(compile_mode: bool) -> None:
+    optimizer = exact(compile_mode)
+    take_steps(optimizer, range(2))
+    remainder = optimizer.state[params_of(optimizer)[1]][REMAINDER]
+    kept = remainder.clone()
+    remainder.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="param_remainder of parameter p1 has no memory"):
+        optimizer.step()
+    remainder.untyped_storage().resize_(kept.nbytes)
+    remainder.copy_(kept)
+    take_steps(optimizer, range(2, 4))
+    other = exact(compile_mode)
+    take_steps(other, range(4))
+    assert_same(snapshot(optimizer), snapshot(other))
+
+
+def test_float32_weights_load_into_a_model_that_became_float32() -> None:
+    optimizer = exact()
+    take_steps(optimizer, range(3))
+    weights = optimizer.float32_weights()
+    for p in params_of(optimizer):
+        p.data, p.grad = p.data.float(), None
+    optimizer.load_float32_weights(weights)
+    for name, p in zip(weights, params_of(optimizer), strict=True):
+        assert torch.equal(p, weights[name])
+
+
 def test_a_replaced_remainder_is_seen(compile_mode: bool) -> None:
     one, two = exact(compile_mode), exact(compile_mode)
     for optimizer in (one, two):
@@ -366,13 +411,25 @@ def test_resize_keeps_the_remainders_of_rows_that_stay() -> None:
     optimizer = Lamb16([("p", p)], **EXACT, compile=False)
     take_steps(optimizer, range(2))
     weights = optimizer.float32_weights()["p"]
+    optimizer_state = {key: x.clone() for key, x in optimizer.state[p].items()}
     index = torch.tensor([4, 0, -1])
     new = nn.Parameter(torch.cat([p.detach()[[4, 0]], torch.ones(1, 5, device=DEVICE, dtype=BF16)]))
     optimizer.resize(p, index, new)
     found = optimizer.float32_weights()["p"]
     assert torch.equal(found[:2], weights[[4, 0]])
     assert torch.equal(found[2], torch.ones(5, device=DEVICE))
-    take_steps(optimizer, range(2, 3))
+    # Its next step is that of a float32 run that is resized alike.
+    q = nn.Parameter(weights.clone())
+    twin = Lamb16([("p", q)], **EXACT, compile=False)
+    saved = optimizer_state | {"param_remainder": None}
+    twin.state[q] = {key: x for key, x in saved.items() if x is not None}
+    wide = nn.Parameter(found.clone())
+    twin.resize(q, index, wide)
+    new.grad = gradients([new], 5)[0]
+    wide.grad = new.grad.float()
+    optimizer.step()
+    twin.step()
+    assert torch.equal(optimizer.float32_weights()["p"], wide)
 
 
 def test_the_reference_starts_from_the_same_state() -> None:

@@ -737,6 +737,17 @@ def test_compiled_models_are_released_and_the_hooks_not_traced(whole: bool) -> N
         assert traced[1]["ok"] > 0
 
 
+def test_a_model_is_watched_until_its_last_release_ends() -> None:
+    net = model()
+    halves = [list(net.named_parameters())[k::2] for k in range(2)]
+    one, two = (release_gradients(net, Lamb16(half, lr=0.01, compile=False)) for half in halves)
+    one.remove()
+    one.remove()
+    assert release._MODELS[net] == 1
+    two.remove()
+    assert not release._MODELS[net]
+
+
 # -- several ranks -----------------------------------------------------------------------------------------------
 
 

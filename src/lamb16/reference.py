@@ -321,7 +321,11 @@ def round_weights(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def joined(p: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights whose bits are those of bfloat16 weights, followed by 16 zeros, plus the remainder."""
+    """The float32 weights whose bits are those of bfloat16 weights, followed by 16 zeros, plus the remainder.
+
+    0 has no negative remainder: one that another weight has left would make it a NaN.
+    """
+    remainder = torch.where(p == 0, remainder.clamp(min=0), remainder)
     return (p.float().view(torch.int32) + remainder.int()).view(torch.float32)
 
 

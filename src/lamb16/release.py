@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ def release_gradients(model: nn.Module, optimizer: Lamb16, *, bucket_bytes: int 
 
     A parameter whose gradient takes ``bucket_bytes`` or more is stepped at once. Smaller ones wait for each other until
     theirs take that much together, or the backward pass ends. So at any time the gradients take less than twice
-    ``bucket_bytes`` and one gradient; more only where parameters have none in some passes, whose buckets wait until the
-    end.
+    ``bucket_bytes`` and one gradient; more where they come in another order than in the first pass, or where parameters
+    have none in some passes, whose buckets wait until the end.
 
     A backward pass that raises leaves stepped what was stepped, and drops the gradients that were waiting.
 
@@ -100,7 +100,8 @@ LEFT = (
     "pass, as DistributedDataParallel does; set it to None, or remove() the release to step it"
 )
 
-_MODELS: WeakSet[nn.Module] = WeakSet()  # whose gradients are released: copies of a model have its hooks, too
+# Whose gradients are released, and how often: copies of a model have its hooks, too.
+_MODELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 class Bucket:
@@ -128,11 +129,12 @@ class GradientRelease:
         self._sharded = False
         self._seen: set[int] = set()  # the parameters whose gradients have come in this iteration
         self._passes: dict[int, ref[_Pass]] = {}  # that are under way; checkpointing nests them
+        self._removed = False
         self._begun = False  # whether anything has been stepped in this iteration
         self._error: Exception | None = None  # of the step to come
         self.watch([p for group in optimizer.param_groups for p in group["params"]])
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
-        _MODELS.add(model)
+        _MODELS[model] = _MODELS.get(model, 0) + 1
         skip(_arrived)  # _disable_dynamo would take a microsecond of every call
         optimizer._plans.clear()
         optimizer._release = self
@@ -143,8 +145,9 @@ class GradientRelease:
         with self._lock:
             for hook in [*self._hooks.values(), self._ddp]:
                 hook.remove()
-            if model is not None:
-                _MODELS.discard(model)
+            if model is not None and not self._removed:
+                _MODELS[model] -= 1
+            self._removed = True
             if optimizer is not None and optimizer._release is self:
                 optimizer._release = None
                 optimizer._plans.clear()
@@ -272,8 +275,9 @@ class GradientRelease:
         self._error = error
         try:
             plans = optimizer._step(None, None, gradients)
-            optimizer._last = [*optimizer._last, *plans] if self._begun else [*plans]
-            self._begun |= bool(plans)
+            if plans:
+                optimizer._last = [*optimizer._last, *plans] if self._begun else [*plans]
+                self._begun = True
         finally:
             self._error = None
 
@@ -350,5 +354,5 @@ def _failed(release: ref[GradientRelease], task: int, _: Any) -> None:
 def _refuse_ddp(model: nn.Module, _: Any) -> None:
     """Raise RuntimeError where a model whose gradients are released is called by DistributedDataParallel."""
     active = DistributedDataParallel._active_ddp_module
-    if active is not None and model in _MODELS and any(module is model for module in active.modules()):
+    if active is not None and _MODELS.get(model) and any(module is model for module in active.modules()):
         raise RuntimeError(DDP)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import update
 from .sharding import MODULO, is_sharded, like, like_param, local, placement, whole_sums
+from .wrapped import is_fake
 
 REMAINDER, CHECKSUM = "param_remainder", "param_checksum"
 CHUNK = 1 << 20  # elements that are worked on at once
@@ -35,7 +36,11 @@ def has_remainder(param: Tensor, state: dict[str, Any]) -> bool:
         return False
     own, weights = local(x), local(param)
     fits = x.shape == param.shape and (own.shape, own.device) == (weights.shape, weights.device)
-    return fits and own.is_contiguous() and not own.is_inference()
+    return fits and own.is_contiguous() and not own.is_inference() and _has_memory(own)
+
+
+def _has_memory(x: Tensor) -> bool:
+    return not x.numel() or x.is_meta or is_fake(x) or x.data_ptr() != 0
 
 
 def no_remainder(param: Tensor) -> Tensor:
@@ -101,6 +106,11 @@ def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str 
             f"Lamb16{where}: {REMAINDER} of parameter {name} is {found}, expected torch.int16 {tuple(param.shape)}; "
             "without it (delete the entry) the weights go on as they are"
         )
+    if not _has_memory(local(value)):
+        raise ValueError(
+            f"Lamb16{where}: {REMAINDER} of parameter {name} has no memory (its storage was resized to 0 bytes); bring "
+            "it back before step"
+        )
     if is_sharded(value) and not is_sharded(param):
         raise ValueError(
             f"Lamb16{where}: {REMAINDER} of parameter {name} is spread over ranks (DTensor), the parameter not; gather "
@@ -129,9 +139,9 @@ def float32_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]]) -> dict
     for name, (p, state) in params.items():
         weights = local(p).to(torch.float32, copy=True)
         if name in kept and sums[name] == int(state[CHECKSUM]):
-            bits, remainder = weights.view(-1).view(torch.int32), local(kept[name]).view(-1)
-            for part, own in zip(torch.split(bits, CHUNK), torch.split(remainder, CHUNK), strict=True):
-                part += own
+            parts = (torch.split(x.view(-1), CHUNK) for x in (weights, local(kept[name])))
+            for part, own in zip(*parts, strict=True):
+                part.copy_(update.join(part, own.int()))
         found[name] = like(p, weights)
     return found
 
@@ -161,7 +171,7 @@ def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: M
     kept = []
     for name, (p, state) in params.items():
         own, given = local(p), like_param(p, weights[name])
-        if REMAINDER not in state:
+        if p.dtype != torch.bfloat16 or REMAINDER not in state:
             own.copy_(given)
             continue
         kept.append(p)
@@ -172,6 +182,6 @@ def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: M
             top.copy_(rounded)
             rest.copy_(exact - rounded.view(torch.int32))
         own.copy_(nearest.view(own.shape))
-    states = [state for _, state in params.values() if REMAINDER in state]
+    states = [state for p, state in params.values() if p.dtype == torch.bfloat16 and REMAINDER in state]
     for state, value in zip(states, checksums(kept), strict=True):
         state[CHECKSUM].fill_(value)

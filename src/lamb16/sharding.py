@@ -279,7 +279,7 @@ class Bound:
         self.plans, self.table, self.device = plans, reduction.table, reduction.device
         self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
         # Whether all tensors of the step are shared by all ranks that share any, which then know the same of them.
-        self.exact = any(plan.kind.exact for plan in self.plans)
+        self.exact = any(plan.kind.exact and plan.sharded for plan in self.plans)
         self.alone = len(self.plans) == count and all(rows is None for _, rows in self.table.groups)
 
     def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:

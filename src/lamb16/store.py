@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cpu_copying, fp8, update
 from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
-from .remainder import CHECKSUM, REMAINDER, checksums, no_remainder
+from .remainder import CHECKSUM, REMAINDER, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding import like, local
 from .update import State
@@ -357,6 +357,7 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
     if REMAINDER in state:
         found[REMAINDER] = resized_remainder(state, index, old, new)
         found[CHECKSUM].fill_(checksums([new])[0])
+        found["weight_sum"].copy_(weight_sum(float32_weights({"": (new, found)})[""]))
     return found
 
 

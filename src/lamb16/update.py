@@ -425,7 +425,7 @@ def update_block(
     """
     weights, words = block.p.float(), words + f.offset
     if block.remainder is not None:
-        weights = (weights.view(torch.int32) + (block.remainder.to(torch.int32) & f.join)).view(torch.float32)
+        weights = join(weights, block.remainder.to(torch.int32) & f.join)
     g = masked(block.g.float() * f.grad_factor, f.keep)
     old_m = block.m if block.m.dtype == torch.float32 else fp8.decode(block.m, E4M3)
     old_v = block.v if block.v.dtype == torch.float32 else fp8.decode(block.v, E5M2)
@@ -474,6 +474,12 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
         weights = new_p.float()
     squares = units(weights * weights, WEIGHT_FLOOR_BITS)
     sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
+
+
+def join(weights: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 weights that bfloat16 ones (as float32) and their remainders (int32) are; as the reference's."""
+    remainder = torch.where(weights == 0, torch.clamp(remainder, min=0), remainder)
+    return (weights.view(torch.int32) + remainder).view(torch.float32)
 
 
 def split(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -240,9 +240,11 @@ static float widen(uint16_t weight, int32_t dtype)
     return weight & 0x8000 ? -magnitude : magnitude;
 }
 
-/* The float that a bfloat16 weight and its remainder are. */
+/* The float that a bfloat16 weight and its remainder are. 0 has no negative one: of another weight it would make a NaN. */
 static float join(uint16_t weight, int16_t remainder)
 {
+    if ((weight & 0x7FFF) == 0 && remainder < 0)
+        remainder = 0;
     return float_of(((uint32_t)weight << 16) + (uint32_t)remainder); /* modulo 2^32 */
 }
 
