@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import parallel
 import refused
 from helpers import SCHEDULERS, all_params, assert_same, differing, snapshot
-from lamb16 import Lamb16, release_gradients
+from lamb16 import Lamb16, release, release_gradients
 from lamb16.optimizer import CACHED_PLANS
 from lamb16.parts import Part
 from ranks import Ranks
@@ -738,7 +738,7 @@ def test_compiled_models_are_released_and_the_hooks_not_traced(whole: bool) -> N
 
 
 def test_a_model_is_watched_until_its_last_release_ends() -> None:
-    net = model()
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     halves = [list(net.named_parameters())[k::2] for k in range(2)]
     one, two = (release_gradients(net, Lamb16(half, lr=0.01, compile=False)) for half in halves)
     one.remove()
