@@ -50,7 +50,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert first[0] == pytest.approx(first[1], rel=1e-3)
     assert two["final_accuracy"] == pytest.approx(one["final_accuracy"], abs=0.02)
     assert two["final_accuracy"] > 0.9
-    assert 2 < two["state_bytes_per_parameter"] < 2.002
+    assert 2 < two["state_bytes_per_parameter"] < 2.003
 
 
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST files in {MNIST}")

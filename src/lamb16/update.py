@@ -423,7 +423,7 @@ def update_block(
 
     ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape on CPUs.
     """
-    weights, words = block.p.float(), words + f.offset
+    weights = block.p.float()
     if block.remainder is not None:
         weights = join(weights, block.remainder.to(torch.int32) & f.join)
     g = masked(block.g.float() * f.grad_factor, f.keep)
@@ -440,7 +440,8 @@ def update_block(
         sums.agree.copy_(sum_of_rows(agrees.int(), block, 0, sums.agree.dtype))
     u = u + weights * f.weight_decay
     new_p = weights - masked(u * f.step_size, f.keep)
-    store_weights(block, new_p, words, sums, stochastic)
+    words = words + f.offset  # not earlier: there are few registers
+    kept = store_weights(block, new_p, words, sums, stochastic)
     if block.m.dtype == torch.float32:
         max_m, max_v = bits(m), bits(v)
         block.new_m.copy_(m)
@@ -453,11 +454,13 @@ def update_block(
         block.new_v.copy_(max_v.to(torch.uint8))
     sums.max_m.copy_(max_m.amax(1))
     sums.max_v.copy_(max_v.amax(1))
+    squares = units(kept * kept, WEIGHT_FLOOR_BITS)
+    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
     sums.updates.copy_(sum_of_rows(units(u * u, f.eps), block, EIGHT_BITS, sums.updates.dtype))
 
 
-def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stochastic: bool) -> None:
-    """Round the new weights (float32) to what the block has and store them, with their sums."""
+def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stochastic: bool) -> Tensor:
+    """Round the new weights (float32) to what the block has and store them; returns them as they are kept, float32."""
     dtype = block.p.dtype
     if block.new_remainder is not None and sums.checksum is not None:
         exact, nearest = split(weights)
@@ -472,8 +475,7 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
         new_p = weights.to(dtype)
         block.new_p.copy_(new_p)
         weights = new_p.float()
-    squares = units(weights * weights, WEIGHT_FLOOR_BITS)
-    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
+    return weights
 
 
 def join(weights: Tensor, remainder: Tensor) -> Tensor:
