@@ -1,8 +1,8 @@
 """Weights with 16 bits end to end: the language model with bfloat16 weights, rounded in every way, and in float32.
 
 Stochastic rounding and weights that are kept exactly, against rounding to nearest, float32 weights without and with
-autocast, and torchao's 8-bit AdamW with its stochastic rounding, at the best rate that `rates` found for AdamW. The optimizers see the same batches and first weights. And the stall: how far steps too small for bfloat16 move a
-weight of 1.
+autocast, and torchao's 8-bit AdamW with its stochastic rounding, at the best rate that `rates` found for AdamW. The
+optimizers see the same batches and first weights. The stall: how far steps too small for bfloat16 move a weight of 1.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
         return
     results.extra["stall code"] = code_of("lamb16")
     results.extra["stall"] = [[lr, *(moved(lr, dtype, rounding) for dtype, rounding in STALLED)] for lr in STALL_RATES]
+    results.save()
 
 
 STALLED = (
