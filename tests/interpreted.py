@@ -167,13 +167,13 @@ def folded(executor: Interpreted) -> None:
 
     found = [integers(rows.count, below=k, dtype=torch.int32) for k in (127, 125, 1 << 30, 1 << 30)]
     tables = [torch.rand(5, 4, generator=generator), integers(5, 2, below=9, dtype=torch.int32)]
-    tables.append(integers(5, 3, below=1 << 40, dtype=torch.int64))
+    tables.append(integers(5, 4, below=1 << 40, dtype=torch.int64))
     counted, first_rank = torch.tensor([True, False, False, True]), torch.tensor([1, 1, 0, 0])
     results = []
     for run in (executor.run, Eager().run):
         own = [table.clone() for table in tables]
         state = State(*(column for table in own for column in table.unbind(1)), torch.arange(1, 5))
-        run(Graph("fold"), kind, Sums(*found, None), rows.tree, counted, first_rank, state, True)
+        run(Graph("fold"), kind, Sums(*found), rows.tree, counted, first_rank, state, True)
         results.append([table[1:] for table in own])  # the first row is padding
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), results
     before, after = tables[2][1:], results[0][2]

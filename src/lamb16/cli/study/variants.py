@@ -99,6 +99,8 @@ class Variant(Optimizer):
             state["exp_avg_sq_codes"], state["exp_avg_sq_scale"] = _store(v, bound_v, word, E5M2, parts)
         for key in PREFIXES:
             state[f"{key}_max"] = self._largest(state[f"{key}_codes"].float())
+        if int(state["step"]) != t and h.lr and h.weight_decay:  # decay alone has moved the weights
+            state["salt"] += 1
 
     def _largest(self, x: Tensor) -> Tensor:
         """The largest magnitude of the tensor, 0-d, or of each row, `[rows, 1, ...]`."""
