@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,18 @@ def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
             p.grad = None if grad is None else grad.to(DEVICE)
         optimizer.step()
     return params, optimizer
+
+
+def patched(name: str, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> StepFunction:
+    """The reference's step with one of its functions replaced, for negative controls."""
+
+    def wrong(p: Tensor, grad: Tensor, state: State, h: Hyper) -> tuple[Tensor, State, reference.Stats]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, name, replacement(getattr(reference, name)))
+            return reference.step(p, grad, state, h)
+
+    wrong.__name__ = name
+    return wrong
 
 
 def run_beside_reference(case: Case, compile: bool, rule: StepFunction = reference.step) -> int:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compare import DEVICE, assert_same_state, make, run, run_beside_reference, same_bits
+from compare import DEVICE, assert_same_state, make, patched, run, run_beside_reference, same_bits
 from lamb16 import reference
 from lamb16.reference import Hyper, State
 from lamb16.store import MOMENTS, SCALARS
@@ -116,18 +116,6 @@ def _other_weight_floor(p, grad, state, h):
         return reference.step(p, grad, state, h)
 
 
-def _with(name, replacement):
-    """The reference with one of its functions replaced."""
-
-    def wrong(p, grad, state, h):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, name, replacement(getattr(reference, name)))
-            return reference.step(p, grad, state, h)
-
-    wrong.__name__ = name
-    return wrong
-
-
 def _no_nesterov(p, grad, state, h):
     return reference.step(p, grad, state, replace(h, nesterov=False))
 
@@ -169,7 +157,7 @@ def _no_caution(p, grad, state, h):
 WRONG = [
     _other_beta2, _no_weight_decay, _other_salt, _words_stand_still, _other_weight_floor, _ulp, _no_nesterov,
     _norms_of_this_step, _first_norm_stays, _scale_from_the_maximum, _bound_from_the_scale,
-    _with("clamped_sum", _truncated), _share_of_this_step, _no_caution,
+    patched("clamped_sum", _truncated), _share_of_this_step, _no_caution,
 ]  # fmt: skip
 
 

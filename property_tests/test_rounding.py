@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compare import DEVICE, make, run_beside_reference, same_bits
+from compare import DEVICE, make, patched, run_beside_reference, same_bits
 from lamb16 import Lamb16, reference, update
 from lamb16.reference import Hyper
 from strategies import Case, cases
@@ -181,16 +181,6 @@ def _checksum_stays(p, grad, state, h):
     return new_p, replace(new, param_checksum=state.param_checksum), stats
 
 
-def _patched(name, replacement):
-    def wrong(p, grad, state, h):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, name, replacement(getattr(reference, name)))
-            return reference.step(p, grad, state, h)
-
-    wrong.__name__ = name
-    return wrong
-
-
 def _to_even(original):
     def split(weights):
         nearest = weights.to(torch.bfloat16)
@@ -208,8 +198,8 @@ def _to_nearest(original):
 
 
 WRONG = [
-    (EXACT, _remainder_lost), (EXACT, _checksum_stays), (EXACT, _patched("split", _to_even)),
-    (CONTROL, _patched("round_weights", _top_bits)), (CONTROL, _patched("round_weights", _to_nearest)),
+    (EXACT, _remainder_lost), (EXACT, _checksum_stays), (EXACT, patched("split", _to_even)),
+    (CONTROL, patched("round_weights", _top_bits)), (CONTROL, patched("round_weights", _to_nearest)),
 ]  # fmt: skip
 
 

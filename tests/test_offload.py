@@ -4,7 +4,7 @@ import copy
 import gc
 import pickle
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,23 @@ def test_training_goes_on_to_the_bit(compile_mode: bool) -> None:
     assert away.layer_stats().keys() == plain.layer_stats().keys() != set()
 
 
+def stepped_on_cuda(
+    shapes: Sequence[tuple[int, ...]] = ((64, 48), (5,)), **options: Any
+) -> tuple[list[nn.Parameter], Lamb16]:
+    """Parameters on a GPU and an optimizer that has taken a step; to be called under FakeTensorMode."""
+    params = [nn.Parameter(torch.empty(shape, device="cuda:0")) for shape in shapes]
+    optimizer = Lamb16(params, **BASE, **options)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    return params, optimizer
+
+
 @pytest.mark.parametrize("moment_dtype", ["float8", "float32"])
 def test_every_entry_leaves_the_device_and_comes_back(moment_dtype: str) -> None:
     """On a GPU that is only fake: where tensors are, is known there too."""
     with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((64, 48), (5,), ())]
-        optimizer = Lamb16(params, **BASE, max_grad_norm=1.0, moment_dtype=moment_dtype)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        optimizer.step()
+        params, optimizer = stepped_on_cuda(((64, 48), (5,), ()), max_grad_norm=1.0, moment_dtype=moment_dtype)
         state = optimizer.state[params[0]]
         state["slow"] = torch.empty(4, 3, 2, 5, device="cuda").to(memory_format=torch.channels_last)
         state["number"] = torch.empty((), device="cuda")
@@ -144,11 +152,7 @@ def test_every_entry_leaves_the_device_and_comes_back(moment_dtype: str) -> None
 
 def test_states_come_back_to_where_the_parameters_are_by_then() -> None:
     with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape, device="cuda:0")) for shape in ((64, 48), (5,))]
-        optimizer = Lamb16(params, **BASE)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        optimizer.step()
+        params, optimizer = stepped_on_cuda()
         optimizer.offload()
         params[0].fake_device = torch.device("cuda:1")  # what assigning to .data does not do for a fake one
         optimizer.reload()
@@ -172,11 +176,7 @@ def test_the_host_waits_once_for_pinned_copies_before_states_get_them(monkeypatc
         return copy_(x, source)
 
     with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((64, 48), (5,))]
-        optimizer = Lamb16(params, **BASE)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        optimizer.step()
+        _, optimizer = stepped_on_cuda()
         count = len(entries(optimizer))
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_available", lambda: True)
@@ -412,11 +412,7 @@ def test_states_of_meta_parameters_have_nothing_to_move() -> None:
 @pytest.mark.parametrize("way", ["offload", "reload"])
 def test_memory_that_runs_out_on_the_way_changes_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
-        params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((64, 48), (5,))]
-        optimizer = Lamb16(params, **BASE)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        optimizer.step()
+        _, optimizer = stepped_on_cuda()
         if way == "reload":
             optimizer.offload()
         before, where, last = [id(x) for x in entries(optimizer)], optimizer.offloaded, optimizer._last

@@ -16,7 +16,7 @@ from .hyper import MOMENT_DTYPES
 from .remainder import check_remainder
 from .sharding import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
-from .wrapped import PLAIN, fake_mode, fault, is_fake
+from .wrapped import PLAIN, fake_mode, fault, has_memory, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,7 +105,7 @@ def check_resize(p: Tensor, index: Tensor, new_p: Tensor, name: str) -> None:
 
 def check_gradient_memory(grad: Tensor, name: str) -> None:
     """Raise RuntimeError for a gradient whose memory was freed."""
-    if grad.numel() and not (is_fake(grad) or grad.is_meta) and not grad.data_ptr():
+    if not has_memory(grad):
         raise RuntimeError(
             f"Lamb16: the gradient of parameter {name} has no memory (its storage was resized to 0 bytes); bring it "
             "back before step, or set it to None"

@@ -861,7 +861,7 @@ class Lamb16(Optimizer):
         missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
         for name, (p, group, i) in missing.items():
             self.state[p] = init_state(p, self._salt(group, i), group["moment_dtype"] == "float8", exact=True)
-            self.state[p]["weight_sum"] = weight_sum(local(like(p, like_param(p, weights[name]).to(p.device))))
+            self.state[p]["weight_sum"] = weight_sum(like_param(p, weights[name]).to(p.device))
         _add_up({p: self.state[p] for p, _, _ in missing.values()})
         for p, group, _ in named.values():
             if is_exact(p, group) and not has_remainder(p, self.state[p]):
@@ -1182,7 +1182,7 @@ def _are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group
     if not set(map(type, entries)) <= {Tensor} or any(map(is_sharded, set(map(type, params)) - PLAIN and params)):
         return False
     shapes, devices = list(map(SHAPE, params)), list(map(DEVICE, params))
-    for k, dtype in enumerate(MOMENT_DTYPES["float8" if group["moment_dtype"] == "float8" else "float32"]):
+    for k, dtype in enumerate(MOMENT_DTYPES[group["moment_dtype"]]):
         moments = entries[k::WIDTH]
         if set(map(DTYPE, moments)) - {dtype} or list(map(SHAPE, moments)) != shapes:
             return False

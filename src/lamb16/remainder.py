@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import update
 from .sharding import MODULO, is_sharded, like, like_param, local, placement, whole_sums
-from .wrapped import is_fake
+from .wrapped import has_memory
 
 REMAINDER, CHECKSUM = "param_remainder", "param_checksum"
 CHUNK = 1 << 20  # elements that are worked on at once
@@ -36,11 +36,7 @@ def has_remainder(param: Tensor, state: dict[str, Any]) -> bool:
         return False
     own, weights = local(x), local(param)
     fits = x.shape == param.shape and (own.shape, own.device) == (weights.shape, weights.device)
-    return fits and own.is_contiguous() and not own.is_inference() and _has_memory(own)
-
-
-def _has_memory(x: Tensor) -> bool:
-    return not x.numel() or x.is_meta or is_fake(x) or x.data_ptr() != 0
+    return fits and own.is_contiguous() and not own.is_inference() and has_memory(own)
 
 
 def no_remainder(param: Tensor) -> Tensor:
@@ -106,7 +102,7 @@ def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str 
             f"Lamb16{where}: {REMAINDER} of parameter {name} is {found}, expected torch.int16 {tuple(param.shape)}; "
             "without it (delete the entry) the weights go on as they are"
         )
-    if not _has_memory(local(value)):
+    if not has_memory(local(value)):
         raise ValueError(
             f"Lamb16{where}: {REMAINDER} of parameter {name} has no memory (its storage was resized to 0 bytes); bring "
             "it back before step"
@@ -125,7 +121,7 @@ def checksums(params: Sequence[Tensor]) -> list[int]:
         total = torch.zeros((), dtype=torch.int64, device=p.device)
         for part in torch.split(local(p).reshape(-1), CHUNK):
             total += update.hashes_of(part.float()).sum(dtype=torch.int64)
-        sums.append(total & MODULO)
+        sums.append(total)
     split = [k for k, p in enumerate(params) if is_sharded(p)]
     whole_sums([params[k] for k in split], [sums[k] for k in split], split)
     return [int(x) & MODULO for x in sums]
@@ -168,13 +164,13 @@ def check_float32_weights(weights: Mapping[str, Any], params: Mapping[str, Tenso
 
 def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: Mapping[str, Tensor]) -> None:
     """Set parameters, and the remainders in states that have some, to float32 weights."""
-    kept = []
+    kept: list[tuple[Tensor, dict[str, Any]]] = []
     for name, (p, state) in params.items():
         own, given = local(p), like_param(p, weights[name])
         if p.dtype != torch.bfloat16 or REMAINDER not in state:
             own.copy_(given)
             continue
-        kept.append(p)
+        kept.append((p, state))
         given = given.to(own.device).reshape(-1)
         nearest, remainder = torch.empty_like(given, dtype=own.dtype), local(state[REMAINDER]).view(-1)
         for part, top, rest in zip(*(torch.split(x, CHUNK) for x in (given, nearest, remainder)), strict=True):
@@ -182,6 +178,5 @@ def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: M
             top.copy_(rounded)
             rest.copy_(exact - rounded.view(torch.int32))
         own.copy_(nearest.view(own.shape))
-    states = [state for p, state in params.values() if p.dtype == torch.bfloat16 and REMAINDER in state]
-    for state, value in zip(states, checksums(kept), strict=True):
+    for (_, state), value in zip(kept, checksums([p for p, _ in kept]), strict=True):
         state[CHECKSUM].fill_(value)

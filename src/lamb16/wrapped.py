@@ -25,6 +25,11 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, module.FakeTensor)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a plain tensor's elements are somewhere; fake and meta tensors, and empty ones, need no place."""
+    return not tensor.numel() or tensor.is_meta or is_fake(tensor) or tensor.data_ptr() != 0
+
+
 def fake_mode() -> bool:
     """Whether a FakeTensorMode is active."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
