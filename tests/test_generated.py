@@ -74,6 +74,25 @@ def test_the_help_is_needed(isa: str) -> None:
     assert sum(bool(re.search(r"1024L\*x0", nest)) for nest in in_parts) > 1
 
 
+@pytest.mark.parametrize("helped", [True, False])
+def test_the_code_is_the_same_for_any_number_of_threads(helped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is without our option too, ``cpp.threads`` can go."""
+    original, threads = inductor.options, torch.get_num_threads()
+    if not helped:
+        monkeypatch.setattr(
+            inductor, "options", lambda *given: {k: v for k, v in original(*given).items() if k != "cpp.threads"}
+        )
+    graph, found = Graph("scale"), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(kernel(generate(graph, graph.kind(KINDS["float32"]), "avx2")))
+    finally:
+        torch.set_num_threads(threads)
+    assert ("#pragma omp single" in found[0]) == helped
+    assert (len(set(found)) == 1) == helped
+
+
 def test_without_the_pass_the_code_is_right_too() -> None:
     """What is compiled where one loop turns out to be wrong."""
     graph, kind = Graph("update"), KINDS["float32"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import cpu_copying, update
+from . import code_cache, cpu_copying, update
 from .hyper import NUMBERS
 from .packing import AddressPacking, ForeachPacking, Packing, TablePacking, Tail
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
@@ -218,10 +218,9 @@ class _Lazy:
 class Code:
     """Generated code and where its arguments come from."""
 
-    def __init__(self, function: Callable[..., Any], received: Sequence[Any], flat: list[Any], boxed: bool) -> None:
-        """``function`` received these arguments, ``boxed`` in a list, for the flattened arguments of the graph."""
-        self.origins = [Origin.of(x, flat) for x in received]
-        self.function, self.boxed = function, boxed
+    def __init__(self, function: Callable[..., Any], origins: list[Origin], boxed: bool) -> None:
+        """``function`` takes arguments of these origins, ``boxed`` in a list."""
+        self.function, self.origins, self.boxed = function, origins, boxed
         self.tensors = itemgetter(*(origin.position for origin in self.origins))
         self.numbers = [k for k, origin in enumerate(self.origins) if origin.what != "tensor"]
 
@@ -243,12 +242,18 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
     change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
     anew for real tensors it would be specialised on their sizes.
     """
+    name = f"{graph} {kind}"
+    if kept := code_cache.load(name):
+        function, origins = kept
+        return Code(function, [Origin(*origin) for origin in origins], boxed=True)
     code = _compiled(graph, kind, one_loop=True)
     if graph.function == "update" and not _is_right(code, graph, kind):
         log.warning(
             "lamb16: this version of torch does not make one loop of the step for %s; it is slower in two", kind.device
         )
         code = _compiled(graph, kind, one_loop=False)
+    if isinstance(code, Code) and code.boxed:
+        code_cache.save(name, code.function, code.origins)
     return code
 
 
@@ -274,9 +279,9 @@ def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: b
                 ((generated, inputs, returned),) = calls
                 if returned:  # which AOTAutograd is to make something of
                     raise ValueError
-                found.append(Code(generated, inputs, flat, boxed=True))
+                found.append(Code(generated, [Origin.of(x, flat) for x in inputs], boxed=True))
             except ValueError:  # this version of torch calls it in another way
-                found.append(Code(code, received, flat, boxed=False))
+                found.append(Code(code, [Origin.of(x, flat) for x in received], boxed=False))
             flat.clear()  # Dynamo keeps this function, which is not to keep the example inputs
             calls.clear()
             return result

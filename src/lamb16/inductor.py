@@ -306,7 +306,9 @@ def options(device: torch.device, one_loop: bool = True) -> dict[str, Any]:
     if device.type == "cpu":
         # Otherwise the CPU code stores the moments in a temporary instead of keeping them in registers.
         names = ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold")
-        return found | dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True}  # code for any number of threads
+        # Code for any number of threads. What is done once in a parallel region is marked as such only if there are
+        # several threads at that moment; the code may be used by others, and is found again by them in the cache.
+        return found | dict.fromkeys(names, 10_000) | {"cpp.dynamic_threads": True, "cpp.threads": 2}
     return found | {
         # IEEE division, so that GPUs give the CPU's bits.
         "eager_numerics.division_rounding": True,

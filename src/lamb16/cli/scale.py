@@ -1,7 +1,8 @@
 """`lamb16 scale`: what a step costs on large meshes, on paper: collectives, communicated bytes, state a rank holds.
 
 From what tests measure on small meshes: per step and split mesh axis one MAX and one SUM, 12 and 24 bytes per tensor;
-state of 2 bytes for every element of a shard, and 48 for every tensor on every rank. Nothing runs.
+state of 2 bytes for every element of a shard, and 56 for every tensor on every rank. Weights that are kept exactly
+(``param_rounding="exact"``) are not counted: 2 bytes more per element, one SUM and 16 bytes per tensor. Nothing runs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 from lamb16.cli.shapes import Shape
 from lamb16.cli.study.report import table
 from lamb16.sharding import REDUCED_BYTES
+from lamb16.store import TABLES
 
-TENSOR_BYTES = 48  # the scalar state
+TENSOR_BYTES = sum(dtype.itemsize * len(names) for dtype, names in TABLES.items())  # the scalar state
 BLOCK = 256  # elements that share a float32 scale in 8-bit AdamW, for each of two moments
 
 
