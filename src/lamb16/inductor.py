@@ -14,6 +14,8 @@
 4. **Stores in place.** The exported step stores into its inputs. What is computed from these and needed later, here by
    reductions, Inductor makes temporaries of, and then fuses one reduction with what computes them. With
    :func:`fused_reductions` it fuses all: the temporaries are never stored.
+5. **Outer loops.** Inductor's fusion of outer loops generates all code, finds that the loops do not fit, and generates
+   it again: a quarter of the time to the first step. :func:`cpu_help` switches it off.
 
 docs/inductor.md has a minimal example of each, for PyTorch's tracker. What :func:`cpu_code` does it does to the text of
 the generated code: where a later Inductor writes another text, the code stays as it is.
@@ -286,15 +288,19 @@ def with_invariants_first(variable: str, loop: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def cpu_help() -> Iterator[None]:
-    """A context in which Inductor's code for CPUs goes through :func:`cpu_code`, and :func:`vector_casts` holds."""
-    from torch._inductor.codegen.cpp import KernelGroup
+    """A context in which Inductor's code for CPUs goes through :func:`cpu_code`, and :func:`vector_casts` holds.
+
+    Outer loops are not fused.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
 
     original: Any = KernelGroup.codegen_group
 
     def codegen_group(self: Any, name: Any = None) -> str:
         return cpu_code(original(self, name))
 
-    with mock.patch.object(KernelGroup, "codegen_group", codegen_group), vector_casts():
+    apart = mock.patch.object(CppScheduling, "can_fuse_vertical_outer_loop", lambda *_: False)
+    with mock.patch.object(KernelGroup, "codegen_group", codegen_group), apart, vector_casts():
         yield
 
 
