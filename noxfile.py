@@ -43,7 +43,8 @@ def tests(session: nox.Session, device: str, torch: str) -> None:
     """Tests and property tests, eager and compiled."""
     need(session, device)
     install(session, torch)
-    session.run("pytest", *session.posargs, env={"LAMB16_TEST_DEVICE": device})
+    processes = ["-n", "2", "--dist", "loadfile"] if device == "cpu" else []  # a GPU's memory is measured
+    session.run("pytest", *processes, *session.posargs, env={"LAMB16_TEST_DEVICE": device})
 
 
 @nox.session

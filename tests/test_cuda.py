@@ -345,6 +345,7 @@ def test_the_command_prints_one_object(
     assert "| H100 | sm_90 |" in printed
 
 
+@pytest.mark.usefixtures("large", "tiny")  # for which `code` is generated in groups
 def test_the_kernels_compute_the_references_bits(code: report.Code, alone: report.Code, tmp_path: Path) -> None:
     """In Triton's interpreter, in a process of its own; see interpreted.py."""
     generated = {(graph, graph.kind(code.kind), 16): code.program(graph).generated for graph in STEP}

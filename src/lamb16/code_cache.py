@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,11 @@ def save(name: str, generated: Any, origins: Origins) -> None:
     source = getattr(generated, "source_code", "")
     if not (_is_used() and source) or getattr(generated, "constants", None):
         return
-    path = _path(name)
+    from torch._inductor.codecache import write_atomic
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"name": name, "origins": origins, "source": source}, file)
-        os.replace(file.name, path)
+        content = json.dumps({"name": name, "origins": origins, "source": source})
+        write_atomic(str(_path(name)), content, make_dirs=True)
     except OSError as error:
         log.debug("lamb16: cannot keep code for %s: %r", name, error)
 

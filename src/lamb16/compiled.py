@@ -243,9 +243,8 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
     anew for real tensors it would be specialised on their sizes.
     """
     name = f"{graph} {kind}"
-    if kept := code_cache.load(name):
-        function, origins = kept
-        return Code(function, [Origin(*origin) for origin in origins], boxed=True)
+    if kept := _kept(name):
+        return kept
     code = _compiled(graph, kind, one_loop=True)
     if graph.function == "update" and not _is_right(code, graph, kind):
         log.warning(
@@ -254,7 +253,12 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
         code = _compiled(graph, kind, one_loop=False)
     if isinstance(code, Code) and code.boxed:
         code_cache.save(name, code.function, code.origins)
-    return code
+    return _kept(name) or code  # which Inductor calls with less around it
+
+
+def _kept(name: str) -> Code | None:
+    found = code_cache.load(name)
+    return found and Code(found[0], [Origin(*origin) for origin in found[1]], boxed=True)
 
 
 def _compiled(graph: Graph, kind: Kind, one_loop: bool) -> Call:

@@ -299,7 +299,7 @@ def cpu_help() -> Iterator[None]:
     def codegen_group(self: Any, name: Any = None) -> str:
         return cpu_code(original(self, name))
 
-    apart = mock.patch.object(CppScheduling, "can_fuse_vertical_outer_loop", lambda *_: False)
+    apart = mock.patch.multiple(CppScheduling, can_fuse_vertical_outer_loop=lambda *_: False)
     with mock.patch.object(KernelGroup, "codegen_group", codegen_group), apart, vector_casts():
         yield
 

@@ -253,7 +253,7 @@ class Plan:
         on_cpu, dtypes = kind.device.type == "cpu", kind.dtypes
         most = rows.packed
         if on_cpu:
-            largest = max(sum(w.numel() for w in weights) // 200, sum(tail.length for tail in rows.tails) * 2 // 3)
+            largest = max(sum(w.numel() for w in weights) // 300, sum(tail.length for tail in rows.tails) * 3 // 5)
             most = max(BATCH, largest * dtypes[0].itemsize // (PIECE * sum(dtype.itemsize for dtype in dtypes)))
         first = [0]  # packed rows of the batches; a block has at least two
         for tail in rows.tails:
