@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._inductor
+import torch._inductor.cpu_vec_isa
 
-from helpers import DEVICE
-from lamb16 import code_cache, compiled
+from lamb16 import code_cache, compiled, update
 from lamb16.compiled import Call, Graph, Kind
 
-GRAPH, KIND = Graph("inspect"), Kind(DEVICE)
+GRAPH, KIND = Graph("inspect"), Kind(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -38,25 +37,33 @@ def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 def largest(code: Call, row: int) -> torch.Tensor:
     """What ``inspect`` finds in a gradient that is 3 in one row."""
     arguments = compiled.example_inputs(GRAPH, KIND)
-    for block in arguments[0]:
-        block.g[row] = 3.0
+    arguments[0][0].g[row] = 3.0
     code(arguments)
-    return torch.cat([x.view(torch.float32) for (x,) in arguments[1]])
+    return arguments[1][0][0].view(torch.float32)
 
 
 def test_kept_code_is_used_and_right(folder: Path, compiled_anew: list[Graph]) -> None:
-    first = compiled.compile_once(GRAPH, KIND)
+    compiled.compile_once(GRAPH, KIND)
     assert len(list(folder.iterdir())) == 1
-    second = compiled.compile_once(GRAPH, KIND)
+    code = compiled.compile_once(GRAPH, KIND)
     assert compiled_anew == [GRAPH]
     for row in (0, 2):
-        found = largest(second, row)
-        assert torch.equal(found, largest(first, row))
-        assert found[row] == 3
-        assert found.count_nonzero() == len(found) // 3  # one row of three, of every tensor
+        found = largest(code, row)
+        assert found.tolist() == [3.0 * (k == row) for k in range(3)]
+        assert torch.equal(found, largest(lambda given: update.inspect(*given), row))
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"source": "syntax error", "origins": []}'])
+def test_code_for_cuda_is_neither_kept_nor_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("load", "save"):
+        monkeypatch.setattr(code_cache, name, lambda *given: pytest.fail(f"{given}"))
+    made = compiled.Code(len, [compiled.Origin(0, "tensor", 0)], boxed=True)
+    monkeypatch.setattr(compiled, "_compiled", lambda *given, **more: made)
+    assert compiled.compile_once(GRAPH, Kind(torch.device("cuda"))) is made
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", '{"source": "a b", "origins": [[0, "tensor", 0]]}', '{"source": "call = len", "origins": []}']
+)
 def test_damaged_files_are_made_anew(folder: Path, compiled_anew: list[Graph], damage: str) -> None:
     compiled.compile_once(GRAPH, KIND)
     (path,) = folder.iterdir()
@@ -74,24 +81,27 @@ def keep(source: str = "call = len", **more: object) -> None:
     code_cache.save(NAME, SimpleNamespace(source_code=source, **more), [(0, "tensor", 0)])
 
 
-@pytest.mark.parametrize("what", ["sources", "settings", "instructions", "compiler", "deterministic algorithms"])
+@pytest.mark.parametrize("what", ["sources", "settings", "instructions", "vectors", "tag", "deterministic", "dtype"])
 def test_code_belongs_to_what_it_follows_from(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     keep()
     assert code_cache.load(NAME) == (len, [(0, "tensor", 0)])
     assert code_cache.load("another name") is None
-    with torch._inductor.config.patch({"cpp.simdlen": 8} if what == "settings" else {}):
+    with monkeypatch.context() as patch, torch._inductor.config.patch({"cpp.simdlen": 8} if what == "settings" else {}):
         if what == "sources":
-            monkeypatch.setattr(code_cache, "_sources", lambda: "other")
+            patch.setattr(code_cache, "SOURCES", "other")
         if what == "instructions":
-            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
-        if what == "compiler":
-            monkeypatch.setenv("CXX", "other")
-        torch.use_deterministic_algorithms(what == "deterministic algorithms")
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
+        if what == "vectors":
+            patch.setattr(torch._inductor.cpu_vec_isa, "pick_vec_isa", lambda: "other")
+        torch.use_deterministic_algorithms(what == "deterministic")
+        torch.set_default_dtype(torch.float64 if what == "dtype" else torch.float32)
         try:
-            assert code_cache.load(NAME) is None
+            with torch.compiler.config.patch(cache_key_tag="other" if what == "tag" else ""):
+                assert code_cache.load(NAME) is None
         finally:
             torch.use_deterministic_algorithms(False)
-    assert (code_cache.load(NAME) is None) == (what in ("sources", "instructions", "compiler"))
+            torch.set_default_dtype(torch.float32)
+    assert code_cache.load(NAME) is not None
 
 
 def test_nothing_is_kept_where_inductor_keeps_nothing(folder: Path) -> None:
@@ -102,8 +112,19 @@ def test_nothing_is_kept_where_inductor_keeps_nothing(folder: Path) -> None:
     keep()
     with torch._inductor.config.patch(force_disable_caches=True):
         assert code_cache.load(NAME) is None
-    with torch.compiler.set_stance("force_eager"):
+    for stance in ({"stance": "force_eager"}, {"stance": "default", "force_backend": "eager"}):
+        with torch.compiler.set_stance(**stance):
+            assert code_cache.load(NAME) is None
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=len):
         assert code_cache.load(NAME) is None
+    assert code_cache.load(NAME) is not None
+
+
+def test_settings_without_a_digest_are_no_error(folder: Path) -> None:
+    with torch._inductor.config.patch({"bucket_all_gathers_fx_bucket_size_determinator": lambda i: i}):
+        keep()
+        assert code_cache.load(NAME) is None
+    assert not folder.exists()
 
 
 def test_code_with_constants_is_not_kept(folder: Path) -> None:

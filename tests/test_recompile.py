@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch.optim import lr_scheduler
 
 from helpers import (
@@ -30,6 +31,11 @@ def graphs() -> int:
     return compiled._graph.cache_info().currsize
 
 
+def traced() -> int:
+    """How often Dynamo has compiled anything."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def warm(params: list[Any] | None = None, **options: Any) -> Lamb16:
     optimizer = Lamb16(parameters() if params is None else params, **{**BASE, **options})
     take_steps(optimizer, [0])
@@ -40,10 +46,11 @@ def warm(params: list[Any] | None = None, **options: Any) -> Lamb16:
 def frozen() -> Iterator[None]:
     """Graphs for float32 exist; from here on compiling anything is an error."""
     warm()
-    before = graphs()
-    assert before > 0
-    yield
-    assert graphs() == before
+    before = graphs(), traced()
+    assert graphs() > 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    assert (graphs(), traced()) == before
 
 
 @pytest.mark.usefixtures("frozen")
@@ -199,3 +206,38 @@ def test_the_guard_of_these_tests_works(monkeypatch: pytest.MonkeyPatch) -> None
         warm(**options)
         found.append(graphs())
     assert 0 < found[0] == found[1] < found[2]
+
+
+def test_what_is_compiled_does_not_depend_on_the_default_dtype() -> None:
+    halves = compiled.Kind(DEVICE, torch.bfloat16, torch.bfloat16, rounding="exact", caution=True)
+    kinds = [compiled.Kind(DEVICE), halves]
+
+    def dtypes() -> list[torch.dtype]:
+        inputs = [compiled.example_inputs(graph, graph.kind(kind)) for graph in compiled.GRAPHS for kind in kinds]
+        return [x.dtype for x in compiled.flatten(inputs) if isinstance(x, torch.Tensor)]
+
+    before = dtypes()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert dtypes() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_a_first_step_does_not_depend_on_the_default_dtype(compile: bool) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        params = parameters()
+        grads = [gradients(params, t) for t in range(2)]
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = Lamb16(params, **BASE, max_grad_norm=1.0, compile=compile)
+            for own in grads:
+                for p, grad in zip(params, own, strict=True):
+                    p.grad = grad
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(snapshot(optimizer))
+    assert_same(*found)

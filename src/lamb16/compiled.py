@@ -3,7 +3,8 @@
 A *graph* is a step function for large or for packed blocks, of unsplit or of split tensors. A *kind* is what a graph is
 specialised on: device type, dtypes, how the moments are stored, caution. Everything else (sizes, number of tensors,
 hyperparameters, step counts) is dynamic, so each graph is compiled once per process. It is compiled on small example
-inputs before it ever touches real tensors: a compiler that fails leaves no half-made step.
+inputs before it ever touches real tensors: a compiler that fails leaves no half-made step. On CPUs code that an earlier
+process made is loaded in its place (``code_cache.py``).
 """
 
 from __future__ import annotations
@@ -242,8 +243,7 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
     change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
     anew for real tensors it would be specialised on their sizes.
     """
-    name = f"{graph} {kind}"
-    if kept := _kept(name):
+    if kept := _kept(graph, kind):
         return kept
     code = _compiled(graph, kind, one_loop=True)
     if graph.function == "update" and not _is_right(code, graph, kind):
@@ -251,13 +251,14 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
             "lamb16: this version of torch does not make one loop of the step for %s; it is slower in two", kind.device
         )
         code = _compiled(graph, kind, one_loop=False)
-    if isinstance(code, Code) and code.boxed:
-        code_cache.save(name, code.function, code.origins)
-    return _kept(name) or code  # which Inductor calls with less around it
+    if kind.device.type == "cpu" and isinstance(code, Code) and code.boxed:
+        code_cache.save(f"{graph} {kind}", code.function, code.origins)
+    return _kept(graph, kind) or code  # the first without the profiler's mark around it, which takes microseconds
 
 
-def _kept(name: str) -> Code | None:
-    found = code_cache.load(name)
+def _kept(graph: Graph, kind: Kind) -> Code | None:
+    """The code of an earlier process, which was tried on example inputs there."""
+    found = code_cache.load(f"{graph} {kind}") if kind.device.type == "cpu" else None
     return found and Code(found[0], [Origin(*origin) for origin in found[1]], boxed=True)
 
 
@@ -445,7 +446,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         return Sums.of(lambda: unaligned(size, torch.int32), kind.caution, kind.exact)
 
     if graph.function == "inspect":
-        unit = torch.zeros(2, device=device) if graph.squares else None
+        unit = torch.zeros(2, dtype=torch.float32, device=device) if graph.squares else None
         return (
             [block(n) for n in sizes],
             [[unaligned(n, torch.int32) for _ in range(1 + (graph.squares or kind.exact))] for n in sizes],

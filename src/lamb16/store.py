@@ -297,8 +297,8 @@ def init_state(
         "exp_avg_sq_codes": moments[1],
         "exp_avg_sq_scale": torch.tensor(scales[1], dtype=torch.float32, device=device),
         "salt": torch.tensor(fp8.wrapped(salt), dtype=torch.int32, device=device),
-        "exp_avg_max": torch.zeros((), device=device),
-        "exp_avg_sq_max": torch.zeros((), device=device),
+        "exp_avg_max": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg_sq_max": torch.zeros((), dtype=torch.float32, device=device),
     }
     if exact:
         state[REMAINDER] = no_remainder(param)
@@ -378,7 +378,7 @@ def find_largest(*states: dict[str, Any], store: Store | None = None) -> None:
 
 def _largest(moment: Tensor) -> Tensor:
     if not moment.numel():
-        return torch.zeros((), device=moment.device)
+        return torch.zeros((), dtype=torch.float32, device=moment.device)
     least, most = torch.aminmax(moment)
     return torch.maximum(least.abs(), most.abs())
 
