@@ -195,8 +195,18 @@ def test_gradient_scaling_closures_and_skips() -> None:
     assert optimizer.skipped == 1
 
 
-def test_the_guard_of_these_tests_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of another kind are noticed."""
+@pytest.mark.usefixtures("frozen")
+def test_the_guard_of_these_tests_works() -> None:
+    """A function that does recompile is noticed."""
+    function = torch.compile(lambda x, n: x + n, backend="eager", dynamic=False)
+    function(torch.ones(2), 1)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        function(torch.ones(3), 2)
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] -= 1
+
+
+def test_tensors_of_another_kind_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the same kind are not."""
     monkeypatch.setattr(compiled, "_graph", functools.cache(compiled._Lazy))
     monkeypatch.setattr(
         compiled, "compile_once", lambda graph, kind: lambda given: getattr(compiled.update, graph.function)(*given)
