@@ -47,7 +47,7 @@ def test_a_mesh_gives_the_bits_of_one_process(
 HALVES = [(placement, False) for placement in sharded.PLACEMENTS] + [("rows over 3", True), ("rows and columns", True)]
 
 
-@pytest.mark.parametrize("rounding", ["exact", "stochastic"])
+@pytest.mark.parametrize("rounding", ["exact", "stochastic", "nearest"])
 @pytest.mark.parametrize(("placement", "compile"), HALVES)
 def test_weights_with_16_bits_on_a_mesh(ranks: Ranks, placement: str, compile: bool, rounding: str) -> None:
     """Also those that are kept exactly: remainders, checksums, and what is forgotten after a change from outside."""
