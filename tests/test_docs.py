@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,15 @@ def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyP
     results = runs.Results(ROOT / "docs" / "results" / f"{study}.json", study)
     unusable = results.extra.get("unusable", {})
     monkeypatch.setattr("lamb16.cli.contenders.why_unusable", lambda name: unusable.get(name))
-    pairs = [(job, results.recorded(job)) for job in module.jobs(FULL)]
-    assert [job for job, result in pairs if result is None] == []
+    missing: list[object] = []
+
+    def recorded(jobs: Sequence[runs.Job]) -> list[runs.Result]:
+        found = [results.recorded(job) for job in jobs]
+        missing.extend(job for job, result in zip(jobs, found, strict=True) if result is None)
+        assert missing == []
+        return [result for result in found if result is not None]
+
+    pairs = runs.pairs_of(module, FULL, recorded)
     for title, table in module.tables(pairs, results.extra).items():
         assert table in DOC, f"{study}: {title} in docs/algorithm.md is not what the results give:\n{table}"
 

@@ -69,6 +69,34 @@ def test_only_what_is_missing_is_run(folder: Path, tmp_path: Path) -> None:
     assert [result["train_loss"] for result in found] == [0.333333, 0.666667], "read or new, the same digits"
 
 
+def test_results_stay_known_when_there_are_more_settings(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class First:
+        optimizer: str
+        rate: float = 0.1
+
+    @dataclass(frozen=True)
+    class Later(First):
+        caution: bool = False
+
+    results = Results(tmp_path / "r.json", "toy")
+    results.add(First("adam", 0.2), {"train_loss": 1.0})
+    again = Results(tmp_path / "r.json", "toy")
+    assert again.get(Later("adam", 0.2)) == {"train_loss": 1.0}
+    assert again.get(Later("adam", 0.2, caution=True)) is None
+    assert again.get(First("adam")) is None
+    assert again.runs[0]["settings"] == {"optimizer": "adam", "rate": 0.2}
+
+
+def test_more_jobs_follow_from_the_results_of_the_first() -> None:
+    class Study:
+        jobs = staticmethod(lambda sizes: [1, 2])
+        more = staticmethod(lambda pairs, sizes: [job + result for job, result in pairs])
+
+    pairs = runs.pairs_of(Study, None, lambda jobs: [10 * job for job in jobs])
+    assert pairs == [(1, 10), (2, 20), (11, 110), (22, 220)]
+
+
 def test_a_changed_optimizer_is_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, jobs = tmp_path / "r.json", [Job("lamb16", 1, str(folder)), Job("adam", 1, str(folder))]
     run_all(jobs, execute, Results(path, "toy"), 1, describe)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lamb16 import Lamb16
 from lamb16.cli import contenders
-from lamb16.cli.study import mnist, tasks
+from lamb16.cli.study import mnist, rounding, tasks, training
 from lamb16.cli.study.probes import Shadow
 from lamb16.cli.study.training import Run, build, describe, execute
 from lamb16.cli.training import train
@@ -93,16 +93,53 @@ def test_settings_reach_the_optimizer() -> None:
     model = nn.Linear(3, 2)
     run = Run(
         "cnn", "lamb16", 0.02, 5, **SMALL, beta1=0.8, beta2=0.99, weight_decay=0.3, moment_dtype="float32",
-        trust_scale=0.7, bias_correction=False,
+        trust_scale=0.7, bias_correction=False, nesterov=False, caution=True,
     )  # fmt: skip
     for optimizer in (build(run, model), build(Run(**vars(run) | {"optimizer": "variant"}), model)):
         group = optimizer.param_groups[0]
         wanted = {
             "lr": 0.02, "betas": (0.8, 0.99), "weight_decay": 0.3, "moment_dtype": "float32", "trust_scale": 0.7,
-            "bias_correction": False,
+            "bias_correction": False, "nesterov": False, "caution": True,
         }  # fmt: skip
         assert {key: group[key] for key in wanted} == wanted
-    assert "beta1 0.8, beta2 0.99" in describe(run)
+    assert "nesterov False, caution True, beta1 0.8, beta2 0.99" in describe(run)
+
+
+def test_the_rate_rises_and_falls_or_stays() -> None:
+    linear, constant = training._schedule(100, "linear"), training._schedule(100, "constant")
+    assert [round(linear(step), 3) for step in (0, 4, 9, 10, 55, 100)] == [0.1, 0.5, 1.0, 1.0, 0.505, 0.01]
+    assert {constant(step) for step in range(101)} == {1.0}
+
+
+def test_foreign_optimizers_get_what_makes_them_what_they_are_called() -> None:
+    named = [("p", nn.Parameter(torch.ones(3)))]
+    nadam = contenders.build("nadam", named, lr=0.1, weight_decay=0.01)
+    assert nadam.defaults["decoupled_weight_decay"]
+    pytest.importorskip("timm")
+    assert contenders.build("lamb-timm-cautious", named, lr=0.1, weight_decay=0.01).defaults["caution"]
+    assert not contenders.build("lamb-timm", named, lr=0.1, weight_decay=0.01).defaults["caution"]
+
+
+def test_kahan_summation_is_on_for_bfloat16() -> None:
+    pytest.importorskip("optimi")
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = contenders.build("adamw-kahan", [("p", p)], lr=1e-4, weight_decay=0.0)
+    for _ in range(60):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p[0] < 1, "steps too small for bfloat16 add up"
+
+
+@pytest.mark.parametrize("form", [f for f in rounding.MLP_FORMS if f[0] in ("lamb16", "adamw")], ids=rounding.label)
+def test_a_form_has_the_weights_and_the_rounding_that_it_says(form: tuple[str, str, str | None]) -> None:
+    name, weights, how = form
+    run = rounding.Form("mlp", name, 0.01, 1, **SMALL, schedule="constant", weights=weights, rounding=how)
+    task = tasks.load_task("mlp", "digits", None)
+    model = run.model(task)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, weights)}
+    if name == "lamb16" and how:
+        assert build(run, model).param_groups[0]["param_rounding"] == how
+    assert execute(run, None)["validation_loss"] < 0.8 * training.validation_loss(run, model, task)
 
 
 def _probed(moment_dtype: str) -> tuple[dict[str, Any], Lamb16]:

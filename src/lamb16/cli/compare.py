@@ -20,7 +20,7 @@ TRAININGS = {
     "moments": "8-bit against FP32 moments of the same rule, layer by layer",
     "ablations": "every part of the rule exchanged alone",
     "batches": "batch sizes from 64 to 8,192",
-    "rounding": "bfloat16 weights rounded in every way, on the language model",
+    "rounding": "bfloat16 weights rounded in every way, beside float32 ones",
     "rates": "loss against learning rate, for four optimizers, two of them with less momentum too",
     "published": "the published demonstration with seven optimizers",
     "reasons": "why Lamb16's final loss in `published` is not the lowest: one thing changed at a time",
@@ -76,11 +76,9 @@ def _run_study(name: str, sizes: Sizes, out: Path, folder: str | None, workers: 
     """Run what the result file does not hold yet, then print the tables and draw the plots."""
     study = _module(name)
     results = runs.Results(out / f"{name}.json", name)
-    jobs = study.jobs(sizes)
     execute = functools.partial(study.execute, folder=folder)
-    found = runs.run_all(jobs, execute, results, workers, study.describe)
+    pairs = runs.pairs_of(study, sizes, lambda jobs: runs.run_all(jobs, execute, results, workers, study.describe))
     study.prepare(results, sizes)
-    pairs = list(zip(jobs, found, strict=True))
     for title, text in study.tables(pairs, results.extra).items():
         print(f"\n{name}: {title}\n\n{text}")
     for path in study.plots(pairs, out):

@@ -31,11 +31,11 @@ class Contender:
     special: frozenset[str] = frozenset()
 
 
-def _foreign(module: str, name: str) -> Callable[..., Optimizer]:
+def _foreign(module: str, name: str, **always: Any) -> Callable[..., Optimizer]:
     """An optimizer of another library, which is imported when it is made."""
 
     def build(named: Named, **settings: Any) -> Optimizer:
-        optimizer: Optimizer = getattr(importlib.import_module(module), name)(_plain(named), **settings)
+        optimizer: Optimizer = getattr(importlib.import_module(module), name)(_plain(named), **settings, **always)
         return optimizer
 
     return build
@@ -55,6 +55,8 @@ CONTENDERS = {
     "lamb": Contender("LAMB (FP32)", lamb16.Lamb, 0.01),
     "adam": Contender("Adam", torch.optim.Adam, 0.001),
     "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
+    "nadam": Contender("NAdam", _foreign("torch.optim", "NAdam", decoupled_weight_decay=True), 0.001),
+    "adamw-kahan": Contender("AdamW with Kahan summation (optimi)", _foreign("optimi", "AdamW"), 0.001, "optimi"),
     "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
     "adamw8bit": Contender(
         "AdamW8bit (torchao)",
@@ -69,6 +71,9 @@ CONTENDERS = {
         "AdamW8bit (bitsandbytes)", _foreign("bitsandbytes.optim", "AdamW8bit"), 0.001, "bitsandbytes"
     ),
     "lamb-timm": Contender("LAMB (timm)", _foreign("timm.optim", "Lamb"), 0.01, "timm"),
+    "lamb-timm-cautious": Contender(
+        "LAMB (timm), cautious", _foreign("timm.optim", "Lamb", caution=True), 0.01, "timm"
+    ),
     "lamb-po": Contender("LAMB (pytorch_optimizer)", _foreign("pytorch_optimizer", "Lamb"), 0.01, "pytorch_optimizer"),
 }
 

@@ -1,8 +1,10 @@
-"""Weights with 16 bits end to end: the language model with bfloat16 weights, rounded in every way, and in float32.
+"""Weights with 16 bits end to end: bfloat16 weights, rounded in every way, beside float32 ones.
 
-Stochastic rounding and weights that are kept exactly, against rounding to nearest, float32 weights without and with
-autocast, and torchao's 8-bit AdamW with its stochastic rounding, at the best rate that `rates` found for AdamW. The
-optimizers see the same batches and first weights. The stall: how far steps too small for bfloat16 move a weight of 1.
+The language model: stochastic rounding and weights that are kept exactly, against rounding to nearest, float32 weights
+without and with autocast, and torchao's 8-bit AdamW with its stochastic rounding, at the best rate that `rates` found
+for AdamW. An MLP at small constant rates, where rounding to nearest loses most; there Kahan summation is compared with,
+too. The optimizers see the same batches and first weights. The stall: how far steps too small for bfloat16 move a
+weight of 1.
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ FORMS = (
     *(("lamb16", "bfloat16", rounding) for rounding in ("exact", "stochastic", "nearest")),
     ("adamw", "float32", None), ("adamw8bit", "bfloat16", "stochastic"),
 )  # fmt: skip
+MLP = "mlp"
+MLP_FORMS = (
+    ("lamb16", "float32", None),
+    *(("lamb16", "bfloat16", rounding) for rounding in ("exact", "stochastic", "nearest")),
+    ("adamw", "float32", None), ("adamw", "bfloat16", None), ("adamw8bit", "bfloat16", "stochastic"),
+    ("adamw-kahan", "bfloat16", None),
+)  # fmt: skip
 COLOURS = ("#000000", "#7f7f7f", "#2ca02c", "#d62728", "#ff9896", "#1f77b4", "#ff7f0e")
 STALL_RATES, STALL_STEPS = (1e-5, 1e-4, 1e-3, 1e-2), 300
 
@@ -66,18 +75,24 @@ class Form(Run):
 
 def jobs(sizes: Sizes) -> list[Run]:
     """Every form with every seed of `published`: where a claim is made."""
-    size = sizes.tasks[TASK]
-    return [
+    size, mlp = sizes.tasks[TASK], sizes.mlp
+    seeds = sizes.published_seeds
+    found = [
         Form(TASK, name, RATES[name], seed, size.steps, size.batch_size, sizes.dataset, weights=w, rounding=rounding)
         for name, w, rounding in FORMS
-        if contenders.why_unusable(name) is None
-        for seed in sizes.published_seeds
+        for seed in seeds
+    ] + [
+        Form(MLP, name, lr, seed, mlp.steps, mlp.batch_size, "digits", schedule="constant", weights=w, rounding=how)
+        for name, w, how in MLP_FORMS
+        for lr in mlp.rates
+        for seed in seeds
     ]
+    return [form for form in found if contenders.why_unusable(form.optimizer) is None]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """The table of stalled weights, unless the file holds it, and why an optimizer does not work here."""
-    reasons = {name: contenders.why_unusable(name) for name in RATES}
+    reasons = {name: contenders.why_unusable(name) for name, *_ in (*FORMS, *MLP_FORMS)}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     if results.extra.get("stall code") == code_of("lamb16"):
         return
@@ -118,7 +133,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses of every form beside those of the same optimizer with float32 weights; the stalled weights."""
     losses = {
         form: [result["validation_loss"] for _, result in sorted(group, key=lambda pair: pair[0].seed)]
-        for form, group in grouped(pairs, _form).items()
+        for form, group in grouped(_of(TASK, pairs), _form).items()
     }
     rows = []
     for form, own in losses.items():
@@ -131,16 +146,33 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     header = ["weights", "mean loss", "seeds", "to float32 weights of the same seed, %", "seeds"]
     stall = [[f"{lr:g}", *(number(x, ".4f") for x in moves)] for lr, *moves in extra["stall"]]
     names = ["float32", *(f"bfloat16, {rounding}" for _, rounding in STALLED[1:])]
-    found = {"losses": table(header, rows), "stall": table(["lr", *names], stall)}
+    found = {"losses": table(header, rows), "small rates": _small_rates(pairs), "stall": table(["lr", *names], stall)}
     missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
     return found | ({"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {})
+
+
+def _of(task: str, pairs: list[Pair]) -> list[Pair]:
+    return [pair for pair in pairs if pair[0].task == task]
+
+
+def _small_rates(pairs: list[Pair]) -> str:
+    """The MLP's training loss at the end, mean and range of the seeds, by form and rate."""
+    own = _of(MLP, pairs)
+    rates = sorted({run.lr for run, _ in own}, reverse=True)
+    rows = []
+    for form, group in grouped(own, _form).items():
+        by_rate = grouped(group, lambda pair: pair[0].lr)
+        losses = [[result["train_loss"] for _, result in by_rate[lr]] for lr in rates]
+        cells = [f"{statistics.mean(x):.3g} ({min(x):.3g} to {max(x):.3g})" for x in losses]
+        rows.append([label(form), *cells])
+    return table(["weights", *(f"lr {lr:g}" for lr in rates)], rows)
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     """The loss curves."""
     path = folder / "rounding.svg"
     with figure(path, 1) as (axes,):
-        for (form, group), colour in zip(grouped(pairs, _form).items(), COLOURS, strict=False):
+        for (form, group), colour in zip(grouped(_of(TASK, pairs), _form).items(), COLOURS, strict=False):
             lines = [result["curve"] for _, result in group]
             band(axes, list(range(len(lines[0]))), lines, label(form), colour)
         axes.set(xlabel="fortieth of the training", ylabel="training loss", yscale="log")

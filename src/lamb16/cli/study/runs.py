@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -57,24 +57,23 @@ class Results:
                 raise CommandError(f"{path} is no result of this command ({error!r}); move it away") from error
             if content.get("study") != study:
                 raise CommandError(f"{path} holds the study {content.get('study')!r}, not {study!r}; move it away")
-        self._known = {_identity(run["settings"], run["code"]): run["result"] for run in self.runs}
+        self._known = {_identity(run["settings"]): run for run in self.runs}
 
     def get(self, job: Job) -> Result | None:
         """The result of a run with these settings and the present code, if there is one."""
-        return self._known.get(_identity(asdict(job), code(job)))
+        run = self._known.get(_identity(settings(job)))
+        return run["result"] if run and run["code"] == code(job) else None
 
     def recorded(self, job: Job) -> Result | None:
         """The result of a run with these settings, whatever the code was that gave it."""
-        settings = json.loads(json.dumps(asdict(job)))
-        return next((run["result"] for run in self.runs if run["settings"] == settings), None)
+        run = self._known.get(_identity(settings(job)))
+        return run["result"] if run else None
 
     def add(self, job: Job, result: Result) -> None:
         """Keep a result, in the file too."""
-        settings = asdict(job)
         result = _strict(result)  # as it will be read again, so that tables and plots are the same then
-        self.runs = [run for run in self.runs if run["settings"] != json.loads(json.dumps(settings))]
-        self.runs.append({"settings": settings, "code": code(job), "result": result})
-        self._known[_identity(settings, code(job))] = result
+        self._known[_identity(settings(job))] = {"settings": settings(job), "code": code(job), "result": result}
+        self.runs = list(self._known.values())
         self.save()
 
     def save(self) -> None:
@@ -88,8 +87,13 @@ class Results:
         os.replace(temporary, self.path)
 
 
-def _identity(settings: dict[str, Any], code: str) -> str:
-    return json.dumps([settings, code], sort_keys=True)
+def settings(job: Job) -> dict[str, Any]:
+    """The settings that are not the defaults, so that results stay known when there are more settings."""
+    return {f.name: value for f in fields(job) if (value := getattr(job, f.name)) != f.default}
+
+
+def _identity(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _strict(value: Any) -> Any:
@@ -133,6 +137,16 @@ def _is_docstring(statement: ast.AST) -> bool:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     )
+
+
+def pairs_of(study: Any, sizes: Any, results: Callable[[Sequence[Job]], list[Result]]) -> list[tuple[Job, Result]]:
+    """All jobs of a study module with their results: those of ``jobs``, then of ``more``, which follow from these."""
+    jobs = study.jobs(sizes)
+    pairs = list(zip(jobs, results(jobs), strict=True))
+    if hasattr(study, "more"):
+        jobs = study.more(pairs, sizes)
+        pairs += zip(jobs, results(jobs), strict=True)
+    return pairs
 
 
 def run_all(

@@ -29,6 +29,7 @@ class Sizes:
     """The trainings that a study consists of."""
 
     tasks: dict[str, TaskSize]
+    mlp: TaskSize
     seeds: tuple[int, ...]
     ablation_seeds: tuple[int, ...]
     batch_sizes: tuple[int, ...]
@@ -47,6 +48,7 @@ FULL = Sizes(
         "cnn": TaskSize(400, 256, 0.1, half_decades(-2.5, 0.5), rate_seeds=(1, 2, 3, 4, 5)),  # the noisiest
         "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3.5, -0.5)),
     },
+    mlp=TaskSize(1000, 128, 1e-3, (1e-3, 1e-4)),
     seeds=(1, 2, 3),
     ablation_seeds=(1,),
     batch_sizes=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
@@ -64,6 +66,7 @@ QUICK = Sizes(
         "cnn": TaskSize(12, 32, 0.1, (0.01, 0.1)),
         "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03)),
     },
+    mlp=TaskSize(12, 32, 1e-3, (1e-3,)),
     seeds=(1,),
     ablation_seeds=(1,),
     batch_sizes=(64, 256),

@@ -164,6 +164,24 @@ def autoencoder(data: ImageData) -> Task:
     )
 
 
+class MLP(nn.Module):
+    """A multi-layer perceptron 784-128-10; images `[n, 1, 28, 28]` to logits `[n, 10]` in the weights' dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(784, 128), nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.hidden(images.flatten(1).to(self.hidden.weight.dtype))))
+        return logits
+
+
+def mlp(data: ImageData) -> Task:
+    """Classify digits with :class:`MLP`."""
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    return Task(MLP, F.cross_entropy, train, test)
+
+
 def published_cnn(data: ImageData) -> Task:
     """Classify digits with the published demonstration's network."""
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
@@ -175,5 +193,5 @@ def load_task(name: str, dataset: str, folder: str | None) -> Task:
     """A task by name; the image tasks use ``dataset`` (mnist or digits) from ``folder``."""
     if name == "lm":
         return language_model()
-    build = {"cnn": cnn, "autoencoder": autoencoder, "published-cnn": published_cnn}[name]
+    build = {"cnn": cnn, "autoencoder": autoencoder, "mlp": mlp, "published-cnn": published_cnn}[name]
     return build(load(dataset, folder))

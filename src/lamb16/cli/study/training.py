@@ -27,6 +27,7 @@ SEGMENTS = 40  # points of a loss curve
 CHUNK = 64  # validation examples at a time
 PROBES = 10
 DIVERGED = 1e4
+OPTIONS = ("moment_dtype", "bias_correction", "nesterov", "caution")  # of Lamb16 and Variant
 COMPILED_STEPS = 100  # shorter trainings are not worth compiling the step for; the results are the same
 
 
@@ -49,6 +50,9 @@ class Run:
     bias_correction: bool = True
     gradient_scale: float = 1.0
     probed: bool = False
+    nesterov: bool = True
+    caution: bool = False
+    schedule: str = "linear"  # after a warm-up; or "constant", without one
     parts: tuple[tuple[str, Any], ...] = field(default=())
 
     def model(self, task: Task) -> nn.Module:
@@ -69,7 +73,7 @@ def describe(run: Run) -> str:
     names = [run.task, run.optimizer, f"lr {run.lr:g}", f"seed {run.seed}"]
     names += [f"{key} {value}" for key, value in run.parts]
     default = Run("", "", 0, 0, 0, 0)
-    for name in ("beta1", "beta2", "moment_dtype", "trust_scale", "bias_correction", "gradient_scale"):
+    for name in (*OPTIONS, "beta1", "beta2", "trust_scale", "gradient_scale", "schedule"):
         if getattr(run, name) != getattr(default, name):
             names.append(f"{name} {getattr(run, name)}")
     names += [str(x) for f in fields(run)[len(fields(default)) :] if (x := getattr(run, f.name)) is not None]
@@ -79,12 +83,12 @@ def describe(run: Run) -> str:
 def execute(run: Run, folder: str | None) -> Result:
     """Train once; ``validation_loss`` is null where the training diverged.
 
-    The learning rate rises over the first tenth of the steps and falls linearly to 1 %.
+    The learning rate rises over the first tenth of the steps and falls linearly to 1 %, or is constant.
     """
     task = load_task(run.task, run.dataset, folder)
     model = run.model(task)
     optimizer = build(run, model)
-    scheduler = LambdaLR(optimizer, _schedule(run.steps))
+    scheduler = LambdaLR(optimizer, _schedule(run.steps, run.schedule))
     shadow = Shadow(optimizer, dict(run.parts).get("bound", True)) if run.probed else None
     start = time.perf_counter()
     losses = _train(run, task, model, optimizer, scheduler, shadow)
@@ -108,24 +112,23 @@ def build(run: Run, model: nn.Module) -> Optimizer:
     options: dict[str, Any] = {"betas": (run.beta1, run.beta2), "seed": run.seed} | run.options()
     if run.trust_scale is not None:
         options["trust_scale"] = run.trust_scale
+    own = {name: getattr(run, name) for name in OPTIONS}
     if run.optimizer == "variant":
-        options |= {"moment_dtype": run.moment_dtype, "bias_correction": run.bias_correction}
+        options |= own
         return Variant(
             model.named_parameters(), Parts(**dict(run.parts)), lr=run.lr, weight_decay=run.weight_decay, **options
         )
     if run.optimizer == "lamb16":
-        options |= {
-            "moment_dtype": run.moment_dtype,
-            "bias_correction": run.bias_correction,
-            "compile": run.steps >= COMPILED_STEPS,
-        }
+        options |= own | {"compile": run.steps >= COMPILED_STEPS}
     return contenders.build(
         run.optimizer, model.named_parameters(), lr=run.lr, weight_decay=run.weight_decay, **options
     )
 
 
-def _schedule(steps: int) -> Callable[[int], float]:
+def _schedule(steps: int, schedule: str) -> Callable[[int], float]:
     warm = max(1, int(WARM_UP * steps))
+    if schedule == "constant":
+        return lambda step: 1.0
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / warm)
