@@ -1,9 +1,8 @@
 """What torch's own optimizer tests check, for Lamb16, driven by an OptimizerInfo as torch drives them.
 
 torch/testing/_internal/common_optimizers.py is in the wheel; test/test_optim.py is not, and is written anew here, a
-test per behaviour under its name there. Left out: test_forloop_goes_right_direction and its multi-GPU form with
-bfloat16 weights, which stall by rounding (AdamW's too); what compares foreach, fused and capturable forms, which Lamb16
-has not; sparse and complex parameters, which are refused (here and in test_checks.py).
+test per behaviour under its name there. Left out: what compares foreach, fused and capturable forms, which Lamb16 has
+not; sparse and complex parameters, which are refused (here and in test_checks.py).
 """
 
 import copy
@@ -131,21 +130,24 @@ def trained(params: tuple[nn.Parameter, nn.Parameter], kwargs: dict[str, Any], s
 @every_input
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("schedulers", INFO.scheduler_inputs, ids=len)
-def test_forloop_goes_right_direction(given: OptimizerInput, contiguous: bool, schedulers: list[Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forloop_goes_right_direction(
+    given: OptimizerInput, contiguous: bool, schedulers: list[Any], dtype: torch.dtype
+) -> None:
     """Also _with_lrsched; parameters that are not contiguous are columns."""
-    params = weights()
+    params = weights(dtype)
     if not contiguous:
         params = tuple(nn.Parameter(torch.stack([p.detach()] * 2, -1)[..., 0]) for p in params)
         assert not params[0].is_contiguous()
     optimizer = INFO.optim_cls(params, **copied(given.kwargs))
     made = [make(optimizer) for make in schedulers]
     closure = closure_of(optimizer, params)
-    first = loss_of(*params).item()
+    first = loss_of(*(p.float() for p in params)).item()
     for _ in range(20):
         loss = optimizer.step(closure)
         for scheduler in made:
             scheduler.step(loss.item()) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
-    last = loss_of(*params).item()
+    last = loss_of(*(p.float() for p in params)).item()
     assert last > first if given.kwargs.get("maximize") else last < first
 
 
