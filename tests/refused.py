@@ -16,7 +16,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import sharded
 from helpers import assert_same, differing, raw
-from lamb16 import Lamb16, release_gradients, sharding
+from lamb16 import Lamb16, release_gradients
+from lamb16.sharding.layout import layout, like, local
+from lamb16.sharding.reduction import Bound
 
 
 def message(function: Any, *arguments: Any) -> str:
@@ -132,7 +134,7 @@ def one_rank_has_a_damaged_state(placement: str) -> str:
         codes = state_dict["state"][2]["exp_avg_codes"]
         damaged = codes.to_local().clone()
         damaged[0, 0] = 0x7F
-        state_dict["state"][2]["exp_avg_codes"] = sharding.like(codes, damaged)
+        state_dict["state"][2]["exp_avg_codes"] = like(codes, damaged)
     before = snapshot_of(optimizer)
     found = message(optimizer.load_state_dict, state_dict)
     assert_same(snapshot_of(optimizer), before)
@@ -265,7 +267,7 @@ def different_releases(what: str) -> str:
 def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:
     """This rank's part."""
     return {
-        f"{i}.{key}": raw(sharding.local(value))
+        f"{i}.{key}": raw(local(value))
         for i, p in enumerate(optimizer.param_groups[0]["params"])
         for key, value in (optimizer.state[p] | {"weight": p}).items()
     }
@@ -291,12 +293,11 @@ FAULTS = ["no fault", "indices of the shard", "maxima of the shard", "sums of th
 
 def wrong_rule(fault: str) -> sharded.Found:
     """Three steps by rows on two ranks with a fault put in."""
-    layout, nothing = sharding.layout, lambda *_: None
     faults = {
         "indices of the shard": mock.patch("lamb16.plan.layout", lambda p: layout(p)._replace(base=0)),
-        "maxima of the shard": mock.patch.object(sharding.Bound, "before", return_value=(False, False)),
-        "sums of the shard": mock.patch.object(sharding.Bound, "after", nothing),
-        "squares of the shard": mock.patch.object(sharding.Bound, "squares", nothing),
+        "maxima of the shard": mock.patch.object(Bound, "before", return_value=(False, False)),
+        "sums of the shard": mock.patch.object(Bound, "after", return_value=None),
+        "squares of the shard": mock.patch.object(Bound, "squares", return_value=None),
         "no fault": contextlib.nullcontext(),
     }
     with faults[fault]:

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from helpers import CODES
-from lamb16 import Lamb16, remainder, sharding
+from lamb16 import Lamb16, remainder
+from lamb16.sharding.layout import like
 
 Found = dict[str, Tensor]
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
@@ -187,7 +188,7 @@ def whole(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, gathered; gloo does not know fp8."""
     if isinstance(tensor, DTensor):
         if tensor.element_size() == 1:
-            tensor = sharding.like(tensor, tensor.to_local().view(torch.uint8))
+            tensor = like(tensor, tensor.to_local().view(torch.uint8))
         tensor = remainder.as_bytes(tensor)
         tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()

@@ -12,7 +12,7 @@ import refused
 import sharded
 from helpers import assert_same, differing, raw
 from lamb16 import Lamb16
-from lamb16.sharding import CLIP_BYTES, REDUCED_BYTES
+from lamb16.sharding.reduction import CLIP_BYTES, REDUCED_BYTES
 from ranks import Ranks
 
 STEPS = 20

@@ -13,7 +13,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import all_params, assert_same, gradients, parameters, raw, snapshot, take_steps
-from lamb16 import Lamb16, plan, sharding
+from lamb16 import Lamb16, plan
+from lamb16.sharding.layout import local
 from lamb16.store import ENTRIES, MOMENTS
 from ranks import group
 
@@ -25,7 +26,7 @@ class Watched:
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.objects = [weakref.ref(x) for x in tensors]
-        self.storages = [StorageWeakRef(sharding.local(x).untyped_storage()) for x in tensors]
+        self.storages = [StorageWeakRef(local(x).untyped_storage()) for x in tensors]
 
     def alive(self) -> list[bool]:
         gc.collect()
@@ -294,13 +295,13 @@ def test_new_memory_of_a_dtensor_is_seen(one_rank: Any, compile_mode: bool, how:
                 p.grad = spread(grad)
             optimizer.step()
         for p, q in zip(all_params(moved), all_params(plain), strict=True):
-            assert torch.equal(sharding.local(p), sharding.local(q))
+            assert torch.equal(local(p), local(q))
             for entry in MOMENTS:
-                pair = (raw(sharding.local(o.state[x][entry])) for o, x in ((moved, p), (plain, q)))
+                pair = (raw(local(o.state[x][entry])) for o, x in ((moved, p), (plain, q)))
                 assert torch.equal(*pair)
         for p in all_params(moved):
             x = p if key == "weight" else moved.state[p][key]
-            kept.append(sharding.local(x))  # the old memory stays, so the new one is elsewhere
+            kept.append(local(x))  # the old memory stays, so the new one is elsewhere
             if key == "weight":
                 NEW_MEMORY[how](p, lambda new, p=p: setattr(p, "data", new))
             else:

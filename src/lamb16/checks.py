@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .hyper import MOMENT_DTYPES
 from .remainder import check_remainder
-from .sharding import is_sharded, local
+from .sharding.layout import is_sharded, local
 from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
 from .wrapped import PLAIN, fake_mode, fault, has_memory, is_fake
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import fp8
 from .fp8 import E4M3, E5M2, Format
 from .hyper import check_hyperparameters
-from .sharding import is_sharded, like, local
+from .sharding.layout import is_sharded, like, local
 from .store import MOMENTS, SCALARS, _parts
 from .update import new_scale
 

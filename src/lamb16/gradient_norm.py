@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan
-from .sharding import Bound
+from .sharding.reduction import Bound
 from .update import INF_BITS, UNIT, sqrt64
 
 

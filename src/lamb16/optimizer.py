@@ -50,22 +50,17 @@ from .remainder import (
     load_weights,
     no_remainder,
 )
-from .sharding import (
-    Bound,
-    Reduction,
-    agree,
+from .sharding.exchange import agree, digest, whole_sums
+from .sharding.layout import (
     check_layout,
-    digest,
     is_sharded,
     like,
     like_param,
     local,
     local_gradient,
-    meet,
     placement,
-    signature,
-    whole_sums,
 )
+from .sharding.reduction import Bound, Reduction, meet, signature
 from .store import (
     ALL_ENTRIES,
     DERIVED,

@@ -21,7 +21,7 @@ from .fp8 import as_int32
 from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import Packing, Tail, memory
 from .remainder import REMAINDER, has_remainder
-from .sharding import MAX_JUMPS, Layout, layout, local, spread_of
+from .sharding.layout import MAX_JUMPS, Layout, layout, local, spread_of
 from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 from .wrapped import PLAIN
@@ -180,8 +180,8 @@ class Plan:
     """The blocks and tables of one step over one list of parameters of one :class:`Kind`.
 
     The list is sorted by parameter group, so that a group is a slice of the tables. Of parameters that are spread over
-    a mesh the plan sees this rank's shards; what the ranks tell each other (:class:`lamb16.sharding.Reduction`) comes
-    after :meth:`inspect` and after :meth:`update`.
+    a mesh the plan sees this rank's shards; what the ranks tell each other
+    (:class:`lamb16.sharding.reduction.Reduction`) comes after :meth:`inspect` and after :meth:`update`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checks import check_memory
 from .optimizer import CACHED_PLANS, Lamb16
-from .sharding import is_sharded, local
+from .sharding.layout import is_sharded, local
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import update
-from .sharding import MODULO, is_sharded, like, like_param, local, placement, whole_sums
+from .sharding.exchange import MODULO, whole_sums
+from .sharding.layout import is_sharded, like, like_param, local, placement
 from .wrapped import has_memory
 
 REMAINDER, CHECKSUM = "param_remainder", "param_checksum"

@@ -16,7 +16,7 @@ from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
 from .remainder import CHECKSUM, REMAINDER, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
-from .sharding import like, local
+from .sharding.layout import like, local
 from .update import State
 from .wrapped import is_fake
 

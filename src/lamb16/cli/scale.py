@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lamb16.cli.shapes import Shape
 from lamb16.cli.study.report import table
-from lamb16.sharding import REDUCED_BYTES
+from lamb16.sharding.reduction import REDUCED_BYTES
 from lamb16.store import TABLES
 
 TENSOR_BYTES = sum(dtype.itemsize * len(names) for dtype, names in TABLES.items())  # the scalar state

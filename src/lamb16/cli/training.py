@@ -20,7 +20,7 @@ from lamb16.cli.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.cli.model import build_model
 from lamb16.cli.workers import ALONE, Workers
 from lamb16.hyper import Hyper
-from lamb16.sharding import is_sharded
+from lamb16.sharding.layout import is_sharded
 
 OPTIMIZERS = tuple(CONTENDERS)
 SCHEDULES = ("constant", "linear", "cosine", "linear-step")
