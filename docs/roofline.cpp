@@ -1,5 +1,5 @@
 // The two passes of the step, written by hand with AVX-512 intrinsics: how fast the rule can be on a processor core.
-// Not a part of the package; docs/benchmarks.md quotes it. The arithmetic is that of src/lamb16/update.py, but for the
+// Not a part of the package; docs/benchmarks.md quotes it. The arithmetic is that of src/lamb16/step/update.py, but for the
 // e4m3 decode, which goes through float16 here. It prints ns a parameter for random data:
 //
 //     g++ -O3 -march=native -ffp-contract=off docs/roofline.cpp -o /tmp/roofline && /tmp/roofline 1048576

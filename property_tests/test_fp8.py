@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamb16 import capi, fp8, reference
-from lamb16.fp8 import E4M3, E5M2, SIGN_BIT
-from lamb16.update import make_columns
+from lamb16 import capi, reference
+from lamb16.step import fp8
+from lamb16.step.fp8 import E4M3, E5M2, SIGN_BIT
+from lamb16.step.update import make_columns
 
 FORMATS = {"e4m3": (E4M3, torch.float8_e4m3fn, 448.0), "e5m2": (E5M2, torch.float8_e5m2, 57344.0)}
 WORDS = torch.arange(-(2**31), 2**31, 2**20 - 1, dtype=torch.int64).to(torch.int32)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compare import DEVICE, make, patched, run_beside_reference, same_bits
-from lamb16 import Lamb16, reference, update
+from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
+from lamb16.step import update
 from strategies import Case, cases
 
 PATTERNS = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)  # every bfloat16 there is

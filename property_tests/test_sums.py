@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compare import DEVICE, make, run, same_bits
-from lamb16 import Lamb16, reference, store, update
+from lamb16 import Lamb16, reference, store
+from lamb16.step import update
 from strategies import GRADIENTS, Case, cases, gradient, shape_lists
 
 FINITE = [kind for kind in GRADIENTS if kind not in ("inf", "nan")]

@@ -12,8 +12,8 @@ import torch
 from torch._inductor import cpu_vec_isa
 from torch._inductor.graph import GraphLowering
 
-from lamb16 import compiled, inductor
-from lamb16.compiled import Graph, Kind
+from lamb16.step import compiled, inductor
+from lamb16.step.compiled import Graph, Kind
 
 ISAS = {"avx2": cpu_vec_isa.VecAVX2, "avx512": cpu_vec_isa.VecAVX512}
 

@@ -31,13 +31,13 @@ from helpers import (
 )
 from helpers import follow as follow_reference
 from lamb16 import Lamb16, reference
-from lamb16.compiled import Eager, Graph, Kind
 from lamb16.cuda import fake
 from lamb16.cuda.kernels import Program
 from lamb16.optimizer import tensor_salt
-from lamb16.packing import TablePacking, Tail
-from lamb16.plan import Rows
-from lamb16.update import PIECE, Block, State, Sums
+from lamb16.step.compiled import Eager, Graph, Kind
+from lamb16.step.packing import TablePacking, Tail
+from lamb16.step.plan import Rows
+from lamb16.step.update import PIECE, Block, State, Sums
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ class Interpreted:
 
     def copy(self, *arguments: Any) -> None:
         """Run the copying kernel."""
-        from lamb16.cuda.copying import copy_pieces
+        from lamb16.step.cuda_copying import copy_pieces
 
         *tensors, exact, unpack = arguments
         copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
@@ -82,7 +82,7 @@ def main(file: str) -> None:
     """Check all cases with the code in a file that test_cuda.py wrote."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from lamb16.cuda.copying import copy_pieces
+    from lamb16.step.cuda_copying import copy_pieces
 
     assert isinstance(copy_pieces, InterpretedFunction), "set TRITON_INTERPRET=1"
     with open(file, "rb") as source:

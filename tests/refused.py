@@ -294,7 +294,7 @@ FAULTS = ["no fault", "indices of the shard", "maxima of the shard", "sums of th
 def wrong_rule(fault: str) -> sharded.Found:
     """Three steps by rows on two ranks with a fault put in."""
     faults = {
-        "indices of the shard": mock.patch("lamb16.plan.layout", lambda p: layout(p)._replace(base=0)),
+        "indices of the shard": mock.patch("lamb16.step.plan.layout", lambda p: layout(p)._replace(base=0)),
         "maxima of the shard": mock.patch.object(Bound, "before", return_value=(False, False)),
         "sums of the shard": mock.patch.object(Bound, "after", return_value=None),
         "squares of the shard": mock.patch.object(Bound, "squares", return_value=None),

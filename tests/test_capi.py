@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from helpers import edited_c_source
-from lamb16 import capi, fp8, hyper, reference
+from lamb16 import capi, hyper, reference
 from lamb16.capi import sweep
 from lamb16.hyper import Hyper
+from lamb16.step import fp8
 
 EXERCISE = Path(__file__).parent / "capi" / "exercise.c"
 HEADER = (capi.include() / "lamb16.h").read_text()

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from helpers import change_manifest
-from lamb16 import Lamb16, capi, reference, update
+from lamb16 import Lamb16, capi, reference
 from lamb16.capi.manifest import Spec
 from lamb16.cli import check, main
 from lamb16.hyper import Hyper
 from lamb16.reference import State
+from lamb16.step import update
 
 Run = Callable[..., tuple[int, dict[str, list[int]], str]]
 

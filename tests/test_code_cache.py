@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._inductor.cpu_vec_isa
 
-from lamb16 import code_cache, compiled, update
-from lamb16.compiled import Call, Graph, Kind
+from lamb16.step import code_cache, compiled, update
+from lamb16.step.compiled import Call, Graph, Kind
 
 GRAPH, KIND = Graph("inspect"), Kind(torch.device("cpu"))
 

@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from lamb16 import compiled
 from lamb16.cli import main
 from lamb16.cli.shapes import SETS
-from lamb16.compiled import GRAPHS, Graph, Kind
 from lamb16.cuda import fake, gpus, report, sass
 from lamb16.cuda.kernels import Launch
+from lamb16.step import compiled
+from lamb16.step.compiled import GRAPHS, Graph, Kind
 
 STEP = (
     Graph("inspect"), Graph("inspect", packed=True), Graph("scale"), Graph("update"), Graph("update", packed=True),

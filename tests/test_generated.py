@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from generated import ISAS, generate, innermost, kernel, nests
-from lamb16 import compiled, inductor
-from lamb16.compiled import GRAPHS, Graph, Kind
+from lamb16.step import compiled, inductor
+from lamb16.step.compiled import GRAPHS, Graph, Kind
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

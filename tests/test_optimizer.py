@@ -32,8 +32,9 @@ from helpers import (
     snapshot,
     take_steps,
 )
-from lamb16 import Lamb16, plan, reference
+from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
+from lamb16.step import plan
 from lamb16.store import ENTRIES, SCALARS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,7 +21,8 @@ from helpers import (
     snapshot,
     take_steps,
 )
-from lamb16 import Lamb16, compiled
+from lamb16 import Lamb16
+from lamb16.step import compiled
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 

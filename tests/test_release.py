@@ -22,7 +22,7 @@ import refused
 from helpers import SCHEDULERS, all_params, assert_same, differing, snapshot
 from lamb16 import Lamb16, release, release_gradients
 from lamb16.optimizer import CACHED_PLANS
-from lamb16.parts import Part
+from lamb16.step.parts import Part
 from ranks import Ranks
 from test_whole_step import DYNAMOS_WARNINGS
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import DEVICE, SHAPES, all_params, assert_same, model, parameters, snapshot, take_steps
-from lamb16 import Lamb16, compiled
+from lamb16 import Lamb16
+from lamb16.step import compiled
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 

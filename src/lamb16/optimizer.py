@@ -30,14 +30,10 @@ from .checks import (
     check_state_dict,
     warn_of_other_moments,
 )
-from .compiled import Compiled, Eager, Executor, Kind
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, to_adamw, unwrapped
-from .gradient_norm import clip
 from .hyper import MOMENT_DTYPES, NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .matching import Loaded, Match, match
 from .offload import check_homes, check_reloaded, checked_device, move
-from .parts import Part, divisible
-from .plan import Plan, graphs_of
 from .remainder import (
     REMAINDER,
     as_bytes,
@@ -61,6 +57,10 @@ from .sharding.layout import (
     placement,
 )
 from .sharding.reduction import Bound, Reduction, meet, signature
+from .step.compiled import Compiled, Eager, Executor, Kind
+from .step.gradient_norm import clip
+from .step.parts import Part, divisible
+from .step.plan import Plan, graphs_of
 from .store import (
     ALL_ENTRIES,
     DERIVED,
@@ -153,7 +153,7 @@ class Lamb16(Optimizer):
             with a non-finite gradient is skipped and does not enter the norm. ``math.inf`` only measures
             :attr:`grad_norm`. An attribute, which may be changed between steps.
         compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly. A tool
-            may hand in an :class:`lamb16.compiled.Executor`.
+            may hand in an :class:`lamb16.step.compiled.Executor`.
         seed: enters the rounding words, with each parameter's name. Parameters without names have their position and
             their optimizer's number among those that the process has made with such parameters: optimizers round
             independently of each other, and alike in the next run of a program. Two that are to go the same way in one

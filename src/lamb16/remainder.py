@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import update
 from .sharding.exchange import MODULO, whole_sums
 from .sharding.layout import is_sharded, like, like_param, local, placement
+from .step import update
 from .wrapped import has_memory
 
 REMAINDER, CHECKSUM = "param_remainder", "param_checksum"

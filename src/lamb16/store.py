@@ -11,13 +11,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from . import cpu_copying, fp8, update
-from .fp8 import E4M3, E5M2
 from .hyper import MOMENT_DTYPES
 from .remainder import CHECKSUM, REMAINDER, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding.layout import like, local
-from .update import State
+from .step import cpu_copying, fp8, update
+from .step.fp8 import E4M3, E5M2
+from .step.update import State
 from .wrapped import is_fake
 
 MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")

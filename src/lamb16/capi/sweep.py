@@ -30,12 +30,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamb16 import fp8
 from lamb16.capi import NEAREST, Library, NoCompilerError, load
 from lamb16.capi.sweep_weights import Weights, boundaries, sweep_widening
 from lamb16.cli.study.report import table
-from lamb16.fp8 import E4M3, E5M2
-from lamb16.inductor import options
+from lamb16.step import fp8
+from lamb16.step.fp8 import E4M3, E5M2
+from lamb16.step.inductor import options
 
 CHUNK = 1 << 18  # patterns at a time: the temporaries stay in the cache
 SALT, STEP = 0x5EED, 7  # of the random words

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lamb16 import reference, update
+from lamb16 import reference
 from lamb16.capi import DTYPES, Library
+from lamb16.step import update
 
 HALVES = DTYPES[1:]
 QUIET = 1 << 22  # the bit of a quiet NaN

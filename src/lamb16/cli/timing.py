@@ -20,8 +20,8 @@ from lamb16 import Lamb16
 from lamb16.cli import CommandError
 from lamb16.cli.shapes import Shape, transformer
 from lamb16.cli.training import state_bytes
-from lamb16.compiled import Compiled, Graph, Kind
-from lamb16.packing import AddressPacking, Packing, TablePacking
+from lamb16.step.compiled import Compiled, Graph, Kind
+from lamb16.step.packing import AddressPacking, Packing, TablePacking
 
 BYTES = 20  # what a step moves for a float32 parameter: 4 to inspect the gradients, 10 + 6 to update
 

@@ -6,8 +6,7 @@
 - ``sass.py`` counts what a thread executes of a cubin's machine code, by the pipe that executes it;
 - ``report.py`` counts what a step over a list of shapes launches, reads, writes and executes;
 - ``gpus.py`` has the figures of GPUs, and the time that they would take for that;
-- ``published.py`` applies the same to kernels whose time on a GPU is published, as a check;
-- ``copying.py`` is no part of this: the kernel that copies packed tensors on a GPU.
+- ``published.py`` applies the same to kernels whose time on a GPU is published, as a check.
 
 The first two reach into the internals of torch and Triton, and are what a new version of these can break.
 """

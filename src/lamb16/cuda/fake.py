@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lamb16 import compiled
-from lamb16.compiled import Graph, Kind, Origin
+from lamb16.step import compiled
+from lamb16.step.compiled import Graph, Kind, Origin
 
 # Of an H100; only the capability is varied. They decide block sizes, not what is launched or moved.
 PROPERTIES = {

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
-from lamb16.compiled import Graph, Kind
-from lamb16.packing import TablePacking, Tail
-from lamb16.update import PIECE, Block
+from lamb16.step.compiled import Graph, Kind
+from lamb16.step.packing import TablePacking, Tail
+from lamb16.step.update import PIECE, Block
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
@@ -94,7 +94,7 @@ class Code:
     def copying(self, unpack: bool) -> Binary:
         """The copying kernel, to be called within :func:`fake.device`."""
         if unpack not in self._copying:
-            from .copying import copy_pieces
+            from ..step.cuda_copying import copy_pieces
 
             types = ["*i64"] * 5 + ["*fp32", "*fp32", "*u8", "*u8", "*u8", "*i32"]
             signature = dict(zip(copy_pieces.arg_names, [*types, *["constexpr"] * 3], strict=True))

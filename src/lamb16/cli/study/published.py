@@ -47,7 +47,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     usable = [name for name in OPTIMIZERS if reasons[name] is None]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
-    timed |= {"codes": {name: code_of(name) for name in usable}, "update": digest("lamb16.update")}
+    timed |= {"codes": {name: code_of(name) for name in usable}, "update": digest("lamb16.step.update")}
     if results.extra.get("timed") != timed:
         shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
         rivals = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}

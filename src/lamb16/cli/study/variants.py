@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lamb16 import fp8, reference
-from lamb16.fp8 import E4M3, E5M2, Format
+from lamb16 import reference
 from lamb16.hyper import NAMES, Hyper
 from lamb16.optimizer import tensor_salt
+from lamb16.step import fp8
+from lamb16.step.fp8 import E4M3, E5M2, Format
 from lamb16.store import init_state
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place

@@ -20,11 +20,18 @@ from typing import Any
 
 import torch
 
+
+def _digest(package: Path) -> str:
+    """Of all modules that the step may use, as ``cli`` and ``cuda`` are used by nothing outside themselves."""
+    paths = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("cli", "cuda"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
 log = logging.getLogger(__name__)
 
 Origins = Sequence[tuple[int, str, int]]
 # A digest of the package's modules as they are imported, not as they are when the first step is made.
-SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+SOURCES = _digest(Path(__file__).parents[1])
 PASSES = (
     "pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass",
     "post_grad_custom_post_pass", "_pre_fusion_custom_pass", "_post_fusion_custom_pass",

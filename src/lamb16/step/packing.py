@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..store import addresses
 from .cpu_copying import PACK, UNPACK
-from .store import addresses
 from .update import PIECE, Block
 
 
@@ -155,7 +155,7 @@ class TablePacking:
     pads = False
 
     def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
-        """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda/copying.py``."""
+        """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda_copying.py``."""
         self.tails, self.block, self.device, self.launch = tails, memory(block), block.p.device, launch
         pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
         self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..hyper import NUMBERS
 from . import code_cache, cpu_copying, update
-from .hyper import NUMBERS
 from .packing import AddressPacking, ForeachPacking, Packing, TablePacking, Tail
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
 
@@ -106,7 +106,7 @@ class Executor(Protocol):
     def packing(
         self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
     ) -> Packing:
-        """What copies packed tensors into a block and back; arguments as of :class:`lamb16.packing.ForeachPacking`."""
+        """What copies packed tensors into a block and back; arguments as of :class:`ForeachPacking`."""
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Called before anything is changed, for every graph that a step will run; RuntimeError where it cannot."""
@@ -159,8 +159,8 @@ class Compiled:
 
 
 def launch_copy(*arguments: Any) -> None:
-    """Launch the kernel of ``cuda/copying.py``, see :class:`lamb16.packing.TablePacking`."""
-    from .cuda.copying import copy_pieces  # Triton is there where CUDA is
+    """Launch the kernel of ``cuda_copying.py``, see :class:`TablePacking`."""
+    from .cuda_copying import copy_pieces  # Triton is there where CUDA is
 
     *tensors, exact, unpack = arguments
     with torch.cuda.device(tensors[0].device):

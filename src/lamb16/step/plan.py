@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
+from ..remainder import REMAINDER, has_remainder
+from ..sharding.layout import MAX_JUMPS, Layout, layout, local, spread_of
+from ..store import MOMENTS, Store, addresses
+from ..wrapped import PLAIN
 from . import update
 from .compiled import Executor, Graph, Kind
 from .fp8 import as_int32
-from .hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
 from .packing import Packing, Tail, memory
-from .remainder import REMAINDER, has_remainder
-from .sharding.layout import MAX_JUMPS, Layout, layout, local, spread_of
-from .store import MOMENTS, Store, addresses
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
-from .wrapped import PLAIN
 
 BATCH = 64  # packed rows that are stepped together, at least
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
@@ -358,7 +358,7 @@ class Plan:
         return found
 
     def squared_gradients(self, unit: Tensor) -> Tensor:
-        """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.update.inspect`."""
+        """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.step.update.inspect`."""
         high, low = self.sums.weights, self.sums.updates  # free until the update
         self._inspect([[x.weights, x.updates] for x in self.row_sums], unit)
         return torch.stack([update.sum_of(x, self.rows.tree) for x in (high, low)], 1)

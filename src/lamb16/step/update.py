@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..hyper import NUMBERS
 from . import fp8
 from .fp8 import E4M3, E5M2
-from .hyper import NUMBERS
 
 ROW = fp8.COLUMNS  # of a large tensor's block
 PIECE_BITS = 8

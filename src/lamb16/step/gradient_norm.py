@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..sharding.reduction import Bound
 from .plan import Plan
-from .sharding.reduction import Bound
 from .update import INF_BITS, UNIT, sqrt64
 
 
