@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.cli import CommandError, bench, contenders, main, releasing, timing
-from lamb16.cli.shapes import SETS
+from lamb16.cli import main
+from lamb16.lab import bench, contenders, releasing, timing
+from lamb16.lab.errors import CommandError
+from lamb16.lab.shapes import SETS
 
 
 @pytest.mark.parametrize(

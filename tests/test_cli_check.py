@@ -12,8 +12,9 @@ import torch
 from helpers import change_manifest
 from lamb16 import Lamb16, capi, reference
 from lamb16.capi.manifest import Spec
-from lamb16.cli import check, main
+from lamb16.cli import main
 from lamb16.hyper import Hyper
+from lamb16.lab import check
 from lamb16.reference import State
 from lamb16.step import update
 

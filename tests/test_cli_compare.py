@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lamb16.cli import compare, main
-from lamb16.cli.contenders import CONTENDERS, why_unusable
-from lamb16.cli.study import ablations, published
-from lamb16.cli.study.sizes import QUICK
+from lamb16.cli import main
+from lamb16.lab import compare
+from lamb16.lab.contenders import CONTENDERS, why_unusable
+from lamb16.lab.study import ablations, published
+from lamb16.lab.study.sizes import QUICK
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamb16.cli import CommandError
-from lamb16.cli.data import load, read_idx
+from lamb16.lab.data import load, read_idx
+from lamb16.lab.errors import CommandError
 
 MNIST = Path(os.environ.get("LAMB16_DATA") or Path(__file__).parents[2] / "shared" / "data" / "mnist")
 NAMES = {

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lamb16.cli import main, scale
+from lamb16.cli import main
+from lamb16.lab import scale
 from test_cli_train import MNIST
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from lamb16 import __version__
 from lamb16.capi import export, manifest
 from lamb16.capi.manifest import Spec
 from lamb16.cli import main
-from lamb16.cli.export import parse_shapes
-from lamb16.cli.shapes import SETS
 from lamb16.hyper import Hyper
+from lamb16.lab.export import parse_shapes
+from lamb16.lab.shapes import SETS
 
 SHAPES = [(70, 31), (5,), (5,), (7, 3), (0,)]  # of the fixture `exported`
 

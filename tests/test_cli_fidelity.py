@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lamb16.cli import main
-from lamb16.cli.study import fidelity
-from lamb16.cli.study.variants import direction
 from lamb16.hyper import Hyper
+from lamb16.lab.study import fidelity
+from lamb16.lab.study.variants import direction
 
 # Quick form, seeds 0 to 4: lamb16 0.9915 to 0.9970 over all gradients, the published rule 0.63 to 0.70 on iid ones.
 LEAST_COSINE = 0.985

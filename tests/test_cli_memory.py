@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import lamb16
-from lamb16.cli import bench, main, memory
-from lamb16.cli.memory import Measured
-from lamb16.cli.shapes import SETS
+from lamb16.cli import main
+from lamb16.lab import bench, memory
+from lamb16.lab.memory import Measured
+from lamb16.lab.shapes import SETS
 from lamb16.store import TABLES
 
 CPU = torch.device("cpu")

@@ -104,6 +104,19 @@ def test_code_belongs_to_what_it_follows_from(folder: Path, monkeypatch: pytest.
     assert code_cache.load(NAME) is not None
 
 
+def test_the_sources_are_all_modules_but_the_labs(tmp_path: Path) -> None:
+    names, digests = ["hyper.py", "step/update.py", "sharding/layout.py", "lab/bench.py", "lab/study/runs.py"], []
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        digests.append(code_cache._digest(tmp_path))
+    assert len(set(digests[:3])) == 3
+    assert len(set(digests[2:])) == 1
+    (tmp_path / names[1]).write_text("other")
+    assert code_cache._digest(tmp_path) not in digests
+
+
 def test_nothing_is_kept_where_inductor_keeps_nothing(folder: Path) -> None:
     for setting in ({"fx_graph_cache": False}, {"force_disable_caches": True}):
         with torch._inductor.config.patch(setting):

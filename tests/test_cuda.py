@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("triton")
 
 from lamb16.cli import main
-from lamb16.cli.shapes import SETS
-from lamb16.cuda import fake, gpus, report, sass
-from lamb16.cuda.kernels import Launch
+from lamb16.lab.cuda import fake, gpus, report, sass
+from lamb16.lab.cuda.kernels import Launch
+from lamb16.lab.shapes import SETS
 from lamb16.step import compiled
 from lamb16.step.compiled import GRAPHS, Graph, Kind
 
@@ -197,7 +197,7 @@ def test_every_gpu_has_rates_for_every_pipe_that_has_one() -> None:
 
 def test_the_model_is_near_published_times() -> None:
     pytest.importorskip("torchao")
-    from lamb16.cuda.published import check, ratio
+    from lamb16.lab.cuda.published import check, ratio
 
     for found in check():
         assert 1 <= ratio(found) <= 1.4, found

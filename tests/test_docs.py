@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lamb16.cli import bench, compare, cuda_report, memory
-from lamb16.cli.study import fidelity, runs
-from lamb16.cli.study.sizes import FULL
+from lamb16.lab import bench, compare, cuda_report, memory
+from lamb16.lab.study import fidelity, runs
+from lamb16.lab.study.sizes import FULL
 
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "algorithm.md").read_text()
@@ -21,7 +21,7 @@ def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyP
     module = compare._module(study)
     results = runs.Results(ROOT / "docs" / "results" / f"{study}.json", study)
     unusable = results.extra.get("unusable", {})
-    monkeypatch.setattr("lamb16.cli.contenders.why_unusable", lambda name: unusable.get(name))
+    monkeypatch.setattr("lamb16.lab.contenders.why_unusable", lambda name: unusable.get(name))
     missing: list[object] = []
 
     def recorded(jobs: Sequence[runs.Job]) -> list[runs.Result]:

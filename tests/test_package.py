@@ -61,11 +61,35 @@ def test_importing_brings_neither_compiler_nor_command_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     added = done.stdout.split()
     assert "lamb16.optimizer" in added
-    unwanted = ("torch._inductor", "torchvision", "sklearn", "matplotlib", "lamb16.cli")
+    unwanted = ("torch._inductor", "torchvision", "sklearn", "matplotlib", "lamb16.cli", "lamb16.lab")
     assert [name for name in added if name.startswith(unwanted)] == []
 
 
+def test_the_command_line_brings_no_command_before_it_is_run() -> None:
+    code = "import sys, lamb16.cli; print(*(name for name in sys.modules if name.startswith('lamb16.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "lamb16.cli" in done.stdout.split()
+    assert [name for name in done.stdout.split() if name.startswith("lamb16.lab")] == []
+
+
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "lamb16"
+
+
+def importing(folder: str) -> set[str]:
+    """The modules with an import of this folder, at their top or in a function."""
+    statement = re.compile(rf"^ *(from|import) .*\b{folder}\b", re.MULTILINE)
+    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if statement.search(path.read_text())}
+    return {path.as_posix() for path in found}
+
+
+def test_the_command_line_alone_imports_the_lab() -> None:
+    assert {name for name in importing("lab") if not name.startswith("lab/")} == {"cli.py"}
+
+
+def test_what_the_step_stands_on_does_not_import_it() -> None:
+    """Where shards lie and what ranks can exchange; the reduction of a step stands on it."""
+    assert {name for name in importing("step") if name.startswith("sharding/")} == {"sharding/reduction.py"}
 
 
 def test_a_wheel_is_built_with_all_modules(tmp_path: Path) -> None:
@@ -75,10 +99,12 @@ def test_a_wheel_is_built_with_all_modules(tmp_path: Path) -> None:
     subprocess.run([*pip, *built], check=True, capture_output=True)
     (wheel,) = tmp_path.glob(f"lamb16-{lamb16.__version__}-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {f"lamb16/{path.relative_to(ROOT / 'src/lamb16')}" for path in (ROOT / "src/lamb16").rglob("*.py")}
+    sources = {f"lamb16/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     assert sources | {"lamb16/py.typed", "lamb16/capi/lamb16.h", "lamb16/capi/lamb16.c"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "test" in name]
+    assert {Path(name).suffix for name in names if name.startswith("lamb16/lab/")} == {".py"}
+    assert wheel.stat().st_size < 400_000
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
     code = "import lamb16; print(lamb16.__file__, lamb16.__version__)"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lamb16.cli import CommandError
-from lamb16.cli.study import ablations, runs
-from lamb16.cli.study.runs import Result, Results, run_all
-from lamb16.cli.study.sizes import QUICK
+from lamb16.lab.errors import CommandError
+from lamb16.lab.study import ablations, runs
+from lamb16.lab.study.runs import Result, Results, run_all
+from lamb16.lab.study.sizes import QUICK
 
 
 @dataclass(frozen=True)

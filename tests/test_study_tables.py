@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lamb16.cli.study import ablations, moments, rates, report
-from lamb16.cli.study.sizes import FULL, QUICK
-from lamb16.cli.study.training import Run
+from lamb16.lab.study import ablations, moments, rates, report
+from lamb16.lab.study.sizes import FULL, QUICK
+from lamb16.lab.study.training import Run
 
 CURVE = {0.001: 2.0, 0.01: 1.0, 0.1: 1.5, 1.0: math.inf}
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.cli import contenders
-from lamb16.cli.study import mnist, rounding, tasks, training
-from lamb16.cli.study.probes import Shadow
-from lamb16.cli.study.training import Run, build, describe, execute
-from lamb16.cli.training import train
+from lamb16.lab import contenders
+from lamb16.lab.study import mnist, rounding, tasks, training
+from lamb16.lab.study.probes import Shadow
+from lamb16.lab.study.training import Run, build, describe, execute
+from lamb16.lab.training import train
 
 SMALL: dict[str, Any] = {"steps": 12, "batch_size": 16, "dataset": "digits"}
 

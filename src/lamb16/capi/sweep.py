@@ -32,7 +32,6 @@ from torch import Tensor
 
 from lamb16.capi import NEAREST, Library, NoCompilerError, load
 from lamb16.capi.sweep_weights import Weights, boundaries, sweep_widening
-from lamb16.cli.study.report import table
 from lamb16.step import fp8
 from lamb16.step.fp8 import E4M3, E5M2
 from lamb16.step.inductor import options
@@ -104,7 +103,8 @@ class Sweep:
         """A line for everything that was compared."""
         header = ("function", "form", "C against", "inputs", "differing", "first (input: C, other)")
         rows = [(*key, f"{c.inputs:,}", f"{c.differing:,}", c.first) for key, c in self.counts.items()]
-        return table(header, rows)
+        lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+        return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def step_codes(x: Tensor, words: Tensor, fmt: fp8.Format, largest: float) -> Tensor:

@@ -22,8 +22,8 @@ import torch
 
 
 def _digest(package: Path) -> str:
-    """Of all modules that the step may use, as ``cli`` and ``cuda`` are used by nothing outside themselves."""
-    paths = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("cli", "cuda"))
+    """Of all modules but those of ``lab``, none of which the step uses."""
+    paths = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "lab")
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 

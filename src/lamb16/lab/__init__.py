@@ -1,0 +1,5 @@
+"""What trains, compares, times and reports: the modules of the `lamb16` command; nothing else imports them.
+
+At their top, command modules import only what a bare installation has; what an extra brings goes through
+`lamb16.lab.errors.require`.
+"""

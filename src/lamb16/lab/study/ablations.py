@@ -1,0 +1,159 @@
+"""What each part of the rule is worth: the tasks of `moments` with one part exchanged at a time.
+
+Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. What changes the size of
+the update as well is run at three learning rates half a decade apart, and compared with the rule at its best of three.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lamb16.lab.study.report import at_an_end, figure, grouped, number, table
+from lamb16.lab.study.runs import Result, Results
+from lamb16.lab.study.sizes import Sizes
+from lamb16.lab.study.training import Run, describe, execute
+
+__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+
+BASELINE = "the rule"
+# What is exchanged: options of the run, and parts of the rule. First what concerns the stored moments ...
+STORAGE: dict[str, dict[str, Any]] = {
+    "FP32 moments": {"moment_dtype": "float32"},
+    "nearest rounding": {"parts": (("rounding", "nearest"),)},
+    "independent words": {"parts": (("words", "independent"),)},
+    "exact max-norm": {"parts": (("norm", "exact"),)},
+    "a scale per row": {"parts": (("scope", "row"),)},
+    "v may become 0": {"parts": (("never_zero", False),)},
+    "no bound C": {"parts": (("bound", False),)},
+    "v may become 0, no bound C": {"parts": (("never_zero", False), ("bound", False))},
+}
+# ... then what changes the size of the update too, and is compared at its own best learning rate.
+_AS_THEY_ARE = (("vector_floor", 1e-3), ("matrix_floor", 1e-3))
+UPDATE: dict[str, dict[str, Any]] = {
+    BASELINE: {},
+    "trust_scale 0": {"trust_scale": 0.0},
+    "trust_scale 0.25": {"trust_scale": 0.25},
+    "trust_scale 0.5": {"trust_scale": 0.5},
+    "β1 0.5": {"beta1": 0.5},
+    "β1 0": {"beta1": 0.0},
+    "no bias correction": {"bias_correction": False},
+    "weights count as they are": {"parts": _AS_THEY_ARE},
+    "the same, no bias correction": {"bias_correction": False, "parts": _AS_THEY_ARE},
+    "only vectors count with 0.1 at least": {"parts": (("matrix_floor", 1e-3),)},
+    "vectors outside the trust ratio": {"parts": (("vectors", "outside"),)},
+}
+ABLATIONS = UPDATE | STORAGE
+FACTORS = (10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
+
+Pair = tuple[Run, Result]
+
+
+def jobs(sizes: Sizes) -> list[Run]:
+    """Every ablation on every task, those of the update at three learning rates."""
+    return [
+        Run(task, "variant", size.lr * factor, seed, size.steps, size.batch_size, sizes.dataset, probed=True, **options)
+        for seed in sizes.ablation_seeds
+        for task, size in sizes.tasks.items()
+        for name, options in ABLATIONS.items()
+        for factor in (FACTORS if name in UPDATE else (1.0,))
+    ]
+
+
+def prepare(results: Results, sizes: Sizes) -> None:
+    """Nothing beside the runs."""
+
+
+def name_of(run: Run) -> str:
+    """The ablation that a run belongs to."""
+    default = Run("", "", 0, 0, 0, 0)
+    options = {
+        key: getattr(run, key)
+        for key in ("beta1", "moment_dtype", "trust_scale", "bias_correction", "parts")
+        if getattr(run, key) != getattr(default, key)
+    }
+    return next(name for name, wanted in ABLATIONS.items() if wanted == options)
+
+
+class Task:
+    """The results on one task: losses and cosines by ablation."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self._by_name = {
+            name: grouped(own, lambda pair: pair[0].lr)
+            for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
+        }
+        rates = sorted(self._by_name[BASELINE])
+        self._lr = rates[len(rates) // 2]
+
+    def _loss(self, name: str, lr: float) -> float:
+        losses = [result["validation_loss"] for _, result in self._by_name[name][lr]]
+        return statistics.mean(math.inf if loss is None else loss for loss in losses)
+
+    def loss(self) -> float:
+        """The rule's at its learning rate."""
+        return self._loss(BASELINE, self._lr)
+
+    def same(self, name: str) -> float:
+        """The loss to the rule's at the same learning rate, in percent."""
+        return 100 * (self._loss(name, self._lr) / self.loss() - 1)
+
+    def best(self, name: str) -> float | None:
+        """The same with each at the best of its learning rates; None where there is one only."""
+        if name not in UPDATE:
+            return None
+        mine, rule = (self._loss(key, self._best_rate(key)) for key in (name, BASELINE))
+        return 100 * (mine / rule - 1)
+
+    def _best_rate(self, name: str) -> float:
+        rates: list[float] = list(self._by_name[name])
+        return min(rates, key=lambda lr: self._loss(name, lr))
+
+    def at_the_end(self, name: str) -> str:
+        """An arrow where the best rate is the lowest or the highest of the three."""
+        return at_an_end(self._best_rate(name), list(self._by_name[name]))
+
+    def cosine(self, name: str) -> float:
+        """Of the update to that of FP32 moments, the median over layers."""
+        results = [result for _, result in self._by_name[name][self._lr]]
+        cosines = [layer["cosine"] for result in results for layer in result["probes"]["layers"].values()]
+        return statistics.median(cosines) if cosines else math.nan
+
+
+def _tasks(pairs: list[Pair]) -> dict[str, Task]:
+    return {name: Task(own) for name, own in grouped(pairs, lambda pair: pair[0].task).items()}
+
+
+def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
+    """The loss against the rule's in percent, at the same and at the best rate, and the cosines, as Markdown."""
+    tasks = _tasks(pairs)
+    rows = []
+    for name in ABLATIONS:
+        row = [name]
+        for task in tasks.values():
+            best = task.best(name)
+            row += [
+                number(task.same(name), "+.2f"),
+                "" if best is None else number(best, "+.2f") + task.at_the_end(name),
+            ]
+        rows.append([*row, *(f"{task.cosine(name):.4f}" for task in tasks.values())])
+    header = ["exchanged"]
+    header += [text for name in tasks for text in (f"{name}: same lr", "best lr")]
+    return {"ablation": table([*header, *(f"{name}: cosine" for name in tasks)], rows)}
+
+
+def plots(pairs: list[Pair], folder: Path) -> list[Path]:
+    """The difference of the loss to the rule's, a bar an ablation, cut at 10 %."""
+    tasks = _tasks(pairs)
+    names = [name for name in ABLATIONS if name != BASELINE]
+    path = folder / "ablations.svg"
+    with figure(path, len(tasks)) as axes:
+        for panel, (title, task) in zip(axes, tasks.items(), strict=True):
+            differences = [task.same(name) if task.best(name) is None else task.best(name) for name in names]
+            panel.barh(names, [min(10.0, d) for d in differences if d is not None])
+            panel.set(title=title, xlabel="loss to the rule's, %")
+            panel.invert_yaxis()
+            panel.tick_params(axis="y", labelsize=6)
+    return [path]

@@ -1,0 +1,127 @@
+"""Lamb16 with 8-bit moments against the same rule with FP32 moments, on real trainings.
+
+A language model, a convolutional network and an autoencoder; the same seeds, batches and first weights for both. Four
+values of β2, and gradients a million times smaller and larger. Warm-up over a tenth of the steps, then a linear fall.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lamb16.lab.study.report import figure, grouped, number, table
+from lamb16.lab.study.runs import Result, Results
+from lamb16.lab.study.sizes import Sizes
+from lamb16.lab.study.training import Run, describe, execute
+
+__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+
+BETA2 = (0.95, 0.99, 0.999, 0.9999)
+GRADIENT_SCALES = (1e-6, 1e6)
+MOMENTS = ("float8", "float32")
+
+Pair = tuple[Run, Result]
+
+
+def jobs(sizes: Sizes) -> list[Run]:
+    """Pairs of runs: every seed with the defaults, the first seed for each hard setting; those of 8 bits are probed."""
+    runs = [_pair(sizes, task, seed) for seed in sizes.seeds for task in sizes.tasks]
+    for task in sizes.tasks:
+        runs += [_pair(sizes, task, sizes.seeds[0], beta2=beta2) for beta2 in BETA2 if beta2 != 0.999]
+        runs += [_pair(sizes, task, sizes.seeds[0], gradient_scale=scale) for scale in GRADIENT_SCALES]
+    return [run for pair in runs for run in pair]
+
+
+def _pair(sizes: Sizes, task: str, seed: int, **settings: float) -> list[Run]:
+    size = sizes.tasks[task]
+    return [
+        Run(
+            task, "lamb16", size.lr, seed, size.steps, size.batch_size, sizes.dataset,
+            moment_dtype=moments, probed=moments == "float8", **settings,  # type: ignore[arg-type]
+        )
+        for moments in MOMENTS
+    ]  # fmt: skip
+
+
+def prepare(results: Results, sizes: Sizes) -> None:
+    """Nothing beside the runs."""
+
+
+def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
+    """Losses with both kinds of moments, and what was seen layer by layer, as Markdown."""
+    rows = []
+    for (task, beta2, scale), group in grouped(pairs, _setting).items():
+        losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
+        differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
+        cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
+        mean = statistics.mean(losses["float32"])
+        noise = statistics.stdev(losses["float32"]) / mean if len(differences) > 1 else None
+        rows.append([
+            task, f"{beta2:g}", f"{scale:g}",
+            number(statistics.mean(losses["float8"]), ".5g"), number(mean, ".5g"),
+            ", ".join(f"{difference:+.2f}" for difference in differences),
+            "" if noise is None else f"{100 * noise:.2f}",
+            f"{statistics.median(cosines):.4f}", f"{min(cosines):.3f}",
+        ])  # fmt: skip
+    header = [
+        "task", "β2", "gradients ×", "loss, 8 bits", "loss, FP32", "difference by seed, %", "deviation of seeds, %",
+        "cosine of u, median layer", "lowest layer",
+    ]  # fmt: skip
+    return {"loss": table(header, rows), "layers": _layers(pairs)}
+
+
+def _loss(result: Result) -> float:
+    return math.inf if result["validation_loss"] is None else float(result["validation_loss"])
+
+
+def _setting(pair: Pair) -> tuple[str, float, float]:
+    return pair[0].task, pair[0].beta2, pair[0].gradient_scale
+
+
+def _layers(pairs: list[Pair]) -> str:
+    """The means over the probes of the first seed's runs with the defaults."""
+    header = ["task", "layer", "cosine", "lowest", "error of m", "log-error of v"]
+    header += ["m at its largest", "m zero", "v zero", "v at its smallest"]
+    rows, seen = [], set()
+    for run, result in pairs:
+        if "probes" not in result or run.task in seen:
+            continue
+        seen.add(run.task)
+        for name, layer in result["probes"]["layers"].items():
+            shares = [f"{layer[key]:.3%}" for key in ("m_saturated", "m_zero", "v_zero", "v_smallest")]
+            figures = [f"{layer['cosine']:.4f}", f"{min(layer['cosines']):.4f}"]
+            figures += [f"{layer['m_error']:.3f}", f"{layer['v_log_error']:.3f}"]
+            rows.append([run.task, f"`{name}`", *figures, *shares])
+    return table(header, rows)
+
+
+def plots(pairs: list[Pair], folder: Path) -> list[Path]:
+    """Loss curves with both kinds of moments, and each layer's cosine of the updates over training."""
+    default = [pair for pair in pairs if _setting(pair)[1:] == (0.999, 1.0)]
+    tasks = grouped(default, lambda pair: pair[0].task)
+    path = folder / "moments.svg"
+    with figure(path, len(tasks), 2) as axes:
+        for column, (task, group) in enumerate(tasks.items()):
+            upper, lower = axes[column], axes[column + len(tasks)]
+            for kind, style in zip(MOMENTS, ("-", ":"), strict=True):
+                run, result = next(pair for pair in group if pair[0].moment_dtype == kind)
+                steps = [(k + 1) * run.steps / len(result["curve"]) for k in range(len(result["curve"]))]
+                upper.plot(steps, result["curve"], style, label=kind)
+            upper.set(title=task, ylabel="training loss")
+            run, result = next(pair for pair in group if "probes" in pair[1])
+            _plot_layers(lower, run, {name: layer["cosines"] for name, layer in result["probes"]["layers"].items()})
+        axes[0].legend(fontsize=7)
+    return [path]
+
+
+def _plot_layers(axes: Any, run: Run, cosines: dict[str, list[float]]) -> None:
+    """A line a layer; the three that fall lowest have a colour and their name."""
+    worst = sorted(cosines, key=lambda name: min(cosines[name]))[:3]
+    for name, line in sorted(cosines.items(), key=lambda item: item[0] in worst):  # these above the grey ones
+        steps = [(k + 1) * run.steps / len(line) for k in range(len(line))]
+        style = {"label": name} if name in worst else {"color": "0.75"}
+        axes.plot(steps, line, linewidth=1, **style)
+    axes.set(xlabel="step", ylabel=f"cosine of u by layer, seed {run.seed}")
+    axes.legend(fontsize=6)
