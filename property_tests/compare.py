@@ -88,7 +88,7 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
                 continue
             assert same_bits(p.grad, grad), "the gradient was modified"
             mine = optimizer.state[p]
-            salt = optimizer._salt(optimizer.param_groups[0], i)  # decay alone changes the state's
+            salt = optimizer._parameters.salt(optimizer.param_groups[0], i)  # decay alone changes the state's
             state = states[i] or reference.init(weights[i], salt, **case.words)
             weights[i], states[i], stats = rule(weights[i], grad, state, hyper)
             skipped += stats.skipped

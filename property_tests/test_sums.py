@@ -103,7 +103,7 @@ def test_a_clipped_step_is_the_references(compile: bool, case: Case, max_norm: f
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
-            salt = optimizer._salt(optimizer.param_groups[0], i)  # decay alone changes the state's
+            salt = optimizer._parameters.salt(optimizer.param_groups[0], i)  # decay alone changes the state's
             state = states[i] or reference.init(weights[i], salt, **case.words)
             weights[i], states[i], _ = reference.step(weights[i], grad, state, hyper, factor)
             assert same_bits(p, weights[i]), f"step {step}, tensor {i}"

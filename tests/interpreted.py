@@ -33,7 +33,7 @@ from helpers import follow as follow_reference
 from lamb16 import Lamb16, reference
 from lamb16.lab.cuda import fake
 from lamb16.lab.cuda.kernels import Program
-from lamb16.optimizer import tensor_salt
+from lamb16.parameters import tensor_salt
 from lamb16.step.compiled import Eager, Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
 from lamb16.step.plan import Rows

@@ -72,7 +72,7 @@ def an_error_while_a_plan_is_made() -> list[str]:
         optimizers[-1].step()
         give(params, (1,))
     one, other = optimizers
-    with mock.patch("lamb16.optimizer.signature", side_effect=MemoryError):
+    with mock.patch("lamb16.stepping.signature", side_effect=MemoryError):
         assert message(one.step).startswith("MemoryError")
     for optimizer in optimizers:
         optimizer.step()

@@ -172,7 +172,7 @@ def test_rows_of_states_that_are_gone_are_used_again() -> None:
         for p in all_params(optimizer):
             optimizer.state[p] = dict(optimizer.state[p])
         take_steps(optimizer, [t])
-    assert {len(store.columns[0]) for store in optimizer._stores.values()} == {4}
+    assert {len(store.columns[0]) for store in optimizer._steps.stores.values()} == {4}
 
 
 def test_swapped_tensors_are_seen(compile_mode: bool) -> None:

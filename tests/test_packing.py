@@ -76,7 +76,7 @@ def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool) ->
 
 def test_compiled_steps_on_the_cpu_copy_by_addresses() -> None:
     optimizer = stepped(1)
-    assert [type(batch.packing) for plan in optimizer._last for batch in plan.batches] == [AddressPacking]
+    assert [type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches] == [AddressPacking]
 
 
 def stepped(steps: int, dtype: torch.dtype = torch.float32) -> Lamb16:
@@ -99,7 +99,7 @@ def test_without_a_working_kernel_steps_are_the_same(caplog: pytest.LogCaptureFi
     finally:
         cpu_copying.kernel.cache_clear()
     assert caplog.text.count("does not compile (OSError)") == 1
-    assert [type(batch.packing) for plan in optimizer._last for batch in plan.batches] == [ForeachPacking]
+    assert [type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches] == [ForeachPacking]
     for p, q in zip(expected.state, optimizer.state, strict=True):
         assert torch.equal(p, q)
         values = zip(expected.state[p].values(), optimizer.state[q].values(), strict=True)
@@ -108,7 +108,7 @@ def test_without_a_working_kernel_steps_are_the_same(caplog: pytest.LogCaptureFi
 
 def test_what_is_written_to_counts_as_changed() -> None:
     optimizer = stepped(1, torch.bfloat16)
-    assert {type(batch.packing) for plan in optimizer._last for batch in plan.batches} == {AddressPacking}
+    assert {type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches} == {AddressPacking}
     entries = "exp_avg_codes", "exp_avg_sq_codes", REMAINDER
     written = [x for p, state in optimizer.state.items() for x in (p, *(state[key] for key in entries))]
     before = [x._version for x in written]

@@ -14,6 +14,7 @@ from helpers import gradients, parameters, raw
 from lamb16 import Lamb16
 from lamb16.remainder import REMAINDER
 from lamb16.step.parts import Part
+from lamb16.step.remembered import Remembered
 from lamb16.store import MOMENTS, SCALARS
 
 SHAPES = [(7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,), (64, 64), *[(17,)] * 70]
@@ -21,7 +22,7 @@ BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 
 
 def is_part(optimizer: Lamb16) -> bool:
-    return all(isinstance(plan, Part) for plan in optimizer._last)
+    return all(isinstance(plan, Part) for plan in optimizer._steps.last)
 
 
 def step(optimizer: Lamb16, t: int, chosen: set[int] | None = None, bad: int = -1) -> None:
@@ -47,7 +48,7 @@ def trained(sets: list[set[int] | None], parts: bool, **options: Any) -> Lamb16:
     params = parameters(SHAPES, torch.bfloat16 if "param_rounding" in options else torch.float32)
     optimizer = Lamb16([(str(k), p) for k, p in enumerate(params)], **BASE | options)
     seen = []
-    with mock.patch.object(Lamb16, "_part", Lamb16._part if parts else lambda *_: None):
+    with mock.patch.object(Remembered, "part", Remembered.part if parts else lambda *_: None):
         for t, chosen in enumerate(sets):
             step(optimizer, t, chosen, bad=t % 5)
             seen.append(is_part(optimizer))

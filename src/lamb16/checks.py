@@ -204,6 +204,16 @@ def _places(x: Tensor) -> Tensor:
     return places.view(-1)
 
 
+def check_options(compile: Any, seed: Any, amp_scaling: Any) -> None:
+    """Raise ValueError for options of the constructor that are of the wrong kind."""
+    if not isinstance(compile, bool) and not callable(getattr(compile, "run", None)):
+        raise ValueError(f"Lamb16: compile={compile!r} is invalid; it must be True or False")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"Lamb16: seed={seed!r} is invalid; it must be an integer")
+    if not isinstance(amp_scaling, bool):
+        raise ValueError(f"Lamb16: amp_scaling={amp_scaling!r} is invalid; it must be True or False")
+
+
 def check_scaler(grad_scale: Any, found_inf: Any) -> None:
     """Raise ValueError for what a gradient scaler does not hand over."""
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):

@@ -18,8 +18,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from .checks import check_memory
-from .optimizer import CACHED_PLANS, Lamb16
+from .optimizer import Lamb16
 from .sharding.layout import is_sharded, local
+from .step.remembered import CACHED_PLANS
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -136,7 +137,7 @@ class GradientRelease:
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
         _MODELS[model] = _MODELS.get(model, 0) + 1
         skip(_arrived)  # _disable_dynamo would take a microsecond of every call
-        optimizer._plans.clear()
+        optimizer._steps.plans.clear()
         optimizer._release = self
 
     def remove(self) -> None:
@@ -150,7 +151,7 @@ class GradientRelease:
             self._removed = True
             if optimizer is not None and optimizer._release is self:
                 optimizer._release = None
-                optimizer._plans.clear()
+                optimizer._steps.plans.clear()
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -182,7 +183,7 @@ class GradientRelease:
         places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
         check_memory(
             [local(group["params"][i]) for group, i in places],
-            lambda: [f"parameter {optimizer._name(group, i)}" for group, i in places],
+            lambda: [f"parameter {optimizer._parameters.name(group, i)}" for group, i in places],
             torch.is_inference_mode_enabled(),
         )
         for p in params:
@@ -276,7 +277,7 @@ class GradientRelease:
         try:
             plans = optimizer._step(None, None, gradients)
             if plans:
-                optimizer._last = [*optimizer._last, *plans] if self._begun else [*plans]
+                optimizer._steps.last = [*optimizer._steps.last, *plans] if self._begun else [*plans]
                 self._begun = True
         finally:
             self._error = None
@@ -303,7 +304,7 @@ class GradientRelease:
         for group in optimizer.param_groups if optimizer is not None else ():
             for i, other in enumerate(group["params"]):
                 if other is p:
-                    return optimizer._name(group, i)  # type: ignore[union-attr]
+                    return optimizer._parameters.name(group, i)  # type: ignore[union-attr]
         return "?"
 
 

@@ -31,7 +31,7 @@ from lamb16.capi.manifest import Exported, ManifestError, Spec
 from lamb16.hyper import Hyper
 from lamb16.lab.errors import CommandError
 from lamb16.lab.study.report import table
-from lamb16.optimizer import tensor_salt
+from lamb16.parameters import tensor_salt
 from lamb16.reference import State
 from lamb16.remainder import REMAINDER
 from lamb16.store import MOMENTS, SCALARS

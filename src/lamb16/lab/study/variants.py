@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from lamb16 import reference
 from lamb16.hyper import NAMES, Hyper
-from lamb16.optimizer import tensor_salt
+from lamb16.parameters import tensor_salt
 from lamb16.step import fp8
 from lamb16.step.fp8 import E4M3, E5M2, Format
 from lamb16.store import init_state

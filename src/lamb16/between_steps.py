@@ -1,0 +1,203 @@
+"""What can be done with weights and states between steps: resizing, float32 weights, states that leave the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .checks import check_resize
+from .offload import check_homes, check_reloaded, checked_device, move
+from .parameters import Parameters
+from .ready import New, add_up, checked_live_state, repair
+from .remainder import (
+    REMAINDER,
+    check_float32_weights,
+    float32_weights,
+    has_remainder,
+    is_exact,
+    load_weights,
+    no_remainder,
+)
+from .sharding.exchange import agree
+from .sharding.layout import like_param
+from .stepping import Steps
+from .store import init_state, resized, weight_sum
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
+
+
+class BetweenSteps(Optimizer):
+    """The part of :class:`lamb16.Lamb16` that changes, moves and reads weights and states between steps."""
+
+    _seed: int
+    _number: int | None = None  # pickles of version 0.1 have none
+    _release: GradientRelease | None = None  # what steps the parameters within backward passes
+
+    def _forget(self) -> None:
+        """Drop everything that is derived from parameters and state."""
+        self._steps = Steps()
+        self._offloaded: torch.device | None = None
+
+    @property
+    def _parameters(self) -> Parameters:
+        return Parameters(self.param_groups, self.state, self._seed, self._number)
+
+    @torch.no_grad()
+    def resize(self, p: Tensor, index: Tensor, new_p: Tensor) -> None:
+        """Put ``new_p`` in the place of ``p``, with the state of the rows that it keeps.
+
+        For code that cuts and extends parameters along their first dimension, as densification of Gaussians does::
+
+            index = torch.cat([kept.nonzero()[:, 0], torch.full((added,), -1)])
+            optimizer.resize(p, index, new_p)
+
+        Step, salt and scales are kept. New rows start with moments of 0; the update that the next trust ratio goes by
+        is taken to be, on average over the elements, what it was. Entries that others added to the state are left out.
+
+        Args:
+            p: a parameter of this optimizer, a plain tensor of at least one dimension.
+            index: int64 [rows of ``new_p``], on any device: the row of ``p`` whose moments each gets, -1 for none.
+            new_p: a leaf that is not in this optimizer, of ``p``'s dtype, device and shape but for the number of rows.
+                Its weights are the caller's.
+
+        Raises:
+            ValueError: one of these is something else; nothing is changed then.
+            RuntimeError: the state is offloaded.
+        """
+        check_reloaded(self.offloaded, "resize")
+        places = {id(x): (group, i) for group in self.param_groups for i, x in enumerate(group["params"])}
+        parameters = self._parameters
+        if id(p) not in places or id(new_p) in places:
+            fault = "new_p is in it already" if id(p) in places else "p is not one of its parameters"
+            raise ValueError(
+                f"Lamb16.resize: {fault}; give a parameter of this optimizer and the one that takes its place"
+            )
+        group, i = places[id(p)]
+        check_resize(p, index, new_p, parameters.name(group, i))
+        state = self.state.get(p)
+        if state:
+            live = [(p, checked_live_state(parameters, p, group, i))]
+            repair(self.state, self._steps.stores, live, New([], []))
+            state = resized(self.state[p], index.to(p.device), p, new_p)
+        self.state.pop(p, None)
+        group["params"][i] = new_p
+        if state:
+            self.state[new_p] = state
+        if self._release is not None:
+            self._release.replace(p, new_p)
+        self._steps.plans.clear()
+        self._steps.stores.clear()
+        self._steps.last = []
+
+    def layer_stats(self) -> dict[str, dict[str, Tensor]]:
+        """What the trust ratios of the last step came from, per parameter name (or position).
+
+        Returns for every non-empty parameter that had a gradient a dict of ``weight_norm`` (of the weights before that
+        step, as the step before left them), ``update_norm`` (of the step before that; √numel before the first), both
+        clamped as in the rule, and ``trust_ratio``: 0-d float64 tensors on the parameter's device. Nothing is copied to
+        the host. For a skipped tensor the ratio is the one that was not used. Empty until the first step, and from
+        :meth:`offload`, :meth:`resize` or :meth:`load_state_dict` to the next one.
+        """
+        names = {id(p): name for name, (p, _, _) in self._parameters.named().items() if p.numel()}
+        stats = {}
+        for plan in self._steps.last:
+            for row, key in zip(plan.reports, plan.ids, strict=True):
+                if key in names:
+                    stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
+        return stats
+
+    @torch.no_grad()
+    def float32_weights(self) -> dict[str, Tensor]:
+        """The weights of all parameters in float32, by name (or position): copies, on the parameters' devices.
+
+        Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
+        the weights since the last step. A collective for such weights that are DTensors.
+        """
+        named = self._parameters.named()
+        return float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()})
+
+    @torch.no_grad()
+    def load_float32_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights to what :meth:`float32_weights` returned, and the remainders of those that are kept exactly.
+
+        After :meth:`load_state_dict` a run goes on with the bits that it had. bfloat16 weights that are not kept
+        exactly, and float16 ones, are rounded to nearest. All ranks must call this with the same, or with DTensors.
+
+        Raises:
+            ValueError: names, shapes or dtypes do not fit, on this rank or another; nothing is changed then.
+        """
+        parameters, error = self._parameters, None
+        named = parameters.named()
+        try:
+            check_reloaded(self.offloaded, "load_float32_weights")
+            check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
+        except (ValueError, RuntimeError) as found:
+            error = found
+        agree(error, [p for p, _, _ in named.values()], "load_float32_weights")
+        missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
+        for name, (p, group, i) in missing.items():
+            self.state[p] = init_state(p, parameters.salt(group, i), group["moment_dtype"] == "float8", exact=True)
+            self.state[p]["weight_sum"] = weight_sum(like_param(p, weights[name]).to(p.device))
+        add_up({p: self.state[p] for p, _, _ in missing.values()})
+        for p, group, _ in named.values():
+            if is_exact(p, group) and not has_remainder(p, self.state[p]):
+                self.state[p][REMAINDER] = no_remainder(p)
+        load_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()}, weights)
+
+    # -- state that leaves the device --------------------------------------------------------------------------------
+
+    def offload(self, device: torch.device | str = "cpu") -> None:
+        """Move the state to another device, and keep nothing on the parameters': for phases without steps.
+
+        All tensors in the states of parameters go, also those that others added; DTensors keep their placements, with
+        this rank's part elsewhere (no collective: each rank for itself). :attr:`grad_norm` goes with them, plans and
+        work buffers are dropped. From CUDA to the CPU through pinned memory, which torch keeps for the next time; this
+        waits for the copies. Weights, gradients and hyperparameters that are tensors are not the optimizer's to move.
+
+        ``step`` and ``resize`` then raise a RuntimeError until :meth:`reload`. State dicts, checkpoints, ``deepcopy``
+        and pickle take the state where it is, and copies of the optimizer are offloaded too; ``add_param_group`` works.
+        Loading (:meth:`load_state_dict`, :func:`lamb16.checkpoint.load`) brings all of the state to the parameters'
+        devices. Repeated calls are harmless; without a state there is nothing to reload.
+
+        Args:
+            device: where to. With the parameters' own, states stay where they are and all else is as for others.
+
+        Raises:
+            ValueError: there is no such device, or it is the meta device; nothing is changed then.
+        """
+        target = checked_device(device)
+        with torch.inference_mode(False), torch.no_grad():
+            norm, *counts = (
+                None if x is None or x.is_meta else x.to(target, copy=True)
+                for x in (self._steps.grad_norm, *self._steps.skipped.values())
+            )
+            skipped = [x for x in counts if x is not None]
+            total = {target: torch.stack(skipped).sum()} if skipped else {}
+        move(self.state, lambda _: target, detach=True)
+        self._forget()
+        self._steps.grad_norm, self._steps.skipped, self._offloaded = norm, total, target
+
+    def reload(self) -> None:
+        """Move the state to the devices that its parameters are on by now: steps go on as if it had never been away.
+
+        Waits for nothing: what uses the current stream comes after the copies. Repeated calls are harmless.
+
+        Raises:
+            RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
+        """
+        parameters = self._parameters
+        named = ((parameters.name(group, i), p) for group in self.param_groups for i, p in enumerate(group["params"]))
+        check_homes(self.state, named)
+        move(self.state, lambda p: p.device)
+        self._offloaded = None
+
+    @property
+    def offloaded(self) -> torch.device | None:
+        """The device that :meth:`offload` has moved the state to; None where it is on the parameters' own."""
+        away = self._offloaded
+        return away if away and any(state for p, state in self.state.items() if isinstance(p, Tensor)) else None

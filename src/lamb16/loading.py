@@ -1,0 +1,161 @@
+"""Reading a state dict into an optimizer: what it holds is checked as a whole before anything is changed."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_state
+from .codes import CODES, as_bytes
+from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group
+from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
+from .matching import Match
+from .parameters import Parameters
+from .ready import add_up
+from .remainder import REMAINDER, from_bytes, is_exact
+from .sharding.layout import like_param, local, placement
+from .store import ENTRIES, MOMENTS, SCALARS, find_largest, init_state
+
+
+def checked_groups(
+    own: list[dict[str, Any]], saved: list[dict[str, Any]], states: dict[Any, Any], sources: list[int | None]
+) -> list[dict[str, Any]]:
+    """This optimizer's groups with the hyperparameters of the saved ones that they have for a source."""
+    ours = any(isinstance(state, dict) and set(MOMENTS) & set(state) for state in states.values())
+    groups = []
+    for old, k in zip(own, sources, strict=True):
+        new: dict[str, Any] = {} if k is None else saved[k]
+        if k is not None and not ours and not set(OWN) & set(new):
+            new = own_group(new, f"group {k}")
+        kept = old if k is None else {name: old[name] for name in NAMES}
+        check_hyperparameters(kept | new, f".load_state_dict (group {k})", running=True)
+        group = {key: deepcopy(value) for key, value in (kept | new).items() if key not in ("params", "param_names")}
+        group["params"] = old["params"]
+        for names in (saved[k] if k is not None else old, old):
+            if "param_names" in names:
+                group["param_names"] = list(names["param_names"])
+        groups.append(group)
+    return groups
+
+
+def checked_states(
+    saved: list[dict[str, Any]],
+    states: dict[Any, Any],
+    groups: list[dict[str, Any]],
+    names: list[list[str]],
+    found: Match,
+    strict: bool,
+) -> dict[Any, Foreign]:
+    """Refuse what cannot be loaded; returns those states that another optimizer made.
+
+    With ``strict=False`` those of another shape are taken out of ``found``.
+    """
+    foreign = {}
+    saved_group = {key: group for group in saved for key in group["params"]}
+    for key, state in states.items():
+        if key not in found.owners:
+            continue
+        k, i = found.owners[key]
+        p, name = groups[k]["params"][i], names[k][i]
+        other = keys_of(state)
+        first = state.get((other or MOMENTS)[0]) if isinstance(state, dict) else None
+        if not strict and isinstance(first, Tensor) and first.shape != p.shape:
+            found.loaded.mismatched_keys.append(name)
+            del found.owners[key]
+        elif other:
+            foreign[key] = check_foreign(state, saved_group[key], p, name)
+        else:
+            check_state(state, p, name, groups[k]["moment_dtype"])
+    return foreign
+
+
+def read_state(
+    parameters: Parameters,
+    states: dict[Any, Any],
+    foreign: dict[Any, Foreign],
+    groups: list[dict[str, Any]],
+    names: list[list[str]],
+    found: Match,
+) -> dict[Any, Any]:
+    """The saved states keyed by this optimizer's parameters, copied to their devices and spread as they are."""
+    owners = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.owners.items()}
+    left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
+    state = {
+        p: parameters.states[p]
+        for group, own in zip(groups, names, strict=True)
+        for p, name in zip(group["params"], own, strict=True)
+        if name in left_out and _fits(parameters.states.get(p, {}), group)
+    }
+    known = [key for key in states if key in owners]
+    loaded: dict[Any, dict[str, Any]] = {}
+    for key in known:
+        p, group = owners[key]
+        float8, value = group["moment_dtype"] == "float8", states[key]
+        if key in foreign:
+            k, i = found.owners[key]
+            value = as_lamb16(foreign[key], parameters.salt(parameters.groups[k], i), float8)
+        exact = is_exact(p, group)
+        loaded[key] = init_state(
+            p, int(value["salt"]) & 0xFFFFFFFF, float8, _memory_for(p, parameters.states.get(p, {}), group), exact
+        )
+        if exact and REMAINDER in value:
+            local(loaded[key][REMAINDER]).copy_(from_bytes(like_param(p, as_bytes(REMAINDER, value[REMAINDER]))))
+        for entry in CODES:
+            part, target = like_param(p, as_bytes(entry, value[entry])), local(loaded[key][entry])
+            target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
+        for entry in set(SCALARS) & set(value) - {"salt"}:
+            scalar = loaded[key][entry]
+            scalar.fill_(float(value[entry]) if scalar.is_floating_point() else int(value[entry]))
+        find_largest(loaded[key])
+    add_up({owners[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
+    for key, value in states.items():
+        if key in owners:
+            p = owners[key][0]
+            state[p] = loaded[key] | foreign_entries(value, p.device)
+        elif key not in found.keys:  # of no parameter
+            state[key] = value
+    return state
+
+
+def _fits(state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Whether this is a state with the moments' dtypes of the group."""
+    dtypes = [x.dtype for x in map(state.get, MOMENTS) if isinstance(x, Tensor)]
+    return dtypes == list(MOMENT_DTYPES[group["moment_dtype"]])
+
+
+def _memory_for(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[Tensor] | None:
+    """The moments that are there, if a state of this parameter can be copied into them.
+
+    Not if others hold their memory: a state dict that someone kept, or other tensors in one buffer.
+    """
+    moments: list[Any] = [state.get(name) for name in MOMENTS]
+    for x, dtype in zip(moments, MOMENT_DTYPES[group["moment_dtype"]], strict=True):
+        if not isinstance(x, Tensor) or x.is_inference():
+            return None
+        mine, own = local(x), local(p)
+        if (x.shape, mine.shape, mine.dtype, mine.device) != (p.shape, own.shape, dtype, own.device):
+            return None
+        if not mine.is_contiguous() or placement(x) != placement(p) or not _is_held_alone(mine):
+            return None
+    return moments
+
+
+def _is_held_alone(x: Tensor) -> bool:
+    """Whether nothing but a tensor, of which this is a detached view, holds its memory."""
+    return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata)) <= 3  # these two, and the storage object
+
+
+def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies of the entries that others added to a state, as Lookahead does; tensors on the parameter's device."""
+    added = {key: value for key, value in state.items() if key not in (*ENTRIES, REMAINDER)}
+    return {
+        key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in added.items()
+    }
+
+
+def _bits(tensor: Tensor) -> torch.dtype:
+    return torch.uint8 if tensor.element_size() == 1 else tensor.dtype

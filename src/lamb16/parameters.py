@@ -1,0 +1,73 @@
+"""The parameters of an optimizer with their groups, names and states, for all that needs more than one of these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .checks import check_parameter, check_rounding
+from .sharding.layout import check_layout
+
+
+class Parameters:
+    """A view of an optimizer's parameter groups and states, made when it is needed."""
+
+    def __init__(self, groups: list[dict[str, Any]], states: dict[Any, Any], seed: int, number: int | None) -> None:
+        """``number`` is the optimizer's among those of the process with parameters without names."""
+        self.groups, self.states = groups, states
+        self.seed, self.number = seed, number
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All parameters, group by group."""
+        return (p for group in self.groups for p in group["params"])
+
+    def name(self, group: dict[str, Any], i: int) -> str:
+        """The parameter's name, or its position among all parameters."""
+        if "param_names" in group:
+            names = group["param_names"]
+            if i >= len(names):
+                raise ValueError(
+                    f"Lamb16: a parameter group has {len(group['params'])} parameters and {len(names)} names; give "
+                    "group['param_names'] a name for each, or add the parameters with add_param_group"
+                )
+            return str(names[i])
+        before = 0
+        for other in self.groups:
+            if other is group:
+                break
+            before += len(other["params"])
+        return str(before + i)
+
+    def salt(self, group: dict[str, Any], i: int) -> int:
+        """From the name; without one from the position and, but for the process's first, the optimizer's number."""
+        name = self.name(group, i)
+        return tensor_salt(self.seed, f"{self.number}/{name}" if self.number and "param_names" not in group else name)
+
+    def names(self) -> list[list[str]]:
+        """All names, group by group."""
+        return [[self.name(group, i) for i in range(len(group["params"]))] for group in self.groups]
+
+    def named(self) -> dict[str, tuple[Tensor, dict[str, Any], int]]:
+        """All parameters with their groups and places in these, by name; one that is there has its group before it."""
+        named: dict[str, tuple[Tensor, dict[str, Any], int]] = {}
+        for k, group in enumerate(self.groups):
+            for i, p in enumerate(group["params"]):
+                name = self.name(group, i)
+                named[f"{k}.{name}" if name in named else name] = (p, group, i)
+        return named
+
+    def check(self, group: dict[str, Any], i: int) -> None:
+        """Raise TypeError or ValueError for a parameter that cannot be optimized in its group."""
+        p, name = group["params"][i], self.name(group, i)
+        check_parameter(p, name)
+        check_layout(p, name)
+        check_rounding(p, group, name)
+
+
+def tensor_salt(seed: int, name: str) -> int:
+    """A 32-bit salt from the seed and the parameter's name, the same on every machine."""
+    digest = hashlib.blake2s(f"{seed}:{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
