@@ -36,7 +36,7 @@ from lamb16.lab.cuda.kernels import Program
 from lamb16.parameters import tensor_salt
 from lamb16.step.compiled import Eager, Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
-from lamb16.step.plan import Rows
+from lamb16.step.rows import Rows
 from lamb16.step.update import PIECE, Block, State, Sums
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))

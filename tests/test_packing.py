@@ -15,7 +15,7 @@ from lamb16 import Lamb16
 from lamb16.remainder import REMAINDER
 from lamb16.step import cpu_copying
 from lamb16.step.packing import AddressPacking, ForeachPacking, Tail, memory
-from lamb16.step.plan import cut
+from lamb16.step.rows import cut
 from lamb16.step.update import PIECE, Block, in_place
 from lamb16.store import find_largest
 

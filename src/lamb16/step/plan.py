@@ -1,10 +1,4 @@
-"""How a list of parameters becomes blocks and tables for the step functions of ``update.py``.
-
-A parameter of n elements is seen as a flat array. Its first n // 1024 rows of 1024 elements are a *large* block, if
-there are at least two rows; what is left is copied into a packed block and back after the step. There it takes as many
-rows of 256 elements as it needs. So a handful of compiled graphs serve every model, and hundreds of tiny tensors cost
-one call.
-"""
+"""How a list of parameters becomes blocks and tables for the step functions of ``update.py``."""
 
 from __future__ import annotations
 
@@ -15,32 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hyper import MOMENT_DTYPES, NAMES, NUMBERS, check_hyperparameters, numbers_of
+from ..hyper import MOMENT_DTYPES
 from ..remainder import REMAINDER, has_remainder
-from ..sharding.layout import MAX_JUMPS, Layout, layout, local, spread_of
+from ..sharding.layout import layout, local, spread_of
 from ..store import MOMENTS, Store, addresses
 from ..wrapped import PLAIN
 from . import update
 from .compiled import Executor, Graph, Kind
 from .fp8 import as_int32
-from .packing import Packing, Tail, memory
+from .packing import Packing, memory
+from .rows import Rows, cut
+from .tables import HyperTable, Shards, is_spread
 from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 
 BATCH = 64  # packed rows that are stepped together, at least
-CHUNK = 256  # rows that are reduced together on the way from rows to tensors
-
-
-def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[Tail]]:
-    """Large blocks as (tensor, rows), and what is packed, of tensors with these numbers of elements."""
-    large, tails, row = [], [], 0
-    for i, n in enumerate(sizes):
-        rows = n // ROW if n >= 2 * ROW else 0
-        if rows:
-            large.append((i, rows))
-        if n > rows * ROW:
-            tails.append(Tail(i, rows * ROW, n - rows * ROW, row))
-            row += tails[-1].rows
-    return large, tails
 
 
 def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
@@ -57,123 +39,6 @@ def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
     forms = [packed for packed, blocks in ((False, large), (True, tails)) if blocks]
     found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, spread) for packed in forms]
     return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
-
-
-def is_spread(where: Layout) -> bool:
-    """Whether the elements of a shard's rows are not those of rows of the whole tensor."""
-    return bool(where.jumps or where.base % ROW)
-
-
-class Rows:
-    """The rows of a plan's blocks: those of large tensors, of what fills their last group up, then the packed ones."""
-
-    def __init__(self, kind: Kind, sizes: Sequence[int]) -> None:
-        device = kind.device
-        self.large, self.tails = cut(sizes)
-        self.spare = -len(self.large) % kind.reading_group
-        heights = [rows for _, rows in self.large] + [2] * self.spare
-        packed = sum(tail.rows for tail in self.tails)
-        packed = max(packed, 2) if packed else 0  # graphs are compiled for two or more of everything
-        heights += [packed] * bool(packed)
-        self.slices = [slice(end - n, end) for end, n in zip(_cumulated(heights), heights, strict=True)]
-        self.count, self.packed = max(sum(heights), 2), packed
-
-        # Chunks of neighbouring rows, those of a tensor one after the other.
-        ranges: list[list[tuple[int, int]]] = [[] for _ in sizes]
-        for (i, n), rows in zip(self.large, self.slices, strict=False):
-            ranges[i].append((rows.start, n))
-        for tail in self.tails:
-            ranges[tail.tensor].append((self.slices[-1].start + tail.row, tail.rows))
-        chunks = [[(a + k, min(CHUNK, n - k)) for a, n in own for k in range(0, n, CHUNK)] for own in ranges]
-        counts = [len(own) for own in chunks]
-        flat = [chunk for own in chunks for chunk in own]
-        first = [end - n if n else 0 for end, n in zip(_cumulated(counts), counts, strict=True)]
-        self.tree = _tree(flat, list(zip(first, counts, strict=True)), device)
-
-    def pieces(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every packed row its tensor [rows] int64, first element and length, [rows, 1] int32."""
-        pieces = [piece for tail in self.tails for piece in tail.pieces()]
-        table = torch.tensor(pieces + [(0, 0, 0)] * (self.packed - len(pieces)), device=device).view(-1, 3)
-        return table[:, 0].contiguous(), table[:, 1:2].int().contiguous(), table[:, 2:].int().contiguous()
-
-
-def _cumulated(numbers: Sequence[int]) -> list[int]:
-    total, found = 0, []
-    for n in numbers:
-        total += n
-        found.append(total)
-    return found
-
-
-def _tree(chunks: list[tuple[int, int]], tensors: list[tuple[int, int]], device: torch.device) -> Tree:
-    """From (first, count) of rows and of chunks; two or more of everything."""
-    columns: list[Tensor] = []
-    for pairs in (chunks, tensors):
-        padded = pairs + [(0, 0)] * (2 - len(pairs))
-        table = torch.tensor(padded, device=device)
-        width = max(2, *(n for _, n in padded))
-        columns += [table[:, :1].contiguous(), table[:, 1:].contiguous(), torch.arange(width, device=device)]
-    return Tree(*columns)
-
-
-class HyperTable:
-    """The hyperparameters of a plan's tensors on its device, brought up to date where a group has changed."""
-
-    def __init__(self, groups: Sequence[tuple[dict[str, Any], int, int]], count: int, device: torch.device) -> None:
-        """``groups`` are groups with the rows a:b that are theirs."""
-        self.groups, self.device = groups, device
-        self.table = torch.zeros(count, len(NUMBERS), dtype=torch.float64, device=device)
-        self.seen: list[Any] = [None] * len(groups)
-
-    def check(self) -> None:
-        """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
-        for (group, _, _), seen in zip(self.groups, self.seen, strict=True):
-            try:
-                same = seen is not None and _values(group) == seen
-            except (KeyError, TypeError, ValueError):
-                same = False
-            if not same:
-                check_hyperparameters(group, running=True)
-
-    def fill(self) -> Tensor:
-        """The table [tensors, NUMBERS]; learning rates on a device are copied there, others only when they change."""
-        for k, (group, a, b) in enumerate(self.groups):
-            values = _values(group)
-            if values != self.seen[k]:
-                lr = 0.0 if values[0] is None else values[0]
-                row = list(numbers_of({**group, "lr": lr}).values())
-                self.table[a:b] = torch.tensor(row, dtype=torch.float64, device=self.device)
-                self.seen[k] = values
-            if values[0] is None:
-                self.table[a:b, NUMBERS.index("lr")] = group["lr"].to(torch.float64)
-        return self.table
-
-
-def _values(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What to compare to see a change; None for a learning rate that it takes a device to read."""
-    lr = group["lr"]
-    number = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
-    return (number, *group["betas"], *(group[name] for name in NAMES[2:]))
-
-
-class Shards:
-    """Where the elements of split tensors lie in the whole ones, as tables with a row per tensor."""
-
-    def __init__(self, layouts: Sequence[Layout], count: int, device: torch.device) -> None:
-        def table(rows: list[list[float]], dtype: torch.dtype, width: int = MAX_JUMPS) -> Tensor:
-            filled = torch.zeros(count, width, dtype=torch.float64, device=device)
-            for row, values in zip(filled, rows, strict=False):
-                row[: len(values)] = torch.tensor(values, dtype=torch.float64)
-            return filled.to(torch.int64).to(dtype) if dtype == torch.int32 else filled  # modulo 2^32
-
-        self.numel = table([[x.numel] for x in layouts], torch.float64, 1)[:, 0].contiguous()
-        self.base = table([[x.base % 2**32] for x in layouts], torch.int32, 1)[:, 0].contiguous()
-        self.first_rank = torch.ones(count, dtype=torch.int64, device=device)
-        self.first_rank[: len(layouts)] = torch.tensor([int(x.first) for x in layouts])
-        self.spread = None
-        if any(map(is_spread, layouts)):
-            inverses = table([[1 / run for run, _ in x.jumps] for x in layouts], torch.float64)
-            self.spread = Spread(inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32))
 
 
 class Plan:

@@ -9,7 +9,7 @@
 4. :func:`fold` reduces these to one number per tensor, in the state.
 
 A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PIECE` elements
-packed one per row. ``plan.py`` cuts, ``reference.py`` says in plain words what is computed.
+packed one per row. ``rows.py`` cuts, ``reference.py`` says in plain words what is computed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""Tables with a row per tensor of a plan: hyperparameters, and where shards lie in whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hyper import NAMES, NUMBERS, check_hyperparameters, numbers_of
+from ..sharding.layout import MAX_JUMPS, Layout
+from .update import ROW, Spread
+
+
+class HyperTable:
+    """The hyperparameters of a plan's tensors on its device, brought up to date where a group has changed."""
+
+    def __init__(self, groups: Sequence[tuple[dict[str, Any], int, int]], count: int, device: torch.device) -> None:
+        """``groups`` are groups with the rows a:b that are theirs."""
+        self.groups, self.device = groups, device
+        self.table = torch.zeros(count, len(NUMBERS), dtype=torch.float64, device=device)
+        self.seen: list[Any] = [None] * len(groups)
+
+    def check(self) -> None:
+        """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
+        for (group, _, _), seen in zip(self.groups, self.seen, strict=True):
+            try:
+                same = seen is not None and _values(group) == seen
+            except (KeyError, TypeError, ValueError):
+                same = False
+            if not same:
+                check_hyperparameters(group, running=True)
+
+    def fill(self) -> Tensor:
+        """The table [tensors, NUMBERS]; learning rates on a device are copied there, others only when they change."""
+        for k, (group, a, b) in enumerate(self.groups):
+            values = _values(group)
+            if values != self.seen[k]:
+                lr = 0.0 if values[0] is None else values[0]
+                row = list(numbers_of({**group, "lr": lr}).values())
+                self.table[a:b] = torch.tensor(row, dtype=torch.float64, device=self.device)
+                self.seen[k] = values
+            if values[0] is None:
+                self.table[a:b, NUMBERS.index("lr")] = group["lr"].to(torch.float64)
+        return self.table
+
+
+def _values(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What to compare to see a change; None for a learning rate that it takes a device to read."""
+    lr = group["lr"]
+    number = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+    return (number, *group["betas"], *(group[name] for name in NAMES[2:]))
+
+
+class Shards:
+    """Where the elements of split tensors lie in the whole ones, as tables with a row per tensor."""
+
+    def __init__(self, layouts: Sequence[Layout], count: int, device: torch.device) -> None:
+        def table(rows: list[list[float]], dtype: torch.dtype, width: int = MAX_JUMPS) -> Tensor:
+            filled = torch.zeros(count, width, dtype=torch.float64, device=device)
+            for row, values in zip(filled, rows, strict=False):
+                row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+            return filled.to(torch.int64).to(dtype) if dtype == torch.int32 else filled  # modulo 2^32
+
+        self.numel = table([[x.numel] for x in layouts], torch.float64, 1)[:, 0].contiguous()
+        self.base = table([[x.base % 2**32] for x in layouts], torch.int32, 1)[:, 0].contiguous()
+        self.first_rank = torch.ones(count, dtype=torch.int64, device=device)
+        self.first_rank[: len(layouts)] = torch.tensor([int(x.first) for x in layouts])
+        self.spread = None
+        if any(map(is_spread, layouts)):
+            inverses = table([[1 / run for run, _ in x.jumps] for x in layouts], torch.float64)
+            self.spread = Spread(inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32))
+
+
+def is_spread(where: Layout) -> bool:
+    """Whether the elements of a shard's rows are not those of rows of the whole tensor."""
+    return bool(where.jumps or where.base % ROW)
