@@ -12,8 +12,8 @@ import torch
 from torch._inductor import cpu_vec_isa
 from torch._inductor.graph import GraphLowering
 
-from lamb16.step import compiled, inductor
-from lamb16.step.compiled import Graph, Kind
+from lamb16.step import examples, graph_code, inductor
+from lamb16.step.kinds import Graph, Kind
 
 ISAS = {"avx2": cpu_vec_isa.VecAVX2, "avx512": cpu_vec_isa.VecAVX512}
 
@@ -33,7 +33,7 @@ def generate(graph: Graph, kind: Kind, isa: str, *, helped: bool = True, one_loo
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         if not helped:
             stack.enter_context(mock.patch.object(inductor, "cpu_help", contextlib.nullcontext))
-        compiled.compile_on(compiled.example_inputs(graph, kind), graph, kind, one_loop)
+        graph_code.compile_on(examples.example_inputs(graph, kind), graph, kind, one_loop)
     (code,) = found
     return code
 

@@ -34,7 +34,8 @@ from lamb16 import Lamb16, reference
 from lamb16.lab.cuda import fake
 from lamb16.lab.cuda.kernels import Program
 from lamb16.parameters import tensor_salt
-from lamb16.step.compiled import Eager, Graph, Kind
+from lamb16.step.compiled import Eager
+from lamb16.step.kinds import Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
 from lamb16.step.rows import Rows
 from lamb16.step.update import PIECE, Block, State, Sums

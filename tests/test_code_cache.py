@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch._inductor.cpu_vec_isa
 
-from lamb16.step import code_cache, compiled, update
-from lamb16.step.compiled import Call, Graph, Kind
+from lamb16.step import code_cache, examples, graph_code, update
+from lamb16.step.graph_code import Call
+from lamb16.step.kinds import Graph, Kind
 
 GRAPH, KIND = Graph("inspect"), Kind(torch.device("cpu"))
 
@@ -24,28 +25,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """The graphs that are compiled from here on."""
     found: list[Graph] = []
-    original = compiled._compiled
+    original = graph_code._compiled
 
     def compile_it(graph: Graph, kind: Kind, one_loop: bool) -> Call:
         found.append(graph)
         return original(graph, kind, one_loop)
 
-    monkeypatch.setattr(compiled, "_compiled", compile_it)
+    monkeypatch.setattr(graph_code, "_compiled", compile_it)
     return found
 
 
 def largest(code: Call, row: int) -> torch.Tensor:
     """What ``inspect`` finds in a gradient that is 3 in one row."""
-    arguments = compiled.example_inputs(GRAPH, KIND)
+    arguments = examples.example_inputs(GRAPH, KIND)
     arguments[0][0].g[row] = 3.0
     code(arguments)
     return arguments[1][0][0].view(torch.float32)
 
 
 def test_kept_code_is_used_and_right(folder: Path, compiled_anew: list[Graph]) -> None:
-    compiled.compile_once(GRAPH, KIND)
+    graph_code.compile_once(GRAPH, KIND)
     assert len(list(folder.iterdir())) == 1
-    code = compiled.compile_once(GRAPH, KIND)
+    code = graph_code.compile_once(GRAPH, KIND)
     assert compiled_anew == [GRAPH]
     for row in (0, 2):
         found = largest(code, row)
@@ -56,20 +57,20 @@ def test_kept_code_is_used_and_right(folder: Path, compiled_anew: list[Graph]) -
 def test_code_for_cuda_is_neither_kept_nor_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load", "save"):
         monkeypatch.setattr(code_cache, name, lambda *given: pytest.fail(f"{given}"))
-    made = compiled.Code(len, [compiled.Origin(0, "tensor", 0)], boxed=True)
-    monkeypatch.setattr(compiled, "_compiled", lambda *given, **more: made)
-    assert compiled.compile_once(GRAPH, Kind(torch.device("cuda"))) is made
+    made = graph_code.Code(len, [graph_code.Origin(0, "tensor", 0)], boxed=True)
+    monkeypatch.setattr(graph_code, "_compiled", lambda *given, **more: made)
+    assert graph_code.compile_once(GRAPH, Kind(torch.device("cuda"))) is made
 
 
 @pytest.mark.parametrize(
     "damage", ["", "{}", '{"source": "a b", "origins": [[0, "tensor", 0]]}', '{"source": "call = len", "origins": []}']
 )
 def test_damaged_files_are_made_anew(folder: Path, compiled_anew: list[Graph], damage: str) -> None:
-    compiled.compile_once(GRAPH, KIND)
+    graph_code.compile_once(GRAPH, KIND)
     (path,) = folder.iterdir()
     whole = path.read_text()
     path.write_text(damage)
-    compiled.compile_once(GRAPH, KIND)
+    graph_code.compile_once(GRAPH, KIND)
     assert compiled_anew == [GRAPH, GRAPH]
     assert path.read_text() == whole
 

@@ -17,8 +17,8 @@ from lamb16.cli import main
 from lamb16.lab.cuda import fake, gpus, report, sass
 from lamb16.lab.cuda.kernels import Launch
 from lamb16.lab.shapes import SETS
-from lamb16.step import compiled
-from lamb16.step.compiled import GRAPHS, Graph, Kind
+from lamb16.step import examples
+from lamb16.step.kinds import GRAPHS, Graph, Kind
 
 STEP = (
     Graph("inspect"), Graph("inspect", packed=True), Graph("scale"), Graph("update"), Graph("update", packed=True),
@@ -219,7 +219,7 @@ def test_nothing_of_the_fake_gpu_is_left() -> None:
 def test_arguments_that_are_not_aligned_are_counted(code: report.Code) -> None:
     """Where the code expects aligned memory, a view at another offset would be copied at every call."""
     graph = Graph("update", packed=True)
-    blocks, floats, integers, columns, *others = compiled.example_inputs(graph, code.kind._replace(device=META))
+    blocks, floats, integers, columns, *others = examples.example_inputs(graph, code.kind._replace(device=META))
     program = code.program(graph)
     program(blocks, floats, integers, columns, *others)
     assert program.copies == []
@@ -269,7 +269,7 @@ def test_other_kinds_compile(alone: report.Code, kind: Kind, least: int) -> None
         needs = [alone.resources(kernel) for kernel in program.kernels.values()]
         assert all(need.spills == 0 for need in needs), (graph, needs)
         if graph in (Graph("inspect"), Graph("update")):
-            arguments = compiled.example_inputs(graph, kind._replace(device=META))
+            arguments = examples.example_inputs(graph, kind._replace(device=META))
             rows = sum(len(block.p) for block in arguments[0])
             found = sum(launch.bytes_read + launch.bytes_written for launch in program(*arguments))
             moved += (found - columns * (graph.function == "update")) / (rows * 1024)
@@ -280,7 +280,7 @@ def test_bytes_are_those_that_inductor_counts(alone: report.Code) -> None:
     """Inductor counts what is overwritten as read too."""
     for graph in (Graph("inspect"), Graph("update"), Graph("inspect", packed=True), Graph("update", packed=True)):
         program = alone.program(graph)
-        launches = program(*compiled.example_inputs(graph, alone.kind._replace(device=META)))
+        launches = program(*examples.example_inputs(graph, alone.kind._replace(device=META)))
         moved = sum(launch.bytes_read + 2 * launch.bytes_written for launch in launches)
         assert moved == pytest.approx(program.generated.counted_bytes, rel=0.02), graph
 
@@ -303,7 +303,7 @@ def test_work_outside_the_graphs_is_noticed() -> None:
 def test_no_python_number_is_baked_into_a_launch(code: report.Code) -> None:
     """Learning rates and step counts change without a new graph, so a launch may hold tensors and sizes only."""
     for graph in STEP:
-        arguments = compiled.example_inputs(graph, code.kind._replace(device=META))
+        arguments = examples.example_inputs(graph, code.kind._replace(device=META))
         for launch in code.program(graph)(*arguments):
             others = {key: x for key, x in launch.arguments.items() if not isinstance(x, torch.Tensor)}
             assert all(isinstance(x, int) and ("numel" in key or key.startswith("ks")) for key, x in others.items()), (

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from generated import ISAS, generate, innermost, kernel, nests
-from lamb16.step import compiled, inductor
-from lamb16.step.compiled import GRAPHS, Graph, Kind
+from lamb16.step import examples, graph_code, inductor, update
+from lamb16.step.kinds import GRAPHS, Graph, Kind
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -96,10 +96,10 @@ def test_the_code_is_the_same_for_any_number_of_threads(helped: bool, monkeypatc
 def test_without_the_pass_the_code_is_right_too() -> None:
     """What is compiled where one loop turns out to be wrong."""
     graph, kind = Graph("update"), KINDS["float32"]
-    code = compiled.compile_on(compiled.example_inputs(graph, kind), graph, kind, one_loop=False)
-    first, second = (compiled._random_inputs(graph, kind) for _ in range(2))
+    code = graph_code.compile_on(examples.example_inputs(graph, kind), graph, kind, one_loop=False)
+    first, second = (examples.random_inputs(graph, kind) for _ in range(2))
     code(first)
-    compiled.update.update(*second)
+    update.update(*second)
     blocks = [[x for block in given[0] for x in block[:4]] for given in (first, second)]
     assert all(torch.equal(x, y) for x, y in zip(*blocks, strict=True))
 

@@ -22,7 +22,8 @@ from helpers import (
     take_steps,
 )
 from lamb16 import Lamb16
-from lamb16.step import compiled
+from lamb16.step import compiled, examples, update
+from lamb16.step.kinds import GRAPHS, Kind
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 
@@ -210,7 +211,7 @@ def test_tensors_of_another_kind_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     """And of the same kind are not."""
     monkeypatch.setattr(compiled, "_graph", functools.cache(compiled._Lazy))
     monkeypatch.setattr(
-        compiled, "compile_once", lambda graph, kind: lambda given: getattr(compiled.update, graph.function)(*given)
+        compiled, "compile_once", lambda graph, kind: lambda given: getattr(update, graph.function)(*given)
     )
     found = []
     for options in ({}, {}, {"caution": True}):
@@ -220,12 +221,12 @@ def test_tensors_of_another_kind_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_compiled_does_not_depend_on_the_default_dtype() -> None:
-    halves = compiled.Kind(DEVICE, torch.bfloat16, torch.bfloat16, rounding="exact", caution=True)
-    kinds = [compiled.Kind(DEVICE), halves]
+    halves = Kind(DEVICE, torch.bfloat16, torch.bfloat16, rounding="exact", caution=True)
+    kinds = [Kind(DEVICE), halves]
 
     def dtypes() -> list[torch.dtype]:
-        inputs = [compiled.example_inputs(graph, graph.kind(kind)) for graph in compiled.GRAPHS for kind in kinds]
-        return [x.dtype for x in compiled.flatten(inputs) if isinstance(x, torch.Tensor)]
+        inputs = [examples.example_inputs(graph, graph.kind(kind)) for graph in GRAPHS for kind in kinds]
+        return [x.dtype for x in examples.flatten(inputs) if isinstance(x, torch.Tensor)]
 
     before = dtypes()
     torch.set_default_dtype(torch.float64)

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import DEVICE, SHAPES, all_params, assert_same, model, parameters, snapshot, take_steps
 from lamb16 import Lamb16
-from lamb16.step import compiled
+from lamb16.step import compiled, update
+from lamb16.step.graph_code import Call
+from lamb16.step.kinds import Graph, Kind
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 
@@ -90,9 +92,9 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(compiled, "_announce", functools.cache(compiled._announce.__wrapped__))
     found: list[object] = []
 
-    def compile_once(graph: compiled.Graph, kind: compiled.Kind) -> compiled.Call:
+    def compile_once(graph: Graph, kind: Kind) -> Call:
         found.append((graph, torch.utils._python_dispatch._get_current_dispatch_mode()))
-        return lambda arguments: getattr(compiled.update, graph.function)(*arguments)
+        return lambda arguments: getattr(update, graph.function)(*arguments)
 
     monkeypatch.setattr(compiled, "compile_once", compile_once)
     return found
@@ -117,7 +119,7 @@ def test_a_first_step_compiles_outside_of_modes(nothing_compiled: list[object], 
 
 
 def test_a_graph_really_compiles_under_a_mode() -> None:
-    lazy = compiled._Lazy(compiled.Graph("inspect"), compiled.Kind(DEVICE))
+    lazy = compiled._Lazy(Graph("inspect"), Kind(DEVICE))
     with Passing():
         lazy.prepare()
     assert lazy.code is not None

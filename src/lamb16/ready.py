@@ -17,7 +17,7 @@ from .parameters import Parameters
 from .remainder import REMAINDER, fitted, has_remainder, is_exact
 from .sharding.exchange import whole_sums
 from .sharding.layout import is_sharded, like, local
-from .step.compiled import Kind
+from .step.kinds import Kind
 from .store import (
     ALL_ENTRIES,
     DERIVED,

@@ -20,7 +20,8 @@ from lamb16 import Lamb16
 from lamb16.lab.errors import CommandError
 from lamb16.lab.shapes import Shape, transformer
 from lamb16.lab.training import state_bytes
-from lamb16.step.compiled import Compiled, Graph, Kind
+from lamb16.step.compiled import Compiled
+from lamb16.step.kinds import Graph, Kind
 from lamb16.step.packing import AddressPacking, Packing, TablePacking
 
 BYTES = 20  # what a step moves for a float32 parameter: 4 to inspect the gradients, 10 + 6 to update

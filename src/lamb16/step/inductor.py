@@ -4,7 +4,7 @@
    functionalization moves all stores into arguments to the end of the graph: the step would read everything twice. The
    pass :class:`ReductionsLast` moves the reductions behind the stores. The optimizer's graphs store to arguments that
    are the inputs' memory once more, so the one loop reads each element before it writes it; were it not one loop,
-   reductions would see what is new. ``compiled.py`` therefore tries the code before it is used, and does without the
+   reductions would see what is new. ``graph_code.py`` therefore tries the code before it is used, and does without the
    help if it is wrong.
 2. **Lanes.** ``Tensor.view(dtype)`` between float32 and int32, a load of fewer bytes than a register has, and int32 to
    uint8 are generated for CPUs as arrays copied lane by lane. :func:`cpu_code` makes them what they are: nothing, one

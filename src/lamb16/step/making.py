@@ -12,7 +12,8 @@ from ..hyper import check_hyperparameters
 from ..parameters import Parameters
 from ..store import Store
 from ..wrapped import is_fake
-from .compiled import Compiled, Eager, Executor, Kind
+from .compiled import Compiled, Eager, Executor
+from .kinds import Kind
 from .plan import Plan, graphs_of
 
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group

@@ -15,8 +15,9 @@ from ..sharding.layout import layout, local, spread_of
 from ..store import MOMENTS, Store, addresses
 from ..wrapped import PLAIN
 from . import update
-from .compiled import Executor, Graph, Kind
+from .compiled import Executor
 from .fp8 import as_int32
+from .kinds import Graph, Kind
 from .packing import Packing, memory
 from .rows import Rows, cut
 from .tables import HyperTable, Shards, is_spread

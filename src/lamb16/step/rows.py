@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compiled import Kind
+from .kinds import Kind
 from .packing import Tail
 from .update import ROW, Tree
 

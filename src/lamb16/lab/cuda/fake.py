@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lamb16.step import compiled
-from lamb16.step.compiled import Graph, Kind, Origin
+from lamb16.step import examples, graph_code
+from lamb16.step.graph_code import Origin
+from lamb16.step.kinds import Graph, Kind
 
 # Of an H100; only the capability is varied. They decide block sizes, not what is launched or moved.
 PROPERTIES = {
@@ -49,7 +50,7 @@ class Generated:
 
     def arguments(self, arguments: Any) -> list[Any]:
         """The arguments of ``call`` for those of the step function."""
-        flat = compiled.flatten(arguments)
+        flat = examples.flatten(arguments)
         return [origin.take(flat) for origin in self.origins]
 
 
@@ -80,12 +81,12 @@ def generate(graph: Graph, of: Kind, capability: int) -> Generated:
     torch._dynamo.reset()
     with device(capability), mock.patch.object(GraphLowering, "compile_to_module", compile_to_module):
         with FakeTensorMode(shape_env=ShapeEnv()):
-            arguments = compiled.example_inputs(graph, of)
+            arguments = examples.example_inputs(graph, of)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            compiled_code = compiled.compile_on(arguments, graph, of)
+            compiled_code = graph_code.compile_on(arguments, graph, of)
     torch._dynamo.reset()
-    assert isinstance(compiled_code, compiled.Code)
+    assert isinstance(compiled_code, graph_code.Code)
     return Generated(*code[0], compiled_code.origins, [isinstance(x, Tensor) and is_aligned(x) for x in received])
 
 

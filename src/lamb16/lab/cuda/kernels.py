@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lamb16.step.compiled import Graph, Kind
+from lamb16.step.kinds import Graph, Kind
 
 from . import fake, sass
 

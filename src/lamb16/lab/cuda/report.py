@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
-from lamb16.step.compiled import Graph, Kind
+from lamb16.step.kinds import Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
 from lamb16.step.update import PIECE, Block
 
