@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lamb16 import Lamb16, reference
+from lamb16.entries import SCALARS
 from lamb16.reference import Hyper, State
 from lamb16.remainder import REMAINDER
-from lamb16.store import SCALARS
 from strategies import Case
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU

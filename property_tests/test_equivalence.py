@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from compare import DEVICE, assert_same_state, make, patched, run, run_beside_reference, same_bits
 from lamb16 import reference
+from lamb16.entries import MOMENTS, SCALARS
 from lamb16.reference import Hyper, State
-from lamb16.store import MOMENTS, SCALARS
 from strategies import Case, cases
 
 CONTROL = Case(

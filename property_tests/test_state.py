@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from compare import DEVICE, make, run
 from lamb16 import Lamb16
+from lamb16.entries import ENTRIES
 from lamb16.reference import E4M3_MAX, E5M2_MAX, f32
 from lamb16.remainder import REMAINDER
-from lamb16.store import ENTRIES
 from strategies import GRADIENTS, Case, cases, shape_lists
 
 SCALAR_BYTES = 56  # per tensor: four float32, two int32, four int64

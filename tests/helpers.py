@@ -16,8 +16,8 @@ from torch.optim import lr_scheduler
 
 from lamb16 import capi, reference
 from lamb16 import optimizer as module
+from lamb16.entries import SCALARS
 from lamb16.remainder import REMAINDER
-from lamb16.store import SCALARS
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
 

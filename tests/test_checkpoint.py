@@ -31,7 +31,7 @@ from helpers import (
     take_steps,
 )
 from lamb16 import Lamb16, reference
-from lamb16.store import DERIVED, ENTRIES, MAXIMA, MOMENTS, renamed
+from lamb16.entries import DERIVED, ENTRIES, MAXIMA, MOMENTS, renamed
 
 BASE = {"lr": 0.01, "weight_decay": 0.1}
 FP8 = {"exp_avg_codes": torch.float8_e4m3fn, "exp_avg_sq_codes": torch.float8_e5m2}

@@ -12,10 +12,10 @@ from torch.optim import SGD, Optimizer
 
 import lamb16
 from lamb16.cli import main
+from lamb16.entries import TABLES
 from lamb16.lab import bench, memory
 from lamb16.lab.memory import Measured
 from lamb16.lab.shapes import SETS
-from lamb16.store import TABLES
 
 CPU = torch.device("cpu")
 SHAPES = [(70, 31), (5,), (7, 3, 2, 2), (3,), (300, 200)]

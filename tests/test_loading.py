@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 import saved
 from helpers import CODES, all_params, assert_same, differing, gradients, model, parameters, raw, snapshot, take_steps
 from lamb16 import Lamb16, checkpoint
+from lamb16.entries import DERIVED, ENTRIES, OLD_NAMES, init_state, weight_sum
 from lamb16.matching import Loaded
-from lamb16.store import DERIVED, ENTRIES, OLD_NAMES, init_state, weight_sum
 from ranks import Ranks
 
 BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "compile": False}

@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers import all_params, assert_same, gradients, parameters, raw, snapshot, take_steps
 from lamb16 import Lamb16
+from lamb16.entries import ENTRIES, MOMENTS
 from lamb16.sharding.layout import local
 from lamb16.step import plan
-from lamb16.store import ENTRIES, MOMENTS
 from ranks import group
 
 BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import sharded
 from helpers import DEVICE, all_params, assert_same, model, parameters, snapshot, take_steps
 from lamb16 import Lamb16, checkpoint, offload
-from lamb16.store import ENTRIES, MOMENTS, TABLES, init_state
+from lamb16.entries import ENTRIES, MOMENTS, TABLES, init_state
 from ranks import Ranks
 from refused import message
 

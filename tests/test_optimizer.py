@@ -33,9 +33,9 @@ from helpers import (
     take_steps,
 )
 from lamb16 import Lamb16, reference
+from lamb16.entries import ENTRIES, SCALARS
 from lamb16.reference import Hyper
 from lamb16.step import plan
-from lamb16.store import ENTRIES, SCALARS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASE = {"lr": 0.01, "weight_decay": 0.1}

@@ -25,8 +25,8 @@ from helpers import (
     take_steps,
 )
 from lamb16 import Lamb16, checkpoint, reference
+from lamb16.entries import ENTRIES
 from lamb16.remainder import CHECKSUM, REMAINDER
-from lamb16.store import ENTRIES
 
 BF16, F16 = torch.bfloat16, torch.float16
 EXACT = {"lr": 0.01, "weight_decay": 0.1, "param_rounding": "exact"}

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from helpers import gradients, parameters, raw
 from lamb16 import Lamb16
+from lamb16.entries import MOMENTS, SCALARS
 from lamb16.remainder import REMAINDER
 from lamb16.step.parts import Part
 from lamb16.step.remembered import Remembered
-from lamb16.store import MOMENTS, SCALARS
 
 SHAPES = [(7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,), (64, 64), *[(17,)] * 70]
 BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}

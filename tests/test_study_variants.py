@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from helpers import raw
 from lamb16 import Lamb16
+from lamb16.entries import ENTRIES
 from lamb16.lab.study.variants import Parts, Variant
-from lamb16.store import ENTRIES
 
 SHAPES = {"matrix": (33, 17), "kernel": (5, 3, 3, 3), "vector": (40,), "scalar": ()}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .checks import check_resize
+from .entries import init_state, resized, weight_sum
 from .offload import check_homes, check_reloaded, checked_device, move
 from .parameters import Parameters
 from .ready import New, add_up, checked_live_state, repair
@@ -25,7 +26,6 @@ from .remainder import (
 from .sharding.exchange import agree
 from .sharding.layout import like_param
 from .stepping import Steps
-from .store import init_state, resized, weight_sum
 
 if TYPE_CHECKING:
     from .release import GradientRelease

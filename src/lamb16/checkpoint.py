@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .entries import DERIVED, OLD_NAMES
 from .hyper import NAMES
 from .remainder import REMAINDER
-from .store import DERIVED, OLD_NAMES
 
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
 

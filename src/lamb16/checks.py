@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .entries import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, parts
 from .hyper import MOMENT_DTYPES
 from .remainder import check_remainder
 from .sharding.layout import is_sharded, local
-from .store import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, _parts
 from .wrapped import PLAIN, fake_mode, fault, has_memory, is_fake
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -310,7 +310,7 @@ def _check_scale(value: float, key: str, name: str) -> None:
 def _has_nan(codes: Tensor, key: str) -> bool:
     """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
     largest = torch.zeros((), dtype=torch.uint8, device=codes.device)
-    for part in _parts(codes.reshape(-1).view(torch.uint8)):
+    for part in parts(codes.reshape(-1).view(torch.uint8)):
         if part.numel():
             largest = torch.maximum(largest, (part & 0x7F).max())
     return int(largest) > (0x7E if key == "exp_avg_codes" else 0x7B)

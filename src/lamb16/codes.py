@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import remainder
+from .entries import MOMENTS
 from .hyper import MOMENT_DTYPES
 from .remainder import REMAINDER
 from .sharding.layout import like, local
-from .store import MOMENTS
 
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .entries import MOMENTS, SCALARS, parts
 from .hyper import check_hyperparameters
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
 from .step.fp8 import E4M3, E5M2, Format
 from .step.update import new_scale
-from .store import MOMENTS, SCALARS, _parts
 
 ADAM, BITSANDBYTES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
 # What else such a state may hold. Anything more, such as amsgrad's maximum, belongs to a rule that Lamb16 has not.
@@ -174,7 +174,7 @@ def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """uint8 codes of x times ``inverse``, to nearest."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
-    for part, out in zip(_parts(x.reshape(-1)), _parts(codes.view(-1)), strict=True):
+    for part, out in zip(parts(x.reshape(-1)), parts(codes.view(-1)), strict=True):
         part = part.float()
         code = fp8.encode((part * inverse).abs(), to_nearest, fmt)
         signed = code | (torch.signbit(part).int() << 7)

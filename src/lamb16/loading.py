@@ -11,13 +11,13 @@ from torch import Tensor
 from .checks import check_state
 from .codes import CODES, as_bytes
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group
+from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state
 from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
 from .matching import Match
 from .parameters import Parameters
 from .ready import add_up
 from .remainder import REMAINDER, from_bytes, is_exact
 from .sharding.layout import like_param, local, placement
-from .store import ENTRIES, MOMENTS, SCALARS, find_largest, init_state
 
 
 def checked_groups(

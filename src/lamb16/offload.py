@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .store import SCALARS
+from .entries import SCALARS
 
 
 def checked_device(device: torch.device | str) -> torch.device:

@@ -17,6 +17,7 @@ from .between_steps import BetweenSteps
 from .checks import check_options, check_owners, check_scaler, check_state_dict, warn_of_other_moments
 from .codes import as_bytes, as_fp8, map_codes
 from .convert import share, to_adamw, unwrapped
+from .entries import renamed
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .loading import checked_groups, checked_states, read_state
 from .matching import Loaded, match
@@ -27,7 +28,6 @@ from .step.compiled import Executor
 from .step.plan import Plan
 from .step.remembered import CACHED_PLANS
 from .stepping import Request
-from .store import renamed
 
 __all__ = ["Lamb16", "tensor_salt"]
 

@@ -12,25 +12,14 @@ from torch import Tensor
 
 from .checks import check_memory
 from .codes import CODES, as_fp8
+from .entries import ALL_ENTRIES, DERIVED, ENTRIES, MOMENTS, SCALARS, WIDTH, complete, find_largest, init_state, renamed
 from .hyper import MOMENT_DTYPES
 from .parameters import Parameters
 from .remainder import REMAINDER, fitted, has_remainder, is_exact
 from .sharding.exchange import whole_sums
 from .sharding.layout import is_sharded, like, local
 from .step.kinds import Kind
-from .store import (
-    ALL_ENTRIES,
-    DERIVED,
-    ENTRIES,
-    MOMENTS,
-    SCALARS,
-    WIDTH,
-    Store,
-    complete,
-    find_largest,
-    init_state,
-    renamed,
-)
+from .store import Store
 from .wrapped import PLAIN
 
 Members = Mapping[Kind, Sequence[tuple[Tensor, dict[str, Any]]]]  # parameters with their groups

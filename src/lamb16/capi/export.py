@@ -21,10 +21,10 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, Spec, describe, inputs, write
+from lamb16.entries import TABLES, init_state
 from lamb16.hyper import numbers_of
 from lamb16.step import fp8, inductor, update
 from lamb16.step.update import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree
-from lamb16.store import TABLES, init_state
 
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
 

@@ -15,9 +15,9 @@ import torch
 
 from lamb16 import __version__
 from lamb16.checks import PARAM_DTYPES
+from lamb16.entries import TABLES
 from lamb16.hyper import FLAGS, Hyper, check_hyperparameters, numbers_of
 from lamb16.remainder import REMAINDER
-from lamb16.store import TABLES
 
 FORMAT = 3
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"

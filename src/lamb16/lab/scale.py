@@ -11,10 +11,10 @@ import argparse
 import math
 from typing import Any, NamedTuple
 
+from lamb16.entries import TABLES
 from lamb16.lab.shapes import Shape
 from lamb16.lab.study.report import table
 from lamb16.sharding.reduction import REDUCED_BYTES
-from lamb16.store import TABLES
 
 TENSOR_BYTES = sum(dtype.itemsize * len(names) for dtype, names in TABLES.items())  # the scalar state
 BLOCK = 256  # elements that share a float32 scale in 8-bit AdamW, for each of two moments

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..entries import MOMENTS
 from ..hyper import MOMENT_DTYPES
 from ..remainder import REMAINDER, has_remainder
 from ..sharding.layout import layout, local, spread_of
-from ..store import MOMENTS, Store, addresses
+from ..store import Store, addresses
 from ..wrapped import PLAIN
 from . import update
 from .compiled import Executor

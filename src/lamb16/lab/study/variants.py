@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lamb16 import reference
+from lamb16.entries import init_state
 from lamb16.hyper import NAMES, Hyper
 from lamb16.parameters import tensor_salt
 from lamb16.step import fp8
 from lamb16.step.fp8 import E4M3, E5M2, Format
-from lamb16.store import init_state
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place
 PREFIXES = ("exp_avg", "exp_avg_sq")  # of the names of what the state holds of a moment
