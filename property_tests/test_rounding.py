@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compare import DEVICE, make, patched, run_beside_reference, same_bits
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
-from lamb16.step import update
+from lamb16.step import floats
 from strategies import Case, cases
 
 PATTERNS = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)  # every bfloat16 there is
@@ -58,7 +58,7 @@ def test_no_remainder_makes_a_number_a_nan(low: int) -> None:
     weights = reference.joined(NUMBERS, remainder)
     assert not weights.isnan().any()
     assert ((weights - NUMBERS.float()).abs() <= NUMBERS.float().abs() * 2.0**-8 + 2.0**-134).all()
-    assert same_bits(update.join(NUMBERS.float(), remainder.int()), weights)
+    assert same_bits(floats.join(NUMBERS.float(), remainder.int()), weights)
 
 
 @pytest.mark.parametrize("low", EDGES)
@@ -77,7 +77,7 @@ def test_the_visible_weight_is_the_nearest(low: int) -> None:
 def test_the_fast_split_is_the_references() -> None:
     for low in EDGES:
         weights = with_bits(PATTERNS, low) * 1.0  # which makes NaNs quiet, as all that come of a step are
-        exact, nearest = update.split(weights)
+        exact, nearest = floats.split(weights)
         p, remainder = reference.split(weights)
         there = ~weights.isnan()
         assert same_bits(nearest.to(torch.bfloat16)[there], p[there])
@@ -96,7 +96,7 @@ def test_fast_rounding_is_the_references_for_every_pattern(dtype: torch.dtype, w
         for values in (PATTERNS,) if dtype == torch.bfloat16 else (PATTERNS, HALVES):
             x = with_bits(values, low) * 1.0
             words = torch.full(x.shape, word, dtype=torch.int32)
-            mine = update.round_weights(x, words, dtype).to(dtype)
+            mine = floats.round_weights(x, words, dtype).to(dtype)
             theirs = reference.round_weights(x, words.long(), dtype)
             assert torch.equal(mine.isnan(), x.isnan())
             assert torch.equal(theirs.isnan(), x.isnan())
@@ -107,7 +107,7 @@ def test_fast_rounding_is_the_references_for_every_pattern(dtype: torch.dtype, w
 def test_what_is_on_the_grid_stays(dtype: torch.dtype) -> None:
     values = PATTERNS if dtype == torch.bfloat16 else HALVES
     x = values[~values.isnan()]
-    assert same_bits(update.round_weights(x.float(), torch.full(x.shape, -1, dtype=torch.int32), dtype).to(dtype), x)
+    assert same_bits(floats.round_weights(x.float(), torch.full(x.shape, -1, dtype=torch.int32), dtype).to(dtype), x)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
@@ -115,7 +115,7 @@ def test_what_is_on_the_grid_stays(dtype: torch.dtype) -> None:
 def test_every_word_once_gives_the_value_on_average(dtype: torch.dtype, bits: int, x: float, sign: float) -> None:
     """Exactly: as many of the 2^bits words round up as the distance from the lower neighbour says."""
     words = torch.arange(1 << bits, dtype=torch.int32)
-    rounded = update.round_weights(torch.full(words.shape, sign * x), words, dtype).double()
+    rounded = floats.round_weights(torch.full(words.shape, sign * x), words, dtype).double()
     gap = 2.0**-24 if dtype == torch.float16 else 0.0
     assert abs(float(rounded.mean()) - sign * x) <= max(gap * 2.0**-13, 1e-12 * x)
     assert len(rounded.unique()) <= 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compare import DEVICE, make, run, same_bits
 from lamb16 import Lamb16, reference, store
-from lamb16.step import update
+from lamb16.step import floats
 from strategies import GRADIENTS, Case, cases, gradient, shape_lists
 
 FINITE = [kind for kind in GRADIENTS if kind not in ("inf", "nan")]
@@ -28,7 +28,7 @@ def test_a_sum_does_not_depend_on_order_or_split(numel: int, exponent: int, seed
     order = torch.randperm(numel, generator=torch.Generator().manual_seed(seed))
     parts = torch.tensor_split(x[order], [numel // 3, numel // 2])
     assert sum(reference.clamped_sum(part, 10.0**floor) for part in parts) == whole
-    units = update.units(x * x, torch.tensor(10.0**floor, dtype=torch.float32)) - update.EIGHT_BITS
+    units = floats.units(x * x, torch.tensor(10.0**floor, dtype=torch.float32)) - floats.EIGHT_BITS
     assert int(units[order].sum(dtype=torch.int64)) == whole
 
 

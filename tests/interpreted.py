@@ -34,11 +34,11 @@ from lamb16 import Lamb16, reference
 from lamb16.lab.cuda import fake
 from lamb16.lab.cuda.kernels import Program
 from lamb16.parameters import tensor_salt
+from lamb16.step.blocks import PIECE, Block, State, Sums
 from lamb16.step.compiled import Eager
 from lamb16.step.kinds import Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
 from lamb16.step.rows import Rows
-from lamb16.step.update import PIECE, Block, State, Sums
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {

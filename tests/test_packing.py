@@ -15,9 +15,9 @@ from lamb16 import Lamb16
 from lamb16.entries import find_largest
 from lamb16.remainder import REMAINDER
 from lamb16.step import cpu_copying
+from lamb16.step.blocks import PIECE, Block, in_place
 from lamb16.step.packing import AddressPacking, ForeachPacking, Tail, memory
 from lamb16.step.rows import cut
-from lamb16.step.update import PIECE, Block, in_place
 
 SIZES = [21, 2100, 1, 256, 257, 4096, *range(1, 70)]
 

@@ -13,7 +13,7 @@ from .hyper import MOMENT_DTYPES
 from .remainder import CHECKSUM, REMAINDER, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding.layout import like, local
-from .step import cpu_copying, fp8, update
+from .step import cpu_copying, floats, fp8
 from .step.fp8 import E4M3, E5M2
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def weight_sum(weights: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
     for part in parts(weights.detach().reshape(-1)):
         part = part.float()
-        counted = update.units(part * part, update.WEIGHT_FLOOR_BITS) - update.EIGHT_BITS
+        counted = floats.units(part * part, floats.WEIGHT_FLOOR_BITS) - floats.EIGHT_BITS
         total += counted.sum(dtype=torch.int64)
     return total
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .sharding.exchange import MODULO, whole_sums
 from .sharding.layout import is_sharded, like, like_param, local, placement
-from .step import update
+from .step import floats
 from .wrapped import has_memory
 
 REMAINDER, CHECKSUM = "param_remainder", "param_checksum"
@@ -121,7 +121,7 @@ def checksums(params: Sequence[Tensor]) -> list[int]:
     for p in params:
         total = torch.zeros((), dtype=torch.int64, device=p.device)
         for part in torch.split(local(p).reshape(-1), CHUNK):
-            total += update.hashes_of(part.float()).sum(dtype=torch.int64)
+            total += floats.hashes_of(part.float()).sum(dtype=torch.int64)
         sums.append(total)
     split = [k for k, p in enumerate(params) if is_sharded(p)]
     whole_sums([params[k] for k in split], [sums[k] for k in split], split)
@@ -138,7 +138,7 @@ def float32_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]]) -> dict
         if name in kept and sums[name] == int(state[CHECKSUM]):
             parts = (torch.split(x.view(-1), CHUNK) for x in (weights, local(kept[name])))
             for part, own in zip(*parts, strict=True):
-                part.copy_(update.join(part, own.int()))
+                part.copy_(floats.join(part, own.int()))
         found[name] = like(p, weights)
     return found
 
@@ -175,7 +175,7 @@ def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: M
         given = given.to(own.device).reshape(-1)
         nearest, remainder = torch.empty_like(given, dtype=own.dtype), local(state[REMAINDER]).view(-1)
         for part, top, rest in zip(*(torch.split(x, CHUNK) for x in (given, nearest, remainder)), strict=True):
-            exact, rounded = update.split(part)
+            exact, rounded = floats.split(part)
             top.copy_(rounded)
             rest.copy_(exact - rounded.view(torch.int32))
         own.copy_(nearest.view(own.shape))

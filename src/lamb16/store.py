@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .entries import ALL_ENTRIES, MOMENTS, SCALARS, TABLES, WIDTH, own_parts
-from .step.update import State
+from .step.blocks import State
 from .wrapped import is_fake
 
 

@@ -24,7 +24,9 @@ from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, Spec, describe, input
 from lamb16.entries import TABLES, init_state
 from lamb16.hyper import numbers_of
 from lamb16.step import fp8, inductor, update
-from lamb16.step.update import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree
+from lamb16.step.blocks import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree, in_place
+from lamb16.step.blocks import Block as StepBlock
+from lamb16.step.floats import MAGNITUDE
 
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
 
@@ -127,12 +129,12 @@ class ExportedStep(torch.nn.Module):
         empty = self.sizes.count(0)
         return stored(torch.cat(results + [results[0].new_zeros(empty)] * (empty > 0)))
 
-    def _block(self, tensors: list[Tensor], block: Block) -> update.Block:
+    def _block(self, tensors: list[Tensor], block: Block) -> StepBlock:
         """A block, [tensors, elements]; of a single tensor its own memory."""
         found = [[tensors[self.width * i + k].view(1, -1) for i in block.tensors] for k in range(self.width)]
-        return update.in_place([x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found])
+        return in_place([x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found])
 
-    def _update(self, part: update.Block, block: Block, factors: tuple[Tensor, Tensor]) -> Sums:
+    def _update(self, part: StepBlock, block: Block, factors: tuple[Tensor, Tensor]) -> Sums:
         """The step over a block, in place; gives its sums, of whole tensors."""
         f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
         device = f.salt.device
@@ -143,11 +145,11 @@ class ExportedStep(torch.nn.Module):
             None if dtype is None else torch.zeros(len(block.tensors), dtype=dtype, device=device) for dtype in dtypes
         ]
         sums = Sums._make(found)
-        magnitude = torch.full((1,), update.MAGNITUDE, dtype=torch.int32, device=device)
+        magnitude = torch.full((1,), MAGNITUDE, dtype=torch.int32, device=device)
         update.update_block(part, f, words, magnitude, sums, self.spec.hyper.param_rounding == "stochastic")
         return sums
 
-    def _write_back(self, tensors: list[Tensor], part: update.Block, block: Block) -> None:
+    def _write_back(self, tensors: list[Tensor], part: StepBlock, block: Block) -> None:
         """Copy what is written of a block of small tensors to where it came from."""
         if len(block.tensors) == 1:
             return

@@ -1,6 +1,6 @@
 """The part of the sweep about weights of bfloat16 and float16: see :mod:`lamb16.capi.sweep`.
 
-A NaN is compared as a NaN: torch's casts give it other bits on other processors. The functions of ``update.py`` get
+A NaN is compared as a NaN: torch's casts give it other bits on other processors. The functions of ``floats.py`` get
 quiet ones, as arithmetic leaves them.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamb16 import reference
 from lamb16.capi import DTYPES, Library
-from lamb16.step import update
+from lamb16.step import floats
 
 HALVES = DTYPES[1:]
 QUIET = 1 << 22  # the bit of a quiet NaN
@@ -23,12 +23,12 @@ Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``x`` rounded to ``dtype`` as the step rounds weights."""
-    return update.round_weights(x, words, dtype).to(dtype)
+    return floats.round_weights(x, words, dtype).to(dtype)
 
 
 def split(x: Tensor) -> Tensor:
     """The exact weights that the step stores for float32 ``x``: bfloat16 bits, followed by the remainders' bits."""
-    exact, nearest = update.split(x)
+    exact, nearest = floats.split(x)
     return packed(nearest.to(torch.bfloat16), (exact - nearest.view(torch.int32)).to(torch.int16))
 
 

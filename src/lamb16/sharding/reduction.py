@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..step.blocks import State
 from ..step.fp8 import as_int32
 from ..step.plan import Plan
-from ..step.update import State
 from .exchange import MODULO, MOST, OTHERS, Table, digest
 from .layout import is_sharded, layout
 

@@ -19,10 +19,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import cpu_copying, update
+from .blocks import PIECE, Block
 from .graph_code import Call, compile_once
 from .kinds import Graph, Kind
 from .packing import AddressPacking, ForeachPacking, Packing, TablePacking, Tail
-from .update import PIECE, Block
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import update
+from .blocks import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
 from .kinds import Graph, Kind
-from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
 
 
 def random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:

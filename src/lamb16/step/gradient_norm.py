@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..sharding.reduction import Bound
+from .floats import INF_BITS, UNIT, sqrt64
 from .plan import Plan
-from .update import INF_BITS, UNIT, sqrt64
 
 
 def clip(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..store import addresses
+from .blocks import PIECE, Block
 from .cpu_copying import PACK, UNPACK
-from .update import PIECE, Block
 
 
 class Tail(NamedTuple):

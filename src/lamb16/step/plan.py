@@ -16,13 +16,13 @@ from ..sharding.layout import layout, local, spread_of
 from ..store import Store, addresses
 from ..wrapped import PLAIN
 from . import update
+from .blocks import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 from .compiled import Executor
 from .fp8 import as_int32
 from .kinds import Graph, Kind
 from .packing import Packing, memory
 from .rows import Rows, cut
 from .tables import HyperTable, Shards, is_spread
-from .update import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
 
 BATCH = 64  # packed rows that are stepped together, at least
 

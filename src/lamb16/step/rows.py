@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blocks import ROW, Tree
 from .kinds import Kind
 from .packing import Tail
-from .update import ROW, Tree
 
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hyper import NAMES, NUMBERS, check_hyperparameters, numbers_of
 from ..sharding.layout import MAX_JUMPS, Layout
-from .update import ROW, Spread
+from .blocks import ROW, Spread
 
 
 class HyperTable:

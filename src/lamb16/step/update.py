@@ -8,216 +8,40 @@
    largest codes that the next step needs;
 4. :func:`fold` reduces these to one number per tensor, in the state.
 
-A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PIECE` elements
-packed one per row. ``rows.py`` cuts, ``reference.py`` says in plain words what is computed.
+``blocks.py`` says what they are handed, ``reference.py`` in plain words what is computed.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import fp8
+from .blocks import PIECE, PIECE_BITS, ROW, Block, Factors, Inputs, Outputs, Spread, State, Sums, Tree
+from .floats import (
+    EIGHT_BITS,
+    INF_BITS,
+    MAGNITUDE,
+    ONE_BITS,
+    OVERFLOW_BITS,
+    TWELVE_BITS,
+    UNIT,
+    WEIGHT_FLOOR_BITS,
+    bits,
+    hashes_of,
+    join,
+    larger,
+    masked,
+    round_weights,
+    split,
+    sqrt,
+    sqrt64,
+    units,
+)
 from .fp8 import E4M3, E5M2
 
-ROW = fp8.COLUMNS  # of a large tensor's block
-PIECE_BITS = 8
-PIECE = 1 << PIECE_BITS  # elements of a packed piece
 GOLDEN = 0x9E3779B9 - (1 << 32)
-MAGNITUDE = 0x7FFFFFFF  # of a float's bits
-NAN_BITS = 0x7FC00000
-LOW_BITS = 0xFFFF  # of float32, which bfloat16 has not
-HALF_NORMAL_BITS = 0x38800000  # 2^-14, the smallest normal float16
-INF_BITS = 0x7F800000
-ONE_BITS = 0x3F800000
-WEIGHT_FLOOR_BITS = 0x3C23D70A  # 0.01, the least square of a weight in the norm
-OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be rounded up to infinity
-UNIT = 2.0**-20  # of the sums
-EIGHT_BITS, TWELVE_BITS = 0x41000000, 0x41400000  # 8.0 and 12.0: floats in [8, 16) are multiples of 2^-20
-
-
-class Block(NamedTuple):
-    """What a call of :func:`inspect` or :func:`update` works on; all of a parameter that is spread here is its shard.
-
-    A large tensor has no ``tensor``, ``start`` and ``length``: its rows are full and follow each other.
-    """
-
-    p: Tensor  # [rows, columns] weights
-    g: Tensor  # [rows, columns] gradients
-    m: Tensor  # [rows, columns] uint8 codes, or float32 moments
-    v: Tensor
-    new_p: Tensor  # the same memory once more: what is written to
-    new_m: Tensor
-    new_v: Tensor
-    tensor: Tensor | None = None  # [rows] int64: which row of the factor tables
-    start: Tensor | None = None  # [rows, 1] int32: index of each row's first element
-    length: Tensor | None = None  # [rows, 1] int32: elements of each row that count
-    remainder: Tensor | None = None  # [rows, columns] int16: of bfloat16 weights that are kept exactly
-    new_remainder: Tensor | None = None
-
-
-def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
-    """A block of p, g, m, v and, if there are, remainders, which writes to where it reads."""
-    p, g, m, v, *remainder = tensors
-    return Block(p, g, m, v, p, m, v, *(places or (None,) * 3), *remainder, *remainder)
-
-
-class Spread(NamedTuple):
-    """Where the elements of a shard lie in a tensor that is split along inner dimensions, see :func:`global_index`."""
-
-    inverses: Tensor  # [2] or [tensors, 2] float64
-    jumps: Tensor  # [2] or [tensors, 2] int32
-
-
-class Sums(NamedTuple):
-    """What :func:`update` leaves of every row, int32 [rows]; those with ``*`` int64 where rows are long (export)."""
-
-    max_m: Tensor  # largest code of |m|; the bits of the largest |m| where moments are float32
-    max_v: Tensor
-    weights: Tensor  # Σ clamp(p², 0.01, 1) in units of 2^-20 *
-    updates: Tensor  # Σ clamp(u², eps, 1), likewise *
-    agree: Tensor | None = None  # elements whose sign is the gradient's; with caution only *
-    checksum: Tensor | None = None  # Σ hash(bits of p), modulo 2^32; of bfloat16 weights that are kept exactly
-
-    @classmethod
-    def of(cls, make: Callable[[], Tensor], caution: bool, exact: bool) -> Sums:
-        """Each of what ``make`` gives."""
-        there = (True, True, True, True, caution, exact)
-        return cls._make(make() if found else None for found in there)
-
-    def rows(self, part: slice) -> Sums:
-        """Those of some rows."""
-        return Sums._make(None if x is None else x[part] for x in self)
-
-
-class Factors(NamedTuple):
-    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed pieces."""
-
-    # float32
-    grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
-    decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
-    decode_v: Tensor  # β2 · scale of v
-    new_m: Tensor  # 1 − β1
-    new_v: Tensor  # 1 − β2
-    momentum: Tensor  # a and b of n = a·m + b·g
-    gradient: Tensor
-    rho: Tensor  # 1 / sqrt(1 − β2^t) with bias correction, else 1
-    eps: Tensor
-    bound: Tensor  # 1 / C
-    share: Tensor  # what an update is multiplied by where it agrees with the gradient (caution)
-    weight_decay: Tensor
-    encode_m: Tensor  # 1 / new scale of m
-    encode_v: Tensor
-    step_size: Tensor  # lr · trust ratio
-    # int32
-    offset: Tensor  # t · GOLDEN - 2^31, which every element's rounding word gets
-    salt: Tensor
-    base: Tensor  # index of a shard's first element
-    keep: Tensor  # 0 where all is to stay as it is, else -1
-    join: Tensor  # -1 where the remainders are those of the weights, 0 where others have changed the weights
-
-    @classmethod
-    def of(cls, floats: Tensor, integers: Tensor) -> Factors:
-        """From rows of the two tables, [columns] or [rows, columns]."""
-        found = [floats[..., k : k + 1] for k in range(FLOATS)]
-        return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
-
-
-INTEGERS = 5
-FLOATS = len(Factors._fields) - INTEGERS
-
-
-class State(NamedTuple):
-    """The scalar state of all tensors, by columns, and which rows are meant."""
-
-    scale_m: Tensor  # float32 [slots]
-    scale_v: Tensor
-    max_m: Tensor
-    max_v: Tensor
-    step: Tensor  # int32 [slots]
-    salt: Tensor
-    weight_sum: Tensor  # int64 [slots], of whole tensors
-    update_sum: Tensor
-    mask_count: Tensor
-    checksum: Tensor  # modulo 2^32
-    home: Tensor  # int64 [tensors]: the slot of each
-
-
-class Tree(NamedTuple):
-    """How rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
-
-    start: Tensor  # [chunks, 1]: first row
-    length: Tensor  # [chunks, 1]
-    columns: Tensor  # [k]: 0..k-1 for the longest chunk
-    first: Tensor  # [tensors, 1]: first chunk
-    chunks: Tensor  # [tensors, 1]: how many
-    chunk_columns: Tensor  # [l]
-
-
-class Inputs(NamedTuple):
-    """What :func:`scale` needs besides the state."""
-
-    largest: Tensor  # int32 [rows]: bits of max|g|
-    tree: Tree
-    hyper: Tensor  # float64 [tensors, NUMBERS]
-    numel: Tensor  # float64 [tensors], of whole tensors
-    base: Tensor  # int32 [tensors]: index of a shard's first element
-    inverse_scale: Tensor  # float64 0-d: 1 / grad_scale, times the clip factor
-    found_inf: Tensor  # float32 0-d
-    checksum: Tensor | None = None  # int32 [rows], see :func:`inspect`
-
-
-class Outputs(NamedTuple):
-    """What :func:`scale` fills."""
-
-    floats: list[Tensor]  # the float32 columns of the factor table, [tensors]
-    integers: list[Tensor]  # the int32 columns
-    report: list[Tensor]  # float64: weight norm, update norm, trust ratio
-    counted: Tensor  # bool [tensors]: whether the step counts for the tensor, and :func:`fold` is to write its sums
-    skipped: Tensor  # int64 0-d: the count of skipped tensors goes up
-
-
-def sqrt(x: Tensor) -> Tensor:
-    """The IEEE float32 square root. Compiled code has it; eager ``torch.sqrt`` on the CPU is off by an ulp at times."""
-    return torch.sqrt(x) if torch.compiler.is_compiling() else x.double().sqrt().float()
-
-
-def sqrt64(x: Tensor) -> Tensor:
-    """The IEEE float64 root of a few numbers; eager ``torch.sqrt`` is off by an ulp in 1.4 % of cases.
-
-    That is mended by what the square of its result lacks, which Dekker's product gives exactly.
-    """
-    root = torch.sqrt(x)
-    if torch.compiler.is_compiling():
-        return root
-    shifted = root * (2.0**27 + 1)
-    high = shifted - (shifted - root)
-    low = root - high
-    square = root * root
-    lost = ((high * high - square) + 2 * high * low) + low * low
-    return torch.where((root > 0) & torch.isfinite(root), root + ((x - square) - lost) / (2 * root), root)
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of float32 |x|, int32: they order like the magnitudes, inf and then NaN on top."""
-    return x.view(torch.int32) & MAGNITUDE
-
-
-def units(square: Tensor, floor: Tensor | int) -> Tensor:
-    """EIGHT_BITS and clamp(square, floor, 1) in units of 2^-20, rounded half to even, int32; a NaN counts as 1.
-
-    ``floor`` is float32, or its bits. Adding 8 rounds to the multiples of 2^-20, and its bits count them.
-    """
-    clamped = torch.clamp(bits(square), max=ONE_BITS)
-    if isinstance(floor, int):
-        clamped = torch.clamp(clamped, min=floor)
-    else:
-        clamped = torch.maximum(clamped, floor.view(torch.int32))
-    return (clamped.view(torch.float32) + 8.0).view(torch.int32)
 
 
 # -- reading the gradients ----------------------------------------------------------------------------------------
@@ -478,41 +302,6 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
     return weights
 
 
-def join(weights: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights that bfloat16 ones (as float32) and their remainders (int32) are; as the reference's."""
-    remainder = torch.where(weights == 0, torch.clamp(remainder, min=0), remainder)
-    return (weights.view(torch.int32) + remainder).view(torch.float32)
-
-
-def split(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of float32 weights, int32, and the nearest bfloat16 values, float32; ties go away from 0."""
-    exact = signed(weights, torch.clamp(bits(weights), max=NAN_BITS)).view(torch.int32)
-    return exact, ((exact + (LOW_BITS + 1) // 2) & ~LOW_BITS).view(torch.float32)
-
-
-def round_weights(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 values of bfloat16 or float16: x, to whose magnitude as many of the words' low bits are added as go."""
-    magnitude = torch.clamp(bits(x), max=NAN_BITS)
-    if dtype == torch.bfloat16:
-        return signed(x, (magnitude + (words & LOW_BITS)) & ~LOW_BITS)
-    low = 0x1FFF  # of float32, which float16 has not
-    rounded = (magnitude + (words & low)) & ~low
-    # Adding float16's smallest normal value, 2^-14, lines a subnormal's bits up with the grid.
-    lifted = (magnitude.view(torch.float32) + 2.0**-14).view(torch.int32)
-    subnormal = ((lifted + (words & low)) & ~low).view(torch.float32) - 2.0**-14
-    return signed(x, torch.where(magnitude < HALF_NORMAL_BITS, subnormal.view(torch.int32), rounded))
-
-
-def signed(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Float32 values with the sign of x and these bits, int32 [...], of their magnitudes."""
-    return (magnitude | (x.view(torch.int32) & fp8.SIGN_BIT)).view(torch.float32)
-
-
-def hashes_of(weights: Tensor) -> Tensor:
-    """The hashes of float32 values' bits, int32."""
-    return fp8.hash32(weights.view(torch.int32))
-
-
 def checksum_of(rows: Tensor, tree: Tree) -> Tensor:
     """The checksum of every tensor's weights, int64."""
     return sum_of(rows, tree) & 0xFFFFFFFF
@@ -525,16 +314,6 @@ def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tenso
         return x.sum(1, dtype=dtype) - (fp8.wrapped(zeros) if dtype == torch.int32 else zeros)
     inside = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length
     return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
-
-
-def larger(a: Tensor, b: Tensor) -> Tensor:
-    """The larger of two non-negative floats through their bits: one instruction, NaN on top."""
-    return torch.maximum(a.view(torch.int32), b.view(torch.int32)).view(torch.float32)
-
-
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x with the bits of the mask; -1 keeps all. ``where`` costs the CPU four instructions in place of one."""
-    return (x.view(torch.int32) & mask).view(torch.float32)
 
 
 def global_index(index: Tensor, spread: Spread, tensor: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
+from lamb16.step.blocks import PIECE, Block
 from lamb16.step.kinds import Graph, Kind
 from lamb16.step.packing import TablePacking, Tail
-from lamb16.step.update import PIECE, Block
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program

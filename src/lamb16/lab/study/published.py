@@ -25,6 +25,7 @@ __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
 OPTIMIZERS = ("lamb16", "lamb", "adam", "published", "adamw8bit", "adamw4bit", "adamw8bit-bnb")
 SCHEDULES = ("constant", "linear")
+STEP = ("blocks", "floats", "update")  # what the times follow from, beside the optimizers' own
 
 Pair = tuple[MnistRun, Result]
 
@@ -47,7 +48,8 @@ def prepare(results: Results, sizes: Sizes) -> None:
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     usable = [name for name in OPTIMIZERS if reasons[name] is None]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
-    timed |= {"codes": {name: code_of(name) for name in usable}, "update": digest("lamb16.step.update")}
+    timed["codes"] = {name: code_of(name) for name in usable}
+    timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
     if results.extra.get("timed") != timed:
         shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
         rivals = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}

@@ -1,0 +1,159 @@
+"""What the functions of ``update.py`` are handed: blocks of weights, gradients and moments, and tables beside them.
+
+A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PIECE` elements
+packed one per row: ``rows.py`` cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import fp8
+
+ROW = fp8.COLUMNS  # of a large tensor's block
+PIECE_BITS = 8
+PIECE = 1 << PIECE_BITS  # elements of a packed piece
+
+
+class Block(NamedTuple):
+    """What a call of ``inspect`` or ``update`` works on; all of a parameter that is spread here is its shard.
+
+    A large tensor has no ``tensor``, ``start`` and ``length``: its rows are full and follow each other.
+    """
+
+    p: Tensor  # [rows, columns] weights
+    g: Tensor  # [rows, columns] gradients
+    m: Tensor  # [rows, columns] uint8 codes, or float32 moments
+    v: Tensor
+    new_p: Tensor  # the same memory once more: what is written to
+    new_m: Tensor
+    new_v: Tensor
+    tensor: Tensor | None = None  # [rows] int64: which row of the factor tables
+    start: Tensor | None = None  # [rows, 1] int32: index of each row's first element
+    length: Tensor | None = None  # [rows, 1] int32: elements of each row that count
+    remainder: Tensor | None = None  # [rows, columns] int16: of bfloat16 weights that are kept exactly
+    new_remainder: Tensor | None = None
+
+
+def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
+    """A block of p, g, m, v and, if there are, remainders, which writes to where it reads."""
+    p, g, m, v, *remainder = tensors
+    return Block(p, g, m, v, p, m, v, *(places or (None,) * 3), *remainder, *remainder)
+
+
+class Spread(NamedTuple):
+    """Where the elements of a shard lie in a tensor that is split along inner dimensions, see ``global_index``."""
+
+    inverses: Tensor  # [2] or [tensors, 2] float64
+    jumps: Tensor  # [2] or [tensors, 2] int32
+
+
+class Sums(NamedTuple):
+    """What ``update`` leaves of every row, int32 [rows]; those with ``*`` int64 where rows are long (export)."""
+
+    max_m: Tensor  # largest code of |m|; the bits of the largest |m| where moments are float32
+    max_v: Tensor
+    weights: Tensor  # Σ clamp(p², 0.01, 1) in units of 2^-20 *
+    updates: Tensor  # Σ clamp(u², eps, 1), likewise *
+    agree: Tensor | None = None  # elements whose sign is the gradient's; with caution only *
+    checksum: Tensor | None = None  # Σ hash(bits of p), modulo 2^32; of bfloat16 weights that are kept exactly
+
+    @classmethod
+    def of(cls, make: Callable[[], Tensor], caution: bool, exact: bool) -> Sums:
+        """Each of what ``make`` gives."""
+        there = (True, True, True, True, caution, exact)
+        return cls._make(make() if found else None for found in there)
+
+    def rows(self, part: slice) -> Sums:
+        """Those of some rows."""
+        return Sums._make(None if x is None else x[part] for x in self)
+
+
+class Factors(NamedTuple):
+    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed pieces."""
+
+    # float32
+    grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
+    decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
+    decode_v: Tensor  # β2 · scale of v
+    new_m: Tensor  # 1 − β1
+    new_v: Tensor  # 1 − β2
+    momentum: Tensor  # a and b of n = a·m + b·g
+    gradient: Tensor
+    rho: Tensor  # 1 / sqrt(1 − β2^t) with bias correction, else 1
+    eps: Tensor
+    bound: Tensor  # 1 / C
+    share: Tensor  # what an update is multiplied by where it agrees with the gradient (caution)
+    weight_decay: Tensor
+    encode_m: Tensor  # 1 / new scale of m
+    encode_v: Tensor
+    step_size: Tensor  # lr · trust ratio
+    # int32
+    offset: Tensor  # t · GOLDEN - 2^31, which every element's rounding word gets
+    salt: Tensor
+    base: Tensor  # index of a shard's first element
+    keep: Tensor  # 0 where all is to stay as it is, else -1
+    join: Tensor  # -1 where the remainders are those of the weights, 0 where others have changed the weights
+
+    @classmethod
+    def of(cls, floats: Tensor, integers: Tensor) -> Factors:
+        """From rows of the two tables, [columns] or [rows, columns]."""
+        found = [floats[..., k : k + 1] for k in range(FLOATS)]
+        return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
+
+
+INTEGERS = 5
+FLOATS = len(Factors._fields) - INTEGERS
+
+
+class State(NamedTuple):
+    """The scalar state of all tensors, by columns, and which rows are meant."""
+
+    scale_m: Tensor  # float32 [slots]
+    scale_v: Tensor
+    max_m: Tensor
+    max_v: Tensor
+    step: Tensor  # int32 [slots]
+    salt: Tensor
+    weight_sum: Tensor  # int64 [slots], of whole tensors
+    update_sum: Tensor
+    mask_count: Tensor
+    checksum: Tensor  # modulo 2^32
+    home: Tensor  # int64 [tensors]: the slot of each
+
+
+class Tree(NamedTuple):
+    """How rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
+
+    start: Tensor  # [chunks, 1]: first row
+    length: Tensor  # [chunks, 1]
+    columns: Tensor  # [k]: 0..k-1 for the longest chunk
+    first: Tensor  # [tensors, 1]: first chunk
+    chunks: Tensor  # [tensors, 1]: how many
+    chunk_columns: Tensor  # [l]
+
+
+class Inputs(NamedTuple):
+    """What ``scale`` needs besides the state."""
+
+    largest: Tensor  # int32 [rows]: bits of max|g|
+    tree: Tree
+    hyper: Tensor  # float64 [tensors, NUMBERS]
+    numel: Tensor  # float64 [tensors], of whole tensors
+    base: Tensor  # int32 [tensors]: index of a shard's first element
+    inverse_scale: Tensor  # float64 0-d: 1 / grad_scale, times the clip factor
+    found_inf: Tensor  # float32 0-d
+    checksum: Tensor | None = None  # int32 [rows], see ``inspect``
+
+
+class Outputs(NamedTuple):
+    """What ``scale`` fills."""
+
+    floats: list[Tensor]  # the float32 columns of the factor table, [tensors]
+    integers: list[Tensor]  # the int32 columns
+    report: list[Tensor]  # float64: weight norm, update norm, trust ratio
+    counted: Tensor  # bool [tensors]: whether the step counts for the tensor, and ``fold`` is to write its sums
+    skipped: Tensor  # int64 0-d: the count of skipped tensors goes up
