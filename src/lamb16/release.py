@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
+from .buckets import Bucket, Buckets
 from .checks import check_memory
 from .optimizer import Lamb16
 from .sharding.layout import is_sharded, local
@@ -105,15 +106,6 @@ LEFT = (
 _MODELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-class Bucket:
-    """Parameters that are stepped together."""
-
-    def __init__(self) -> None:
-        self.members: set[int] = set()  # ids of parameters
-        self.bytes, self.full = 0, False
-        self.gradients: dict[int, Tensor] = {}  # those that wait
-
-
 class GradientRelease:
     """Gradients of an optimizer's parameters are stepped and freed in the backward pass; :func:`release_gradients`."""
 
@@ -121,11 +113,10 @@ class GradientRelease:
         from torch._dynamo.decorators import skip  # Dynamo is not imported before it is needed
 
         self.bucket_bytes = bucket_bytes
+        self._buckets = Buckets()
+        self._bucket_of = self._buckets.of  # looked into at every gradient
         self._model, self._optimizer = ref(model), ref(optimizer)
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._buckets: dict[int, Bucket] = {}  # by their members
-        self._order: list[Bucket] = []
-        self._open = Bucket()
         self._hooks: dict[int, RemovableHandle] = {}
         self._sharded = False
         self._seen: set[int] = set()  # the parameters whose gradients have come in this iteration
@@ -200,10 +191,7 @@ class GradientRelease:
     def replace(self, p: Tensor, new_p: Tensor) -> None:
         """``new_p`` has taken the place of ``p`` in the optimizer."""
         self._hooks.pop(id(p)).remove()
-        bucket = self._buckets.pop(id(p), None)
-        if bucket is not None:
-            self._buckets[id(new_p)] = bucket
-            bucket.members ^= {id(p), id(new_p)}
+        self._buckets.replace(id(p), id(new_p))
         self._hook(new_p)
 
     def check(self) -> None:
@@ -217,7 +205,7 @@ class GradientRelease:
     @property
     def cached_plans(self) -> int:
         """How many sets of parameters the optimizer is to remember: of each bucket as many as else of all."""
-        return CACHED_PLANS * max(1, len(self._order))
+        return CACHED_PLANS * max(1, len(self._buckets.order))
 
     def end(self, scaled: bool) -> None:
         """``optimizer.step()`` was called, ``scaled`` by a GradScaler: the next gradients are another iteration's."""
@@ -248,20 +236,6 @@ class GradientRelease:
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
     @_disable_dynamo
-    def _place(self, key: int, size: int) -> Bucket:
-        """The bucket for a parameter that has none."""
-        bucket = Bucket() if size >= self.bucket_bytes else self._open
-        if not bucket.members:
-            self._order.append(bucket)
-        bucket.members.add(key)
-        bucket.bytes += size
-        bucket.full = bucket.bytes >= self.bucket_bytes
-        if bucket.full and bucket is self._open:
-            self._open = Bucket()
-        self._buckets[key] = bucket
-        return bucket
-
-    @_disable_dynamo
     def _step_bucket(self, bucket: Bucket) -> None:
         gradients, bucket.gradients = bucket.gradients, {}
         self._step(gradients)
@@ -286,7 +260,7 @@ class GradientRelease:
         """A backward pass has ended: step what waits, unless the pass is part of another."""
         with self._lock:
             if len(self._passes) == 1:
-                for bucket in self._order:
+                for bucket in self._buckets.order:
                     if bucket.gradients:
                         self._step_bucket(bucket)
             del self._passes[task]
@@ -296,8 +270,7 @@ class GradientRelease:
         with self._lock:
             self._passes.pop(task, None)
             self.forget()
-            for bucket in self._order:
-                bucket.gradients.clear()
+            self._buckets.clear()
 
     def _name(self, p: Tensor) -> str:
         optimizer = self._optimizer()
@@ -334,9 +307,9 @@ def _arrived(release: ref[GradientRelease], p: Tensor) -> None:
         if key in self._seen:
             self._step({}, RuntimeError(TWICE.format(self._name(p))))
         self._seen.add(key)
-        bucket = self._buckets.get(key)
+        bucket = self._bucket_of.get(key)
         if bucket is None:
-            bucket = self._place(key, grad.nbytes)
+            bucket = self._buckets.place(key, grad.nbytes, self.bucket_bytes)
         bucket.gradients[key] = grad
         del grad
         if bucket.full and len(bucket.gradients) == len(bucket.members):
