@@ -8,16 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_state
+from .checks import check_owners, check_state, check_state_dict
 from .codes import CODES, as_bytes
-from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group
-from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state
+from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, unwrapped
+from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state, renamed
 from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
-from .matching import Match
+from .matching import Match, match
 from .parameters import Parameters
 from .ready import add_up
 from .remainder import REMAINDER, from_bytes, is_exact
 from .sharding.layout import like_param, local, placement
+
+
+def matched(
+    state_dict: dict[str, Any], parameters: Parameters, strict: bool
+) -> tuple[list[list[str]], Match, dict[Any, Any]]:
+    """The parameters' names, which saved group and state belongs to which, and the states by today's names."""
+    check_state_dict(state_dict)
+    names = parameters.names()
+    named = all("param_names" in group for group in parameters.groups)
+    found = match(state_dict["param_groups"], names, named, strict)
+    check_owners(state_dict)
+    return names, found, {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
 
 
 def checked_groups(

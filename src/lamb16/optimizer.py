@@ -14,13 +14,13 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from .between_steps import BetweenSteps
-from .checks import check_options, check_owners, check_scaler, check_state_dict, warn_of_other_moments
+from .checks import check_options, check_scaler, warn_of_other_moments
 from .codes import as_bytes, as_fp8, map_codes
-from .convert import share, to_adamw, unwrapped
+from .convert import share, to_adamw
 from .entries import renamed
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
-from .loading import checked_groups, checked_states, read_state
-from .matching import Loaded, match
+from .loading import checked_groups, checked_states, matched, read_state
+from .matching import Loaded
 from .offload import check_reloaded, move
 from .parameters import tensor_salt
 from .sharding.exchange import agree
@@ -306,13 +306,8 @@ class Lamb16(BetweenSteps):
                 replaced = hook(self, state_dict)
                 if replaced is not None:
                     state_dict = replaced
-            check_state_dict(state_dict)
             parameters = self._parameters
-            names = parameters.names()
-            named = all("param_names" in group for group in self.param_groups)
-            found = match(state_dict["param_groups"], names, named, strict)
-            check_owners(state_dict)
-            states = {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
+            names, found, states = matched(state_dict, parameters, strict)
             groups = checked_groups(self.param_groups, state_dict["param_groups"], states, found.sources)
             foreign = checked_states(state_dict["param_groups"], states, groups, names, found, strict)
         except Exception as caught:
