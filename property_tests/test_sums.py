@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compare import DEVICE, make, run, same_bits
-from lamb16 import Lamb16, reference, store
+from lamb16 import Lamb16, entries, reference
 from lamb16.step import floats
 from strategies import GRADIENTS, Case, cases, gradient, shape_lists
 
@@ -36,8 +36,8 @@ def test_a_sum_does_not_depend_on_order_or_split(numel: int, exponent: int, seed
 def test_the_first_sum_of_weights_is_the_references(numel: int, exponent: int, seed: int) -> None:
     x = values(numel, exponent, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK", 1000)
-        assert int(store.weight_sum(x.to(DEVICE))) == reference.init(x, 0).weight_sum
+        patch.setattr(entries, "CHUNK", 1000)
+        assert int(entries.weight_sum(x.to(DEVICE))) == reference.init(x, 0).weight_sum
 
 
 def test_float_sums_do_depend_on_the_order() -> None:

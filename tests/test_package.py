@@ -1,5 +1,6 @@
 """The public surface, and what is shipped."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -77,10 +78,21 @@ PACKAGE = ROOT / "src" / "lamb16"
 
 
 def importing(folder: str) -> set[str]:
-    """The modules with an import of this folder, at their top or in a function."""
-    statement = re.compile(rf"^ *(from|import) .*\b{folder}\b", re.MULTILINE)
-    found = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if statement.search(path.read_text())}
-    return {path.as_posix() for path in found}
+    """The modules that import something of this folder, at their top or in a function, or have its name in a text."""
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(folder in name.split(".") for node in ast.walk(ast.parse(path.read_text())) for name in imported(node))
+    }
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module or ''}.{alias.name}" for alias in node.names]
+    is_name = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("lamb16.")
+    return [node.value] if is_name else []
 
 
 def test_the_command_line_alone_imports_the_lab() -> None:

@@ -35,13 +35,15 @@ class BetweenSteps(Optimizer):
     """The part of :class:`lamb16.Lamb16` that changes, moves and reads weights and states between steps."""
 
     _seed: int
+    _steps: Steps  # both made by _forget
+    _offloaded: torch.device | None
     _number: int | None = None  # pickles of version 0.1 have none
     _release: GradientRelease | None = None  # what steps the parameters within backward passes
 
     def _forget(self) -> None:
         """Drop everything that is derived from parameters and state."""
         self._steps = Steps()
-        self._offloaded: torch.device | None = None
+        self._offloaded = None
 
     @property
     def _parameters(self) -> Parameters:

@@ -19,7 +19,7 @@ class Buckets:
     """All buckets, made in the order in which gradients come in the first backward pass, and kept."""
 
     def __init__(self) -> None:
-        self.of: dict[int, Bucket] = {}  # by their members
+        self.of: dict[int, Bucket] = {}  # by their members; never replaced, a release holds it too
         self.order: list[Bucket] = []
         self._open = Bucket()
 
@@ -44,7 +44,7 @@ class Buckets:
             self.of[new] = bucket
             bucket.members ^= {key, new}
 
-    def clear(self) -> None:
+    def drop_gradients(self) -> None:
         """Drop the gradients that wait."""
         for bucket in self.order:
             bucket.gradients.clear()

@@ -270,7 +270,7 @@ class GradientRelease:
         with self._lock:
             self._passes.pop(task, None)
             self.forget()
-            self._buckets.clear()
+            self._buckets.drop_gradients()
 
     def _name(self, p: Tensor) -> str:
         optimizer = self._optimizer()

@@ -1,4 +1,5 @@
-"""The compiled step: what :class:`lamb16.Lamb16` runs over the parameters of a kind, see docs/design.md.
+"""The step over lists of parameters, eager or compiled: its functions, what runs them, plans, and which are remembered.
 
-``update.py`` has the functions, ``compiled.py`` runs them, ``plan.py`` makes their blocks of a list of parameters.
+``update.py`` has the functions, ``compiled.py`` runs them, ``plan.py`` makes their blocks of a list of parameters; see
+docs/design.md.
 """

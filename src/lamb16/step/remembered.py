@@ -35,7 +35,7 @@ class Remembered:
         self.seen: OrderedDict[Any, None] = OrderedDict()  # sets that came lately
 
     def clear(self) -> None:
-        """Forget all plans."""
+        """Forget all plans; which sets have come stays known."""
         self.cached.clear()
 
     def all(self) -> list[Plan]:
