@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -193,8 +194,7 @@ class BetweenSteps(Optimizer):
             RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
         """
         parameters = self._parameters
-        named = ((parameters.name(group, i), p) for group in self.param_groups for i, p in enumerate(group["params"]))
-        check_homes(self.state, named)
+        check_homes(self.state, zip(chain.from_iterable(parameters.names()), parameters, strict=True))
         move(self.state, lambda p: p.device)
         self._offloaded = None
 

@@ -23,7 +23,7 @@ FORMAT = 3
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"
 MAX_DIMS = 8  # AOTI_MAX_DIMS of aoti.h
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in PARAM_DTYPES}  # of weights and gradients
-TABLE_INPUTS = {"scales": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: store.TABLES
+TABLE_INPUTS = {"scales": torch.float32, "counters": torch.int32, "sums": torch.int64}  # columns: entries.TABLES
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # what torch tells apart, in order
 
 Shape = tuple[int, ...]
