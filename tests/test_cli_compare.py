@@ -8,7 +8,7 @@ import pytest
 
 from lamb16.cli import main
 from lamb16.lab import compare
-from lamb16.lab.contenders import CONTENDERS, why_unusable
+from lamb16.lab.registry import REGISTRY, why_unusable
 from lamb16.lab.study import ablations, published
 from lamb16.lab.study.sizes import QUICK
 
@@ -53,7 +53,7 @@ def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pyte
     text, _ = printed(capsys, out, "published")
     tables = dict(re.findall(r"^published: ([a-z ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
     for name in published.OPTIMIZERS:
-        label = CONTENDERS[name].label
+        label = REGISTRY[name].label
         assert (f"| {label} |" in tables["accuracy"]) == (f"| {label} |" in tables["step time"])
         assert (f"| {label} |" in tables["accuracy"]) != (f"| {label} |" in tables.get("not run", ""))
         assert (why_unusable(name) is None) == (f"| {label} |" in tables["accuracy"])

@@ -21,7 +21,7 @@ def test_tables_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyP
     module = compare._module(study)
     results = runs.Results(ROOT / "docs" / "results" / f"{study}.json", study)
     unusable = results.extra.get("unusable", {})
-    monkeypatch.setattr("lamb16.lab.contenders.why_unusable", lambda name: unusable.get(name))
+    monkeypatch.setattr("lamb16.lab.registry.why_unusable", lambda name: unusable.get(name))
     missing: list[object] = []
 
     def recorded(jobs: Sequence[runs.Job]) -> list[runs.Result]:

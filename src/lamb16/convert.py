@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import MOMENTS, SCALARS, parts
+from .entries import MOMENTS, SCALARS, chunks
 from .hyper import check_hyperparameters
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
@@ -32,7 +32,7 @@ OTHERS = {
     BITSANDBYTES: {"step", "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"},
 }
 OWN = ("trust_scale", "trust_lr", "moment_dtype")  # hyperparameters that no other optimizer has
-TAKEN = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
+SHARED = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
 WRAPPED = "__bnb_optimizer_quant_state__"
 KEPT = ("initial_lr",)  # schedulers'
 BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
@@ -41,7 +41,7 @@ OVERFLOW = 2.0**127  # of a second moment, as in reference.py
 
 @dataclass
 class Foreign:
-    """A checked state of another optimizer: ``state`` has its moments, whole or spread, as they were found.
+    """A checked state of another optimizer: ``state`` has its moments, whole or sharded, as they were found.
 
     ``largest``: the largest magnitude of each, 0-d float32; of this rank's part until :func:`share`.
     """
@@ -92,7 +92,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
                 "checkpoint belongs to another model"
             )
         if is_sharded(value) and not is_sharded(param):
-            raise ValueError(f"{where} is spread over ranks (DTensor), the parameter not; gather it first")
+            raise ValueError(f"{where} is sharded (a DTensor), the parameter not; gather it first")
         try:
             whole = moment(state, key)
         except Exception as error:
@@ -113,7 +113,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
 
 
 def moment(state: dict[str, Any], key: str) -> Tensor:
-    """A moment as a floating-point tensor, this rank's part of it where it is spread."""
+    """A moment as a floating-point tensor, this rank's part of it where it is sharded."""
     value: Tensor = state[key].to_local() if is_sharded(state[key]) else state[key]
     if key in BITSANDBYTES and value.dtype == torch.uint8:
         return _from_blocks(value, state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"])
@@ -158,7 +158,7 @@ def share(found: Sequence[Foreign]) -> None:
 
 
 def as_lamb16(foreign: Foreign, salt: int, float8: bool) -> dict[str, Any]:
-    """The state by Lamb16's names, without what is derived; codes as uint8, spread as the moments were."""
+    """The state by Lamb16's names, without what is derived; codes as uint8, sharded as the moments were."""
     state: dict[str, Any] = {"step": foreign.step, "salt": fp8.wrapped(salt)}
     names = zip(MOMENTS, SCALARS[:2], foreign.keys, foreign.largest, (E4M3, E5M2), strict=True)
     for name, scale_name, key, largest, fmt in names:
@@ -174,16 +174,16 @@ def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """uint8 codes of x times ``inverse``, to nearest."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
-    for part, out in zip(parts(x.reshape(-1)), parts(codes.view(-1)), strict=True):
-        part = part.float()
-        code = fp8.encode((part * inverse).abs(), to_nearest, fmt)
-        signed = code | (torch.signbit(part).int() << 7)
-        out.copy_(signed if fmt is E4M3 else torch.where(part > 0, code.clamp(min=1), code))
+    for chunk, out in zip(chunks(x.reshape(-1)), chunks(codes.view(-1)), strict=True):
+        chunk = chunk.float()
+        code = fp8.encode((chunk * inverse).abs(), to_nearest, fmt)
+        signed = code | (torch.signbit(chunk).int() << 7)
+        out.copy_(signed if fmt is E4M3 else torch.where(chunk > 0, code.clamp(min=1), code))
     return codes
 
 
 def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
-    """Of another optimizer's group what Lamb16 takes over: :data:`TAKEN`, where it is valid here.
+    """Of another optimizer's group what Lamb16 takes over: :data:`SHARED`, where it is valid here.
 
     Raises:
         ValueError: the group has no ``betas``, so the optimizer is not of Adam's kind.
@@ -193,20 +193,20 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
             f"Lamb16.load_state_dict: {where} has no betas: this is the state of another optimizer, without Adam's "
             "two moments"
         )
-    taken = {key: saved[key] for key in KEPT if key in saved}
-    for key in (key for key in TAKEN if key in saved):
+    shared = {key: saved[key] for key in KEPT if key in saved}
+    for key in (key for key in SHARED if key in saved):
         try:
             check_hyperparameters({key: saved[key]}, f".load_state_dict ({where})")
-            taken[key] = saved[key]
+            shared[key] = saved[key]
         except ValueError as error:
             warnings.warn(f"{error}; this optimizer's own is kept", stacklevel=4)
-    return taken
+    return shared
 
 
 def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:
     """Lamb16's state dict as one of ``torch.optim.AdamW``; ``params`` are the parameters by their keys in it."""
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
-    names = ("params", "param_names", *TAKEN, *KEPT)
+    names = ("params", "param_names", *SHARED, *KEPT)
     groups = [defaults | {key: group[key] for key in names if key in group} for group in state_dict["param_groups"]]
     state = {key: _as_adam(own, params[key]) for key, own in state_dict["state"].items() if key in params}
     return {"state": state, "param_groups": groups}

@@ -43,7 +43,7 @@ def check_reloaded(offloaded: torch.device | None, what: str) -> None:
         )
 
 
-def check_homes(states: Mapping[Any, Any], named: Iterable[tuple[str, Tensor]]) -> None:
+def check_not_meta(states: Mapping[Any, Any], named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise RuntimeError for a parameter on the meta device whose state has data, which would be lost there."""
     for name, p in named:
         if p.is_meta and any(isinstance(x, Tensor) and not x.is_meta for x in states.get(p, {}).values()):
@@ -61,7 +61,7 @@ def move(states: Mapping[Any, Any], device_of: Callable[[Tensor], torch.device],
 
     Args:
         states: of every parameter its state, which is changed in place; those of other keys are left alone.
-        device_of: gives a parameter's state its device.
+        device_of: the device for a parameter's state.
         detach: copy the scalars in any case: they are views of a :class:`lamb16.store.Store`'s tables.
     """
     copies: list[tuple[dict[str, Any], str, Tensor]] = []

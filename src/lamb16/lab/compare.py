@@ -1,4 +1,4 @@
-"""`lamb16 compare`: studies of the rule against its FP32 form and other rules, a module a study."""
+"""`lamb16 compare`: studies of the rule against its FP32 form and other rules, a module per study."""
 
 from __future__ import annotations
 

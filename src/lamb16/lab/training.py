@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamb16.hyper import Hyper
-from lamb16.lab import contenders
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import registry
 from lamb16.lab.data import DATASETS, ImageData, load
 from lamb16.lab.errors import CommandError
 from lamb16.lab.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.lab.model import build_model
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.workers import ALONE, Workers
 from lamb16.sharding.layout import is_sharded
 
-OPTIMIZERS = tuple(CONTENDERS)
+OPTIMIZERS = tuple(REGISTRY)
 SCHEDULES = ("constant", "linear", "cosine", "linear-step")
 # Options that only Lamb16 has, and what they are.
 LAMB16_ONLY = {
@@ -33,7 +33,7 @@ LAMB16_ONLY = {
     "caution": "update only where the momentum has the gradient's sign",
     "max_grad_norm": "scale all gradients down to this norm",
 }
-DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
+DEFAULT_LR = {name: info.default_lr for name, info in REGISTRY.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
 FINAL_LR = 0.01  # of the first learning rate, at the last step of a linear or cosine schedule
@@ -100,10 +100,10 @@ class TrainConfig:
                 raise CommandError(f"{option(f.name)} must be {f.metadata['wanted']}, not {value}")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             raise CommandError(f"--max-grad-norm must be a positive number, not {self.max_grad_norm}")
-        given = {option(name, getattr(self, name)): getattr(self, name) is not None for name in LAMB16_ONLY}
-        given["--schedule linear-step"] = self.schedule == "linear-step"
-        for name, is_given in given.items():
-            if is_given and self.optimizer != "lamb16":
+        used = {option(name, getattr(self, name)): getattr(self, name) is not None for name in LAMB16_ONLY}
+        used["--schedule linear-step"] = self.schedule == "linear-step"
+        for name, is_used in used.items():
+            if is_used and self.optimizer != "lamb16":
                 raise CommandError(f"{name} is for --optimizer lamb16 only, not for {self.optimizer}")
         if self.schedule == "linear-step" and (self.trust_scale or 0) >= 1:
             raise CommandError(f"--schedule linear-step needs --trust-scale below 1, not {self.trust_scale}")
@@ -177,10 +177,10 @@ def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the named parameters of `model`."""
     config = config.completed()
-    given = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
-    options = {name: value for name, value in given.items() if value is not None}
+    values = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
+    options = {name: value for name, value in values.items() if value is not None}
     options |= {"compile": not config.eager, "seed": config.seed}
-    return contenders.build(
+    return registry.build(
         config.optimizer, model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, **options
     )
 
@@ -258,7 +258,7 @@ def _train_epoch(
     after_step: Callable[[int], None],
     workers: Workers,
 ) -> float:
-    """One step a batch (of indices into the training images); returns the mean loss.
+    """One step per batch (of indices into the training images); returns the mean loss.
 
     Each of several workers sums over its part of the batch and FSDP2 takes the mean over the workers: with the factor
     here, the gradient is that of the whole batch's mean loss.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sharding.reduction import Bound
+from ..sharding.reduction import BoundReduction
 from .floats import INF_BITS, UNIT, sqrt64
 from .plan import Plan
 
 
 def clip(
-    plans: Sequence[Plan], reductions: Sequence[Bound], max_norm: float, inverse_scale: Tensor | None
+    plans: Sequence[Plan], reductions: Sequence[BoundReduction], max_norm: float, inverse_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The norm of the finite gradients of all plans, and the factor for them; float64, 0-d, nothing is read back.
 
@@ -32,8 +32,8 @@ def clip(
             top = torch.maximum(top, shared.to(device))
     exponent = (top >> 23).clamp(min=1) - 126  # 2^exponent is above the largest
     half = exponent >> 1
-    unit = torch.stack([(127 - half) << 23, (127 - (exponent - half)) << 23]).to(torch.int32).view(torch.float32)
-    sums = {id(plan): plan.squared_gradients(unit.to(plan.kind.device)) for plan in plans}
+    rescale = torch.stack([(127 - half) << 23, (127 - (exponent - half)) << 23]).to(torch.int32).view(torch.float32)
+    sums = {id(plan): plan.squared_gradients(rescale.to(plan.kind.device)) for plan in plans}
     for reduction in reductions:
         reduction.squares([sums[id(plan)] for plan in reduction.plans])
     total = sum((sums[id(plan)] * x[:, None]).sum(0).to(device) for plan, x in zip(plans, finite, strict=True))

@@ -44,13 +44,14 @@ class Graph(NamedTuple):
 
     function: str
     packed: bool = False
-    spread: bool = False  # update: of tensors that are split along inner dimensions
+    global_index: bool = False  # update: of tensors that are split along inner dimensions
     squares: bool = False  # inspect: the sums of squares
 
     @property
     def name(self) -> str:
         """The function and, in words, its form."""
-        return " ".join([self.function, *(form for form in self._fields[1:] if getattr(self, form))])
+        forms = [form.replace("_", " ") for form in self._fields[1:] if getattr(self, form)]
+        return " ".join([self.function, *forms])
 
     def kind(self, kind: Kind) -> Kind:
         """Without what makes no difference to this function."""
@@ -70,5 +71,5 @@ GRAPHS = (
     Graph("inspect", squares=True), Graph("inspect", packed=True, squares=True),
     Graph("scale"), Graph("fold"),
     Graph("update"), Graph("update", packed=True),
-    Graph("update", spread=True), Graph("update", packed=True, spread=True),
+    Graph("update", global_index=True), Graph("update", packed=True, global_index=True),
 )  # fmt: skip

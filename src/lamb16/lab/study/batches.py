@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study.mnist import MnistRun, describe, execute
 from lamb16.lab.study.report import COLOURS, figure, grouped, number, table
 from lamb16.lab.study.runs import Result, Results
@@ -34,7 +34,7 @@ def jobs(sizes: Sizes) -> list[MnistRun]:
 
 def rate(optimizer: str, batch: int) -> float:
     """The learning rate at a batch size."""
-    return float(CONTENDERS[optimizer].default_lr * (batch / BASE) ** 0.5)
+    return float(REGISTRY[optimizer].default_lr * (batch / BASE) ** 0.5)
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
@@ -50,7 +50,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         for figure_name, form in (("best_accuracy", ".2%"), ("train_loss", ".2g")):
             label = "best test accuracy" if figure_name == "best_accuracy" else "training loss, last epoch"
             values = [number(results[size][figure_name], form) for size in sizes]
-            rows.append([CONTENDERS[name].label, label, *values])
+            rows.append([REGISTRY[name].label, label, *values])
     return {"batch size": table(["optimizer", "", *map(str, sizes)], rows)}
 
 
@@ -60,7 +60,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     with figure(path, 1) as (axes,):
         for name, group in grouped(pairs, lambda pair: pair[0].optimizer).items():
             points = sorted((run.batch_size, 100 * result["best_accuracy"]) for run, result in group)
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=CONTENDERS[name].label, color=COLOURS[name])
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=REGISTRY[name].label, color=COLOURS[name])
         axes.set(xscale="log", xlabel="batch size", ylabel="best test accuracy, %")
         axes.legend(fontsize=7)
     return [path]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lamb16.lab import bench, contenders, timing
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import bench, registry, timing
 from lamb16.lab.model import TwoLayerCNN
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study import mnist
 from lamb16.lab.study.mnist import MnistRun, describe, execute
 from lamb16.lab.study.report import COLOURS, band, figure, grouped, median, table
@@ -38,13 +38,13 @@ def jobs(sizes: Sizes) -> list[MnistRun]:
         for seed in sizes.published_seeds
         for name, (batch, lr, epochs) in settings
         for schedule in SCHEDULES
-        if contenders.why_unusable(name) is None
+        if registry.why_unusable(name) is None
     ]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Measure step times, unless the file holds them, and note why an optimizer does not work here."""
-    reasons = {name: contenders.why_unusable(name) for name in OPTIMIZERS}
+    reasons = {name: registry.why_unusable(name) for name in OPTIMIZERS}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     usable = [name for name in OPTIMIZERS if reasons[name] is None]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
@@ -52,7 +52,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
     timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
     if results.extra.get("timed") != timed:
         shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
-        rivals = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}
+        rivals = {REGISTRY[name].label: _factory(name, sizes.quick) for name in usable}
         rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, rivals)
         results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
         results.extra["timed"] = timed
@@ -62,7 +62,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
 def _factory(name: str, eager: bool) -> timing.Factory:
     def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         named = [(str(i), p) for i, p in enumerate(params)]
-        return contenders.build(name, named, lr=1e-4, weight_decay=0.01, compile=not eager)
+        return registry.build(name, named, lr=1e-4, weight_decay=0.01, compile=not eager)
 
     return build
 
@@ -72,7 +72,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     rows = []
     for (batch, lr, schedule, name), group in sorted(grouped(pairs, _setting).items(), key=_order):
         figures = mnist.figures([result for _, result in group])
-        rows.append([f"{batch}, {lr:g}, {schedule}", CONTENDERS[name].label, *figures])
+        rows.append([f"{batch}, {lr:g}, {schedule}", REGISTRY[name].label, *figures])
     found = {"accuracy": table(["batch, lr, schedule", "optimizer", *mnist.FIGURES], rows)}
     if "step_times" in extra:
         own = sum(p.numel() for p in TwoLayerCNN().parameters())
@@ -88,7 +88,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         ]
         found["step time"] = table(header, timed)
         if extra["unusable"]:
-            missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
+            missing = [[REGISTRY[name].label, reason] for name, reason in extra["unusable"].items()]
             found["not run"] = table(["optimizer", "why it could not be run"], missing)
     return found
 
@@ -114,7 +114,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
             for name, own in grouped(group, lambda pair: pair[0].optimizer).items():
                 results = [result for _, result in own]
                 epochs = range(1, own[0][0].epochs + 1)
-                label, colour = CONTENDERS[name].label, COLOURS[name]
+                label, colour = REGISTRY[name].label, COLOURS[name]
                 band(upper, epochs, [r["train_losses"] for r in results], label, colour)
                 band(lower, epochs, [[100 * a for a in r["accuracies"]] for r in results], label, colour)
             upper.set(title=f"batch {batch}, lr {lr:g}, {schedule}", yscale="log", ylabel="training loss")

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
@@ -66,7 +66,7 @@ def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
 def label(rival: Rival) -> str:
     """Its name in tables and plots."""
     name, beta1 = rival
-    return CONTENDERS[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
+    return REGISTRY[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
 
 
 def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
