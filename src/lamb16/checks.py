@@ -339,7 +339,7 @@ def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, An
             )
 
 
-def check_unknown(state_dict: dict[str, Any]) -> None:
+def check_unknown_states(state_dict: dict[str, Any]) -> None:
     """Raise ValueError for a state that belongs to no parameter."""
     named = {key for group in state_dict["param_groups"] for key in group["params"]}
     unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in named]

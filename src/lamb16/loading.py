@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_state, check_state_dict, check_unknown
+from .checks import check_state, check_state_dict, check_unknown_states
 from .codes import CODES, as_bytes
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, unwrapped
 from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state, renamed
@@ -28,7 +28,7 @@ def matched(
     names = parameters.names()
     named = all("param_names" in group for group in parameters.groups)
     found = match(state_dict["param_groups"], names, named, strict)
-    check_unknown(state_dict)
+    check_unknown_states(state_dict)
     return names, found, {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
 
 

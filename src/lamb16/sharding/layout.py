@@ -1,4 +1,4 @@
-"""Where the shards of parameters that are sharded over a mesh (DTensor) lie: which elements a rank holds."""
+"""Where the shards of parameters on a mesh (DTensor) lie: which elements a rank holds."""
 
 from __future__ import annotations
 
