@@ -10,21 +10,27 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checks import check_resize
+from .checks.arguments import (
+    check_float32_weights,
+    check_not_meta,
+    check_reloaded,
+    check_replaced,
+    check_resize,
+    checked_device,
+)
+from .codes import REMAINDER
 from .entries import init_state, resized, weight_sum
-from .offload import check_not_meta, check_reloaded, checked_device, move
+from .offload import move
 from .parameters import Parameters
 from .ready import New, add_up, checked_live_state, repair
 from .remainder import (
-    REMAINDER,
-    check_float32_weights,
     float32_weights,
     has_remainder,
     is_exact,
     load_weights,
     no_remainder,
 )
-from .sharding.exchange import agree
+from .sharding.exchange import refuse
 from .sharding.layout import like_param
 from .stepping import Stepper
 
@@ -75,11 +81,7 @@ class BetweenSteps(Optimizer):
         check_reloaded(self.offloaded, "resize")
         places = {id(x): (group, i) for group in self.param_groups for i, x in enumerate(group["params"])}
         parameters = self._parameters
-        if id(p) not in places or id(new_p) in places:
-            fault = "new_p is in it already" if id(p) in places else "p is not one of its parameters"
-            raise ValueError(
-                f"Lamb16.resize: {fault}; give a parameter of this optimizer and the one that takes its place"
-            )
+        check_replaced(id(p) in places, id(new_p) in places)
         group, i = places[id(p)]
         check_resize(p, index, new_p, parameters.name(group, i))
         state = self.state.get(p)
@@ -141,7 +143,7 @@ class BetweenSteps(Optimizer):
             check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
         except (ValueError, RuntimeError) as found:
             error = found
-        agree(error, [p for p, _, _ in named.values()], "load_float32_weights")
+        refuse(error, [p for p, _, _ in named.values()], "load_float32_weights")
         missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
         for name, (p, group, i) in missing.items():
             self.state[p] = init_state(p, parameters.salt(group, i), group["moment_dtype"] == "float8", exact=True)

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .checks.checkpoint import check_complete, check_new, check_same_keys
+from .codes import REMAINDER
 from .entries import DERIVED, OLD_NAMES
 from .hyper import NAMES
-from .remainder import REMAINDER
+from .sharding.exchange import first_text
 
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
 
@@ -41,10 +43,6 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
     path = Path(path)
     unfinished = _unfinished(path)
 
-    def refuse() -> None:
-        if path.exists():
-            raise ValueError(f"lamb16.checkpoint.save: {path} exists; save every checkpoint into a folder of its own")
-
     def begin() -> None:
         if _rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -54,7 +52,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
         if _rank() == 0:
             unfinished.rename(path)
 
-    _together(refuse)
+    _together(lambda: check_new(path))
     _together(begin)
     with _alone_is_fine():
         dcp_save(_state(model, optimizer, others), checkpoint_id=unfinished)
@@ -106,11 +104,7 @@ def _saved(path: Path) -> dict[str, Any]:
     """What a checkpoint says it holds, by DCP's keys."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    if not (path / ".metadata").is_file():
-        hint = f"; {_unfinished(path).name} is one that was not finished" if _unfinished(path).exists() else ""
-        raise ValueError(
-            f"lamb16.checkpoint.load: there is no checkpoint in {path}{hint}; name a folder that save wrote"
-        )
+    check_complete(path, _unfinished(path))
     try:
         return FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:
@@ -137,12 +131,7 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
     left_out = sorted({others[_parameter_key(key)] for key in surplus if _parameter_key(key) in others})
     surplus = [key for key in surplus if _parameter_key(key) not in others]
     unlike = [key for key in own if key in saved and _kind(own[key]) != _kind(saved[key])]
-    for keys, fault in ((missing, "has no"), (surplus, "has also"), (unlike, "has another shape or dtype for")):
-        if keys:
-            raise ValueError(
-                f"lamb16.checkpoint.load: {path} is not of this model and optimizer; load another one "
-                f"(it {fault} {keys[0]})"
-            )
+    check_same_keys(path, missing, surplus, unlike)
     if left_out:
         warnings.warn(
             f"lamb16.checkpoint.load: the optimizer does not have {', '.join(left_out)}: their states are not loaded",
@@ -246,12 +235,9 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    return 0 if alone else torch.distributed.get_rank()
 
 
 def _together(action: Callable[[], None]) -> None:
@@ -261,10 +247,7 @@ def _together(action: Callable[[], None]) -> None:
         action()
     except (OSError, ValueError) as error:
         cause, text = error, str(error)
-    texts = [text]
-    if _distributed():
-        texts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(texts, text)
-    for rank, found in enumerate(texts):
-        if found is not None:
-            raise ValueError(found if text else f"{found} (on rank {rank})") from cause
+    first = first_text(text)
+    if first is not None:
+        rank, found = first
+        raise ValueError(found if text else f"{found} (on rank {rank})") from cause

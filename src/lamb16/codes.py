@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import remainder
-from .entries import MOMENTS
 from .hyper import MOMENT_DTYPES
-from .remainder import REMAINDER
-from .sharding.layout import like, local
+from .sharding.layout import is_sharded, like, local
 
+MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
+REMAINDER = "param_remainder"
 CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 
 
@@ -27,13 +26,28 @@ def map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
 def as_bytes(key: str, codes: Tensor) -> Tensor:
     """Of these entries; float32 moments as they are."""
     if key == REMAINDER:
-        return remainder.as_bytes(codes)
+        return remainder_as_bytes(codes)
     return like(codes, local(codes).view(torch.uint8)) if codes.dtype == CODES[key] else codes
 
 
 def as_fp8(key: str, codes: Tensor) -> Tensor:
     """What :func:`as_bytes` made bytes of; what is none as it is."""
     if key == REMAINDER:
-        found: Tensor = remainder.from_bytes(codes)
+        found: Tensor = remainder_from_bytes(codes)
         return found
     return like(codes, local(codes).view(CODES[key])) if codes.dtype == torch.uint8 else codes
+
+
+def remainder_as_bytes(remainder: Tensor) -> Tensor:
+    """int16 [...] as uint8 [..., 2], which every collective knows; int16 neither NCCL's nor gloo's do. In place."""
+    if remainder.dtype != torch.int16:
+        return remainder
+    return like(remainder, local(remainder).unsqueeze(-1).view(torch.uint8), 2)
+
+
+def remainder_from_bytes(value: Any) -> Any:
+    """int16 [...] of what :func:`remainder_as_bytes` returned; everything else as it is."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape[-1:] != (2,):
+        return value
+    found = local(value).contiguous().view(torch.int16).squeeze(-1)
+    return like(value[..., 0], found) if is_sharded(value) else found

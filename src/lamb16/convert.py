@@ -9,7 +9,6 @@ Codes are rounded to nearest, so they depend on nothing but the values. A second
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import MOMENTS, SCALARS, chunks
+from .checks.foreign import check_betas, check_entries, check_extremes, check_moment, check_step
+from .codes import MOMENTS
+from .entries import SCALARS, chunks
 from .hyper import check_hyperparameters
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
@@ -36,7 +37,6 @@ SHARED = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters t
 WRAPPED = "__bnb_optimizer_quant_state__"
 KEPT = ("initial_lr",)  # schedulers'
 BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
-OVERFLOW = 2.0**127  # of a second moment, as in reference.py
 
 
 @dataclass
@@ -74,41 +74,21 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
     """
     keys = keys_of(state)
     assert keys is not None
-    surplus = set(state) - set(keys) - OTHERS[keys]
-    if surplus:
-        raise ValueError(
-            f"Lamb16.load_state_dict: the state of parameter {name} is another optimizer's and has the entries "
-            f"{sorted(surplus)}, of which Lamb16 knows nothing; delete these to load its moments alone"
-        )
+    check_entries(set(state) - set(keys) - OTHERS[keys], name)
     largest = []
     for key in keys:
         value = state[key]
         where = f"Lamb16.load_state_dict: {key} of parameter {name}"
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where} is {type(value).__name__}, expected a tensor")
-        if value.shape != param.shape:
-            raise ValueError(
-                f"{where} has shape {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}: the "
-                "checkpoint belongs to another model"
-            )
-        if is_sharded(value) and not is_sharded(param):
-            raise ValueError(f"{where} is sharded (a DTensor), the parameter not; gather it first")
+        check_moment(value, param, where)
         try:
             whole = moment(state, key)
         except Exception as error:
             raise ValueError(f"{where} cannot be read ({error}); convert the state to float32 first") from error
         low, high = _extremes(local(whole))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"{where} holds an infinity or a NaN: it is damaged")
-        if key == keys[1] and (low < 0 or high >= OVERFLOW):
-            raise ValueError(f"{where} holds {low if low < 0 else high}, which is no second moment")
+        check_extremes(low, high, where, second=key == keys[1])
         largest.append(torch.tensor(max(-low, high), dtype=torch.float32, device=local(whole).device))
-    step = state.get("step", group.get("step"))
-    if step is None or (isinstance(step, Tensor) and step.numel() != 1) or not 0 <= float(step) < 2**31:
-        raise ValueError(
-            f"Lamb16.load_state_dict: step of parameter {name} is {step!r}, expected a number of steps in its state or "
-            "its group"
-        )
+    step: Any = state.get("step", group.get("step"))
+    check_step(step, name)
     return Foreign(state, keys, int(step), largest)
 
 
@@ -188,11 +168,7 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: the group has no ``betas``, so the optimizer is not of Adam's kind.
     """
-    if "betas" not in saved:
-        raise ValueError(
-            f"Lamb16.load_state_dict: {where} has no betas: this is the state of another optimizer, without Adam's "
-            "two moments"
-        )
+    check_betas(saved, where)
     shared = {key: saved[key] for key in KEPT if key in saved}
     for key in (key for key in SHARED if key in saved):
         try:

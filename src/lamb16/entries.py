@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .codes import MOMENTS, REMAINDER
 from .hyper import MOMENT_DTYPES
-from .remainder import CHECKSUM, REMAINDER, checksums, float32_weights, no_remainder
+from .remainder import CHECKSUM, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding.layout import like, local
 from .step import cpu_copying, floats, fp8
@@ -19,7 +20,6 @@ from .step.fp8 import E4M3, E5M2
 if TYPE_CHECKING:
     from .store import Store
 
-MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 TABLES: dict[torch.dtype, tuple[str, ...]] = {
     torch.float32: ("exp_avg_scale", "exp_avg_sq_scale", "exp_avg_max", "exp_avg_sq_max"),
     torch.int32: ("step", "salt"),

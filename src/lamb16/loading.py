@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_state, check_state_dict, check_unknown_states
-from .codes import CODES, as_bytes
+from .checks.state import check_state, check_state_dict, check_unknown_states
+from .codes import CODES, MOMENTS, REMAINDER, as_bytes, remainder_from_bytes
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, unwrapped
-from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state, renamed
+from .entries import ENTRIES, SCALARS, find_largest, init_state, renamed
 from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
 from .matching import Match, match
 from .parameters import Parameters
 from .ready import add_up
-from .remainder import REMAINDER, from_bytes, is_exact
+from .remainder import is_exact
 from .sharding.layout import like_param, local, placement
 
 
@@ -114,7 +114,8 @@ def read_state(
             p, int(value["salt"]) & 0xFFFFFFFF, float8, _memory_for(p, parameters.states.get(p, {}), group), exact
         )
         if exact and REMAINDER in value:
-            local(loaded[key][REMAINDER]).copy_(from_bytes(like_param(p, as_bytes(REMAINDER, value[REMAINDER]))))
+            raw = like_param(p, as_bytes(REMAINDER, value[REMAINDER]))
+            local(loaded[key][REMAINDER]).copy_(remainder_from_bytes(raw))
         for entry in CODES:
             part, target = like_param(p, as_bytes(entry, value[entry])), local(loaded[key][entry])
             target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))

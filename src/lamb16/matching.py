@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from .checks import check_groups
-
-SHOWN = 4  # names that an error lists
+from .checks.state import check_groups, check_groups_match, check_names_match
 
 
 class Loaded(NamedTuple):
@@ -58,24 +56,15 @@ def match(saved: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], named
         for name, key in zip(own, group["params"], strict=True)
     }
     missing, unexpected = [x for x in here if x not in there], [x for x in there if x not in here]
-    if strict and (missing or unexpected):
-        lacks = [f"the state dict has no {_shown(missing)}"] * bool(missing)
-        lacks += [f"this optimizer has no {_shown(unexpected)}"] * bool(unexpected)
-        raise ValueError(
-            f"Lamb16.load_state_dict: {'; '.join(lacks)}. Load the same model's state, or pass strict=False, which "
-            "loads what fits and returns the rest"
-        )
+    if strict:
+        check_names_match(missing, unexpected)
     waiting: dict[frozenset[str], list[int]] = {}
     for k, own in enumerate(theirs):
         waiting.setdefault(frozenset(own), []).append(k)
     sources = [waiting[key].pop(0) if waiting.get(key) else None for key in map(frozenset, names)]
     kept = [k for k, source in enumerate(sources) if source is None]
-    if strict and kept:
-        raise ValueError(
-            f"Lamb16.load_state_dict: group {kept[0]} ({_shown(list(names[kept[0]]))}) is no group of the state dict, "
-            f"which has {len(saved)} groups, this optimizer {len(names)}. Group the parameters alike, or pass "
-            "strict=False, which loads the states and keeps such groups' hyperparameters"
-        )
+    if strict:
+        check_groups_match(kept, len(saved), names)
     positions = {key: here[name] for name, key in there.items() if name in here}
     return Match(set(there.values()), positions, sources, Loaded(missing, unexpected, [], kept))
 
@@ -101,8 +90,3 @@ def _names(saved: Sequence[dict[str, Any]], here: set[str]) -> list[list[str]] |
 def _unique(names: Sequence[Sequence[str]]) -> bool:
     flat = list(chain.from_iterable(names))
     return len(flat) == len(set(flat))
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -12,45 +12,13 @@ wait for the current one, as for any tensor that is made there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .entries import SCALARS
-
-
-def checked_device(device: torch.device | str) -> torch.device:
-    """The device with its index; ValueError for one that is not there or cannot hold a state."""
-    try:
-        found = torch.empty(0, device=torch.device(device)).device
-    except (TypeError, RuntimeError, AssertionError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"Lamb16.offload: device={device!r} cannot be used ({cause}); give 'cpu' or another device that there is"
-        ) from error
-    if found.type == "meta":
-        raise ValueError(f"Lamb16.offload: device={device!r} holds no data, the state would be lost; give 'cpu'")
-    return found
-
-
-def check_reloaded(offloaded: torch.device | None, what: str) -> None:
-    """Raise RuntimeError where the state is away."""
-    if offloaded is not None:
-        raise RuntimeError(
-            f"Lamb16.{what}: the state is offloaded to {offloaded}; call optimizer.reload() first (nothing was changed)"
-        )
-
-
-def check_not_meta(states: Mapping[Any, Any], named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise RuntimeError for a parameter on the meta device whose state has data, which would be lost there."""
-    for name, p in named:
-        if p.is_meta and any(isinstance(x, Tensor) and not x.is_meta for x in states.get(p, {}).values()):
-            raise RuntimeError(
-                f"Lamb16.reload: parameter {name} is on the meta device, where its state would be lost; move the model "
-                "to the device that it is trained on first. Nothing was changed."
-            )
 
 
 def move(states: Mapping[Any, Any], device_of: Callable[[Tensor], torch.device], *, detach: bool = False) -> None:

@@ -14,16 +14,17 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from .between_steps import BetweenSteps
-from .checks import check_options, check_scaler, warn_of_other_moments
+from .checks.arguments import check_group_options, check_options, check_reloaded, check_scaler
+from .checks.state import warn_of_other_moments
 from .codes import as_bytes, as_fp8, map_codes
 from .convert import share, to_adamw
 from .entries import renamed
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .loading import checked_groups, checked_states, matched, read_state
 from .matching import Loaded
-from .offload import check_reloaded, move
+from .offload import move
 from .parameters import tensor_salt
-from .sharding.exchange import agree
+from .sharding.exchange import refuse
 from .step.compiled import Executor
 from .step.plan import Plan
 from .step.remembered import CACHED_PLANS
@@ -159,9 +160,9 @@ class Lamb16(BetweenSteps):
         """
         if isinstance(param_group, dict):
             # ZeroRedundancyOptimizer writes all arguments into the groups.
-            for name, own in self._own_options().items():
-                if param_group.get(name, own) != own:
-                    raise ValueError(f"Lamb16: {name} cannot be set in a parameter group; give it to Lamb16(...)")
+            own = self._own_options()
+            check_group_options(param_group, own)
+            for name in own:
                 param_group.pop(name, None)
             check_hyperparameters(param_group, f" (parameter group {len(self.param_groups)})")
         super().add_param_group(param_group)
@@ -312,7 +313,7 @@ class Lamb16(BetweenSteps):
             foreign = checked_states(state_dict["param_groups"], states, groups, names, found, strict)
         except Exception as caught:
             error = caught
-        agree(error, list(self._parameters))
+        refuse(error, list(self._parameters))
         share(list(foreign.values()))
         warn_of_other_moments(groups, self.param_groups)
         offloaded = self._offloaded

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_parameter, check_rounding
-from .sharding.layout import check_layout
+from .checks.arguments import check_names
+from .checks.sharded import check_layout
+from .checks.tensors import check_parameter, check_rounding
 
 
 class Parameters:
@@ -27,13 +28,8 @@ class Parameters:
     def name(self, group: dict[str, Any], i: int) -> str:
         """The parameter's name, or its position among all parameters."""
         if "param_names" in group:
-            names = group["param_names"]
-            if i >= len(names):
-                raise ValueError(
-                    f"Lamb16: a parameter group has {len(group['params'])} parameters and {len(names)} names; give "
-                    "group['param_names'] a name for each, or add the parameters with add_param_group"
-                )
-            return str(names[i])
+            check_names(group, i)
+            return str(group["param_names"][i])
         before = 0
         for other in self.groups:
             if other is group:

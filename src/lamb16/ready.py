@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_memory
-from .codes import CODES, as_fp8
-from .entries import ALL_ENTRIES, DERIVED, ENTRIES, MOMENTS, SCALARS, WIDTH, complete, find_largest, init_state, renamed
+from .checks.state import check_live_state
+from .checks.tensors import check_memory
+from .codes import MOMENTS, REMAINDER, as_fp8
+from .entries import ALL_ENTRIES, WIDTH, complete, find_largest, init_state, renamed
 from .hyper import MOMENT_DTYPES
 from .parameters import Parameters
-from .remainder import REMAINDER, fitted, has_remainder, is_exact
+from .remainder import fitted, has_remainder, is_exact
 from .sharding.exchange import whole_sums
 from .sharding.layout import is_sharded, like, local
 from .step.kinds import Kind
@@ -114,45 +115,9 @@ def checked_live_state(parameters: Parameters, p: Tensor, group: dict[str, Any],
     state, name, exact = dict(state), parameters.name(group, i), is_exact(p, group)
     if not exact:
         state.pop(REMAINDER, None)
-    missing = set(ENTRIES) - set(DERIVED) - set(state)
-    if missing:
-        raise ValueError(
-            f"Lamb16: the state of parameter {name} has no {sorted(missing)}; delete optimizer.state[parameter] to "
-            "start anew, or load a state with Lamb16.load_state_dict"
-        )
-    for key in set(SCALARS) & set(state):
-        value = state[key]
-        if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
-            raise ValueError(
-                f"Lamb16: {key} of parameter {name} is {value!r}, expected one number; load states with "
-                "Lamb16.load_state_dict, cut and extend parameters with optimizer.resize(p, index, new_p)"
-            )
-    float8 = group["moment_dtype"] == "float8"
-    for key, dtype in CODES.items():
-        wanted = dtype if float8 else torch.float32
-        if not isinstance(state[key], Tensor):
-            raise ValueError(
-                f"Lamb16: {key} of parameter {name} is {state[key]!r}, expected a tensor; delete "
-                "optimizer.state[parameter] to start anew, or load a state with Lamb16.load_state_dict"
-            )
-        codes = as_fp8(key, state[key]) if float8 else state[key]
-        if is_sharded(codes) != is_sharded(p):
-            raise ValueError(
-                f"Lamb16: {key} of parameter {name} is not sharded over the ranks as the parameter is; load states "
-                "with Lamb16.load_state_dict, or with torch.distributed.checkpoint.state_dict"
-            )
-        if codes.shape != p.shape or local(codes).shape != local(p).shape:
-            raise ValueError(
-                f"Lamb16: parameter {name} has shape {tuple(p.shape)}, but its state was made for "
-                f"{tuple(codes.shape)}; change a parameter's rows with optimizer.resize(p, index, new_p), or "
-                "delete optimizer.state[parameter]"
-            )
-        if codes.dtype != wanted:
-            raise ValueError(
-                f"Lamb16: {key} of parameter {name} is {codes.dtype}, but its group has "
-                f"moment_dtype={group['moment_dtype']!r}, which needs {wanted}; moment_dtype cannot change after "
-                "the first step, and states must be loaded with Lamb16.load_state_dict"
-            )
+    check_live_state(state, p, name, group["moment_dtype"])
+    for key in MOMENTS:
+        codes = as_fp8(key, state[key]) if group["moment_dtype"] == "float8" else state[key]
         if not local(codes).is_contiguous() or codes.device != p.device:
             codes = like(p, _to(local(codes), p.device))
         if local(codes).is_inference():  # of a state that was loaded in inference mode

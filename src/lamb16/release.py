@@ -18,7 +18,16 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from .buckets import Bucket, Buckets
-from .checks import check_memory
+from .checks.release import (
+    check_not_wrapped,
+    check_release,
+    check_unclipped,
+    check_unreleased,
+    check_watched,
+    end_error,
+    second_gradient,
+)
+from .checks.tensors import check_memory
 from .optimizer import Lamb16
 from .sharding.layout import is_sharded, local
 from .step.remembered import CACHED_PLANS
@@ -64,43 +73,11 @@ def release_gradients(model: nn.Module, optimizer: Lamb16, *, bucket_bytes: int 
             what ``optimizer.step()`` raises of gradients and states. From ``optimizer.step()``: a GradScaler has called
             it, or a parameter has a gradient.
     """
-    if not isinstance(optimizer, Lamb16):
-        raise TypeError(
-            f"lamb16.release_gradients: optimizer is a {type(optimizer).__name__}; give the Lamb16 itself (of "
-            "accelerate's wrapper, optimizer.optimizer)"
-        )
-    if not isinstance(bucket_bytes, int) or isinstance(bucket_bytes, bool) or bucket_bytes < 0:
-        raise ValueError(
-            f"lamb16.release_gradients: bucket_bytes={bucket_bytes!r} is invalid; it must be an integer >= 0"
-        )
-    if optimizer._release is not None:
-        raise RuntimeError("lamb16.release_gradients: this optimizer releases gradients already; remove() that first")
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise RuntimeError(DDP)
+    check_release(optimizer, Lamb16, bucket_bytes)
+    check_unreleased(optimizer._release is not None)
+    check_not_wrapped(any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     return GradientRelease(model, optimizer, bucket_bytes)
 
-
-DDP = (
-    "lamb16.release_gradients: DistributedDataParallel averages gradients over the ranks after they would have been "
-    "stepped; use torch.distributed.fsdp.fully_shard (FSDP2), whose gradients can be released"
-)
-CLIPPING = (
-    "lamb16.release_gradients: max_grad_norm={} needs the norm of all gradients before the first is stepped, when they "
-    "would all have to be there; set optimizer.max_grad_norm = None, or do not release gradients"
-)
-SCALER = (
-    "lamb16.release_gradients: GradScaler finds no gradients to divide, since they were stepped in the backward pass, "
-    "scaled as they were; train in bfloat16, which needs no scaler, or do not release gradients"
-)
-TWICE = (
-    "lamb16.release_gradients: the gradient of parameter {} came a second time before optimizer.step(). Released "
-    "gradients cannot be accumulated over several backward passes: the first has been stepped and freed. Call "
-    "optimizer.step() after each backward pass, or do not release gradients"
-)
-LEFT = (
-    "lamb16.release_gradients: parameter {} has a gradient at optimizer.step(), set by hand or after the backward "
-    "pass, as DistributedDataParallel does; set it to None, or remove() the release to step it"
-)
 
 # Whose gradients are released, and how often: copies of a model have its hooks, too.
 _MODELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -157,20 +134,10 @@ class GradientRelease:
         optimizer, model = self._optimizer(), self._model()
         if optimizer is None or model is None:
             return
-        if optimizer.max_grad_norm is not None:
-            raise ValueError(CLIPPING.format(optimizer.max_grad_norm))
+        check_unclipped(optimizer.max_grad_norm)
         own = set(map(id, model.parameters()))
         for p in params:
-            if id(p) not in own:
-                raise ValueError(
-                    f"lamb16.release_gradients: the optimizer's parameter {self._name(p)} is not the model's; give the "
-                    "module that all of them belong to"
-                )
-            if p.grad is not None:
-                raise RuntimeError(
-                    f"lamb16.release_gradients: parameter {self._name(p)} has a gradient already; step "
-                    "it if that is to be, and call optimizer.zero_grad()"
-                )
+            check_watched(p, id(p) in own, self._name)
         places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
         check_memory(
             [local(group["params"][i]) for group, i in places],
@@ -199,8 +166,8 @@ class GradientRelease:
         optimizer = self._optimizer()
         if self._error is not None:
             raise self._error
-        if optimizer is not None and optimizer.max_grad_norm is not None:
-            raise ValueError(CLIPPING.format(optimizer.max_grad_norm))
+        if optimizer is not None:
+            check_unclipped(optimizer.max_grad_norm)
 
     @property
     def cached_plans(self) -> int:
@@ -211,11 +178,10 @@ class GradientRelease:
         """``optimizer.step()`` was called, ``scaled`` by a GradScaler: the next gradients are another iteration's."""
         with self._lock:
             self.forget()
-            error, optimizer = RuntimeError(SCALER) if scaled else None, self._optimizer()
+            optimizer = self._optimizer()
             assert optimizer is not None
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                if error is None and p.grad is not None:
-                    error = RuntimeError(LEFT.format(self._name(p)))
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            error = end_error(scaled, params, self._name)
             if error is not None or self._sharded:
                 self._step({}, error)
 
@@ -305,7 +271,7 @@ def _arrived(release: ref[GradientRelease], p: Tensor) -> None:
         if (task := _current_pass()) not in self._passes:
             self._begin(task)
         if key in self._seen:
-            self._step({}, RuntimeError(TWICE.format(self._name(p))))
+            self._step({}, second_gradient(self._name(p)))
         self._seen.add(key)
         bucket = self._bucket_of.get(key)
         if bucket is None:
@@ -328,5 +294,4 @@ def _failed(release: ref[GradientRelease], task: int, _: Any) -> None:
 def _refuse_ddp(model: nn.Module, _: Any) -> None:
     """Raise RuntimeError where a model whose gradients are released is called by DistributedDataParallel."""
     active = DistributedDataParallel._active_ddp_module
-    if active is not None and _MODELS.get(model) and any(module is model for module in active.modules()):
-        raise RuntimeError(DDP)
+    check_not_wrapped(active is not None and _MODELS.get(model) and any(module is model for module in active.modules()))

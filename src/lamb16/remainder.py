@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks.remainders import check_remainder, check_remainder_shard
+from .codes import REMAINDER, remainder_from_bytes
 from .sharding.exchange import MODULO, whole_sums
 from .sharding.layout import is_sharded, like, like_param, local, placement
 from .step import floats
 from .wrapped import has_memory
 
-REMAINDER, CHECKSUM = "param_remainder", "param_checksum"
+CHECKSUM = "param_checksum"
 CHUNK = 1 << 20  # elements that are worked on at once
 
 
@@ -46,38 +48,19 @@ def no_remainder(param: Tensor) -> Tensor:
     return like(param, torch.zeros(weights.shape, dtype=torch.int16, device=weights.device))
 
 
-def as_bytes(remainder: Tensor) -> Tensor:
-    """int16 [...] as uint8 [..., 2], which every collective knows; int16 neither NCCL's nor gloo's do. In place."""
-    if remainder.dtype != torch.int16:
-        return remainder
-    return like(remainder, local(remainder).unsqueeze(-1).view(torch.uint8), 2)
-
-
-def from_bytes(value: Any) -> Any:
-    """int16 [...] of what :func:`as_bytes` returned; everything else as it is."""
-    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape[-1:] != (2,):
-        return value
-    found = local(value).contiguous().view(torch.int16).squeeze(-1)
-    return like(value[..., 0], found) if is_sharded(value) else found
-
-
 def fitted(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
     """A state's remainders, where a step can use them as they are, else copies; 0 where there are none.
 
     Raises:
         ValueError: they do not fit the parameter.
     """
-    value: Tensor | None = from_bytes(state.get(REMAINDER))
+    value: Tensor | None = remainder_from_bytes(state.get(REMAINDER))
     if value is not None and has_remainder(param, state):
         return value
-    check_remainder(state, param, name)
+    check_remainder(value, param, name)
     found = no_remainder(param)
     if value is not None:
-        if local(value).shape != local(param).shape:
-            raise ValueError(
-                f"Lamb16: {REMAINDER} of parameter {name} is not sharded over the ranks as the parameter is; load "
-                "states with Lamb16.load_state_dict"
-            )
+        check_remainder_shard(value, param, name)
         local(found).copy_(local(value))
     return found
 
@@ -90,29 +73,6 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> T
         kept &= (index >= 0).view(-1, *[1] * (new.dim() - 1))
         found.copy_(torch.where(kept, state[REMAINDER].index_select(0, rows), 0))
     return found
-
-
-def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str = "") -> None:
-    """Raise ValueError for remainders of another kind or shape than the parameter's; there may be none."""
-    value = from_bytes(state.get(REMAINDER))
-    if value is None:
-        return
-    if not isinstance(value, Tensor) or value.dtype != torch.int16 or value.shape != param.shape:
-        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} is {found}, expected torch.int16 {tuple(param.shape)}; "
-            "without it (delete the entry) the weights go on as they are"
-        )
-    if not has_memory(local(value)):
-        raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} has no memory (its storage was resized to 0 bytes); bring "
-            "it back before step"
-        )
-    if is_sharded(value) and not is_sharded(param):
-        raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} is sharded (a DTensor), the parameter not; gather "
-            "it first (.full_tensor())"
-        )
 
 
 def checksums(params: Sequence[Tensor]) -> list[int]:
@@ -141,26 +101,6 @@ def float32_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]]) -> dict
                 part.copy_(floats.join(part, own.int()))
         found[name] = like(p, weights)
     return found
-
-
-def check_float32_weights(weights: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless there is a float32 tensor of the right shape for every parameter, and no other."""
-    where = "Lamb16.load_float32_weights:"
-    for names, fault in ((params.keys() - weights.keys(), "are no"), (weights.keys() - params.keys(), "are also")):
-        if names:
-            raise ValueError(
-                f"{where} there {fault} weights for {', '.join(sorted(names))}; give what float32_weights returned"
-            )
-    for name, p in params.items():
-        x = weights[name]
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.shape != p.shape:
-            found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"{where} the weights for {name} are {found}, expected torch.float32 {tuple(p.shape)}; give what "
-                "float32_weights returned"
-            )
-        if is_sharded(x) and not is_sharded(p):
-            raise ValueError(f"{where} the weights for {name} are a DTensor, the parameter not (.full_tensor())")
 
 
 def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: Mapping[str, Tensor]) -> None:

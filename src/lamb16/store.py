@@ -11,7 +11,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .entries import ALL_ENTRIES, MOMENTS, SCALARS, TABLES, WIDTH, local_tensors
+from .codes import MOMENTS
+from .entries import ALL_ENTRIES, SCALARS, TABLES, WIDTH, local_tensors
 from .step.blocks import State
 from .wrapped import is_fake
 

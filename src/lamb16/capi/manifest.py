@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lamb16 import __version__
-from lamb16.checks import PARAM_DTYPES
+from lamb16.checks.tensors import PARAM_DTYPES
+from lamb16.codes import REMAINDER
 from lamb16.entries import TABLES
 from lamb16.hyper import FLAGS, Hyper, check_hyperparameters, numbers_of
-from lamb16.remainder import REMAINDER
 
 FORMAT = 3
 PACKAGE, MANIFEST = "step.pt2", "manifest.json"

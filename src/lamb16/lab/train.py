@@ -13,8 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lamb16.hyper import MOMENT_DTYPES, Hyper
 from lamb16.lab.data import CACHE, DATA_VARIABLE, DATASETS, ImageData, load
 from lamb16.lab.errors import CommandError, require
@@ -31,6 +29,7 @@ from lamb16.lab.training import (
     train,
 )
 from lamb16.lab.workers import ALONE, Workers, started_by_torchrun
+from lamb16.sharding.exchange import first_text
 
 __all__ = ["TrainConfig", "add_parser", "run", "train", "write_json"]
 
@@ -156,15 +155,15 @@ def _load(config: TrainConfig, workers: Workers) -> ImageData:
     if workers.count == 1:
         return load(config.dataset, config.data)
     data: ImageData | None = None
-    failure: list[str | None] = [None]
+    failure: str | None = None
     if workers.rank == 0:
         try:
             data = load(config.dataset, config.data)
         except CommandError as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CommandError(failure[0])
+            failure = str(error)
+    first = first_text(failure)
+    if first is not None:
+        raise CommandError(first[1])
     return data or load(config.dataset, config.data)
 
 

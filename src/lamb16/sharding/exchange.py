@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks.sharded import check_same, refused_elsewhere
 from .layout import Layout, is_sharded, layout
 
 MOST, MODULO = 0x7FFFFFFF, 0xFFFFFFFF
-OTHERS = (
-    "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of them, groups or "
-    "names differ, or max_grad_norm is None on some. Give every rank a gradient (of zeros). Nothing was changed."
-)
 
 
 class Table:
@@ -75,8 +72,7 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
     for group, _ in table.groups:
         both = torch.tensor([number, -number], device=device)
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
-        if both.tolist() != [number, -number]:
-            raise RuntimeError(OTHERS)
+        check_same(both.tolist() != [number, -number])
     values = torch.stack(list(sums))[:, None]
     table.sum(values)
     for x, value in zip(sums, values[:, 0], strict=True):
@@ -88,7 +84,14 @@ def digest(what: Any) -> int:
     return int.from_bytes(hashlib.blake2s(repr(what).encode(), digest_size=4).digest(), "little") & MOST
 
 
-def agree(error: Exception | None, params: Sequence[Tensor], where: str = "load_state_dict") -> None:
+def agree(error: Exception | None, elsewhere: Exception | None) -> None:
+    """Raise this rank's error or, where another rank has one, what stands for it: all raise, or none does."""
+    for found in (error, elsewhere):
+        if found is not None:
+            raise found
+
+
+def refuse(error: Exception | None, params: Sequence[Tensor], where: str = "load_state_dict") -> None:
     """Raise on every rank that shares parameters with this one, or has replicas, if one of them has found an error.
 
     A collective for DTensor parameters; else it raises this rank's error, if there is one.
@@ -103,7 +106,13 @@ def agree(error: Exception | None, params: Sequence[Tensor], where: str = "load_
     for group, device in groups.values():
         failed = failed.to(device)
         torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX, group)
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError(f"Lamb16.{where}: another rank found its part at fault, see its error. Nothing was changed.")
+    agree(error, refused_elsewhere(where) if failed else None)
+
+
+def first_text(text: str | None) -> tuple[int, str] | None:
+    """Of the texts of all processes the first, with the rank it is of; None where none has one. A collective."""
+    texts = [text]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        texts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(texts, text)
+    return next(((rank, found) for rank, found in enumerate(texts) if found is not None), None)

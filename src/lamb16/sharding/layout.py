@@ -71,21 +71,6 @@ def like_param(param: Tensor, tensor: Tensor) -> Tensor:
     return plain(tensor)[_slices(param)]
 
 
-def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
-    """This rank's part of the gradient of ``param``, a plain tensor; partial sums are reduced first.
-
-    Raises:
-        RuntimeError: one of the two is a DTensor and the other is not.
-    """
-    if is_sharded(param) != is_sharded(grad):
-        found = ["a DTensor" if is_sharded(x) else "a plain tensor" for x in (param, grad)]
-        raise RuntimeError(
-            f"Lamb16: parameter {name} is {found[0]}, but its gradient is {found[1]}; make both of one kind "
-            "(torch.distributed.tensor.distribute_tensor, or .full_tensor())"
-        )
-    return like_param(param, grad)
-
-
 def sharding_of(param: Tensor) -> Any:
     """What to compare to see whether two tensors are sharded alike."""
     if not is_sharded(param):
@@ -120,59 +105,20 @@ def layout(param: Tensor) -> Layout:
         if shape[d] != param.shape[d] and run:
             jumps.append((run, (param.shape[d] - shape[d]) * strides[d]))
     mesh = param.device_mesh  # type: ignore[attr-defined]
-    axes = [axis for axis, _ in _splits(param) if mesh.size(axis) > 1]
+    axes = [axis for axis, _ in splits(param) if mesh.size(axis) > 1]
     first = all(mesh.get_local_rank(axis) == 0 for axis in axes)
     return Layout(param.numel(), base, tuple(jumps), tuple(map(mesh.get_group, axes)), first)
 
 
-def check_layout(param: Tensor, name: str) -> None:
-    """Raise ValueError for a parameter that is sharded in a way that cannot be stepped; alike on every rank."""
-    if not is_sharded(param):
-        return
-    placements = param.placements  # type: ignore[attr-defined]
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"Lamb16: parameter {name} has partial placements {placements}; redistribute it to Shard or Replicate"
-        )
-    unknown = [p for p in placements if not (p.is_shard() or p.is_replicate() or _is_strided(p))]
-    if unknown:
-        raise ValueError(
-            f"Lamb16: parameter {name} has the placement {unknown[0]}; redistribute it to Shard or Replicate"
-        )
-    split: dict[int, list[int]] = {}
-    for axis, dim in _splits(param):
-        split.setdefault(dim, []).append(param.device_mesh.size(axis))  # type: ignore[attr-defined]
-    strided = {dim for axis, dim in _splits(param) if _is_strided(placements[axis])}
-    for dim, sizes in split.items():
-        if dim in strided and param.shape[dim] % math.prod(sizes):
-            raise ValueError(
-                f"Lamb16: dimension {dim} of parameter {name}, {tuple(param.shape)}, is split over mesh axes of "
-                f"{sizes} ranks, which do not divide it: torch loads checkpoints of such a parameter wrong. Make the "
-                f"dimension a multiple of {math.prod(sizes)}, or split it over one axis"
-            )
-    inner = [dim for dim in split if dim > 0]
-    if len(inner) > MAX_JUMPS:
-        raise ValueError(
-            f"Lamb16: parameter {name} is split along the dimensions {sorted(split)}; besides the first at most "
-            f"{MAX_JUMPS} are supported"
-        )
-    largest = math.prod(-(-size // math.prod(split.get(dim, [1]))) for dim, size in enumerate(param.shape))
-    if inner and largest >= 1 << 31:
-        raise ValueError(
-            f"Lamb16: a rank's part of parameter {name}, which is split along an inner dimension, has 2^31 elements or "
-            "more; split it over more ranks, or along its first dimension"
-        )
-
-
-def _splits(param: Tensor) -> Iterator[tuple[int, int]]:
+def splits(param: Tensor) -> Iterator[tuple[int, int]]:
     """(mesh axis, tensor dimension) of every split; replicated axes are left out."""
     for axis, placement in enumerate(param.placements):  # type: ignore[attr-defined]
-        if placement.is_shard() or _is_strided(placement):
+        if placement.is_shard() or is_strided(placement):
             dim = placement.dim
             yield axis, dim + param.dim() if dim < 0 else dim
 
 
-def _is_strided(placement: Any) -> bool:
+def is_strided(placement: Any) -> bool:
     """Whether this is what FSDP2 makes of a dimension that tensor parallelism has split: no subclass of Shard."""
     return type(placement).__name__ == "_StridedShard"
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks.sharded import check_same, step_refused_elsewhere
 from ..step.blocks import State
 from ..step.fp8 import as_int32
 from ..step.plan import Plan
-from .exchange import MODULO, MOST, OTHERS, Table, digest
+from .exchange import MODULO, MOST, Table, agree, digest
 from .layout import is_sharded, layout
 
 REDUCED_BYTES = 36  # per tensor and split mesh axis: three maxima of 4 and three sums of 8
@@ -136,12 +137,8 @@ def meet(reductions: Sequence[BoundReduction], signature: int, error: Exception 
         Exception: ``error``, which this rank has.
     """
     told = [reduction.before(signature, error is not None) for reduction in reductions]
-    if error is not None:
-        raise error
-    if any(failed for _, failed in told):
-        raise RuntimeError("Lamb16: another rank could not take this step, see its error. Nothing was changed.")
-    if any(differ for differ, _ in told):
-        raise RuntimeError(OTHERS)
+    agree(error, step_refused_elsewhere() if any(failed for _, failed in told) else None)
+    check_same(any(differ for differ, _ in told))
 
 
 def signature(plans: Sequence[Plan]) -> int:

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_fake, check_gradient, check_gradient_memory
+from ..checks.release import check_members
+from ..checks.sharded import check_gradient_kind
+from ..checks.tensors import check_fake, check_gradient, check_gradient_memory
 from ..parameters import Parameters
-from ..sharding.layout import is_sharded, local_gradient
+from ..sharding.layout import is_sharded, like_param
 from ..store import addresses
 from ..wrapped import PLAIN, fake_mode
 
@@ -53,11 +55,8 @@ def gather(parameters: Parameters, released: dict[int, Tensor] | None, unclipped
         params_of.update(zip(ids, params, strict=True))
         key += ids
         key += map(DTYPE, own)
-    if released is not None and len(grads) < len(released):
-        raise RuntimeError(
-            "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
-            "release before you take parameters out"
-        )
+    if released is not None:
+        check_members(len(grads), len(released))
     starts = addresses(list(grads.values()))
     if 0 in starts:
         _check_gradients_memory(parameters, grads)
@@ -72,7 +71,8 @@ def _checked_gradient(parameters: Parameters, grad: Tensor, group: dict[str, Any
         check_gradient(p, grad, name)
     if special or fake:
         check_fake(p, grad, name)
-        return local_gradient(p, grad, name)
+        check_gradient_kind(p, grad, name)
+        return like_param(p, grad)  # of which partial sums are reduced
     return grad
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks.tensors import check_gradient_device
 from ..hyper import check_hyperparameters
 from ..parameters import Parameters
 from ..store import Store
@@ -27,11 +29,7 @@ def members_of(parameters: Parameters, grads: dict[int, Tensor]) -> dict[Kind, l
         for i, p in enumerate(group["params"]):
             if id(p) in grads:
                 parameters.check(group, i)
-                if grads[id(p)].device != p.device:
-                    raise RuntimeError(
-                        f"Lamb16: parameter {parameters.name(group, i)} is on {p.device}, but its gradient on "
-                        f"{grads[id(p)].device}; set the gradient to None when you move a parameter"
-                    )
+                check_gradient_device(p, grads[id(p)], partial(parameters.name, group, i))
                 rounding = "nearest" if p.dtype == torch.float32 else group["param_rounding"]
                 float8 = group["moment_dtype"] == "float8"
                 kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"], rounding)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..entries import MOMENTS
+from ..checks.tensors import check_sizes
+from ..codes import MOMENTS, REMAINDER
 from ..hyper import MOMENT_DTYPES
-from ..remainder import REMAINDER, has_remainder
+from ..remainder import has_remainder
 from ..sharding.layout import layout, local, sharding_of
 from ..store import Store, addresses
 from ..wrapped import PLAIN
@@ -31,12 +32,8 @@ def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
     """The graphs of a step over these parameters; ValueError for a tensor that is too large for them."""
     shards = [local(p) for p in params]
     large, packed_rows = cut([x.numel() for x in shards])
-    if kind.device.type != "cpu" and any(rows * ROW >= 1 << 31 for _, rows in large):
-        shapes = [tuple(shards[i].shape) for i, rows in large if rows * ROW >= 1 << 31]
-        raise ValueError(
-            f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
-            "32 bits: split it, or pass compile=False"
-        )
+    if kind.device.type != "cpu":
+        check_sizes([shards[i].shape for i, rows in large if rows * ROW >= 1 << 31])
     mapped = any(needs_index_map(layout(p)) for p in params)
     forms = [packed for packed, blocks in ((False, large), (True, packed_rows)) if blocks]
     found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, mapped) for packed in forms]
