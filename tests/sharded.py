@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from helpers import CODES
-from lamb16 import Lamb16, remainder
+from lamb16 import Lamb16, codes
 from lamb16.sharding.layout import like
 
 Found = dict[str, Tensor]
@@ -189,7 +189,7 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         if tensor.element_size() == 1:
             tensor = like(tensor, tensor.to_local().view(torch.uint8))
-        tensor = remainder.as_bytes(tensor)
+        tensor = codes.remainder_as_bytes(tensor)
         tensor = tensor.full_tensor()
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()
 

@@ -66,6 +66,32 @@ def test_importing_brings_neither_compiler_nor_command_line() -> None:
     assert [name for name in added if name.startswith(unwanted)] == []
 
 
+MOST = 2_300  # lines of this package that are imported until there is an optimizer
+
+
+def test_making_an_optimizer_imports_what_that_needs() -> None:
+    code = (
+        "import sys, torch, lamb16; lamb16.Lamb16(torch.nn.Linear(2, 2).named_parameters()); "
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == 'lamb16'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = [Path(name) for name in done.stdout.split()]
+    assert PACKAGE / "optimizer.py" in files
+    lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in files}
+    assert sum(lines.values()) <= MOST, lines
+
+
+def test_public_names_that_are_imported_later_are_there() -> None:
+    code = (
+        "import sys, lamb16; assert 'lamb16.release' not in sys.modules; "
+        "assert set(lamb16.__all__) <= set(dir(lamb16)); "
+        "print(*(getattr(lamb16, name).__name__ for name in lamb16.__all__ if name != '__version__')); "
+        "print(hasattr(lamb16, 'no_such_name'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*(name for name in lamb16.__all__ if name != "__version__"), "False"]
+
+
 def test_the_command_line_brings_no_command_before_it_is_run() -> None:
     code = "import sys, lamb16.cli; print(*(name for name in sys.modules if name.startswith('lamb16.')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

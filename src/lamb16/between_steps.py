@@ -10,29 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checks.arguments import (
-    check_float32_weights,
-    check_not_meta,
-    check_reloaded,
-    check_replaced,
-    check_resize,
-    checked_device,
-)
-from .codes import REMAINDER
-from .entries import init_state, resized, weight_sum
-from .offload import move
+from .checks.arguments import check_not_meta, check_reloaded, check_replaced, check_resize, checked_device
 from .parameters import Parameters
-from .ready import New, add_up, checked_live_state, repair
-from .remainder import (
-    float32_weights,
-    has_remainder,
-    is_exact,
-    load_weights,
-    no_remainder,
-)
-from .sharding.exchange import refuse
-from .sharding.layout import like_param
-from .stepping import Stepper
+from .stepper import Stepper
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -86,6 +66,9 @@ class BetweenSteps(Optimizer):
         check_resize(p, index, new_p, parameters.name(group, i))
         state = self.state.get(p)
         if state:
+            from .entries import resized
+            from .ready import New, checked_live_state, repair
+
             live = [(p, checked_live_state(parameters, p, group, i))]
             repair(self.state, self._stepper.stores, live, New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
@@ -123,6 +106,8 @@ class BetweenSteps(Optimizer):
         Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
         the weights since the last step. A collective for such weights that are DTensors.
         """
+        from .remainder import float32_weights
+
         named = self._parameters.named()
         return float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()})
 
@@ -136,23 +121,9 @@ class BetweenSteps(Optimizer):
         Raises:
             ValueError: names, shapes or dtypes do not fit, on this rank or another; nothing is changed then.
         """
-        parameters, error = self._parameters, None
-        named = parameters.named()
-        try:
-            check_reloaded(self.offloaded, "load_float32_weights")
-            check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
-        except (ValueError, RuntimeError) as found:
-            error = found
-        refuse(error, [p for p, _, _ in named.values()], "load_float32_weights")
-        missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not self.state.get(x[0])}
-        for name, (p, group, i) in missing.items():
-            self.state[p] = init_state(p, parameters.salt(group, i), group["moment_dtype"] == "float8", exact=True)
-            self.state[p]["weight_sum"] = weight_sum(like_param(p, weights[name]).to(p.device))
-        add_up({p: self.state[p] for p, _, _ in missing.values()})
-        for p, group, _ in named.values():
-            if is_exact(p, group) and not has_remainder(p, self.state[p]):
-                self.state[p][REMAINDER] = no_remainder(p)
-        load_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()}, weights)
+        from .weights import load_float32_weights
+
+        load_float32_weights(self._parameters, weights, self.offloaded)
 
     # -- state that leaves the device --------------------------------------------------------------------------------
 
@@ -175,6 +146,8 @@ class BetweenSteps(Optimizer):
         Raises:
             ValueError: there is no such device, or it is the meta device; nothing is changed then.
         """
+        from .offload import move
+
         target = checked_device(device)
         with torch.inference_mode(False), torch.no_grad():
             norm, *counts = (
@@ -195,6 +168,8 @@ class BetweenSteps(Optimizer):
         Raises:
             RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
         """
+        from .offload import move
+
         parameters = self._parameters
         check_not_meta(self.state, zip(chain.from_iterable(parameters.names()), parameters, strict=True))
         move(self.state, lambda p: p.device)

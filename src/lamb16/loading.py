@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks.state import check_state, check_state_dict, check_unknown_states
+from .checks.state import check_state, check_state_dict, check_unknown_states, warn_of_other_moments
 from .codes import CODES, MOMENTS, REMAINDER, as_bytes, remainder_from_bytes
-from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, unwrapped
+from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
 from .entries import ENTRIES, SCALARS, find_largest, init_state, renamed
 from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
 from .matching import Match, match
@@ -93,6 +93,8 @@ def read_state(
     found: Match,
 ) -> dict[Any, Any]:
     """The saved states keyed by this optimizer's parameters, copied to their devices and sharded as they are."""
+    warn_of_other_moments(groups, parameters.groups)
+    share(list(foreign.values()))
     targets = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.positions.items()}
     left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
     state = {

@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,20 +15,15 @@ from torch.optim.optimizer import ParamsT
 
 from .between_steps import BetweenSteps
 from .checks.arguments import check_group_options, check_options, check_reloaded, check_scaler
-from .checks.state import warn_of_other_moments
-from .codes import as_bytes, as_fp8, map_codes
-from .convert import share, to_adamw
-from .entries import renamed
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
-from .loading import checked_groups, checked_states, matched, read_state
-from .matching import Loaded
-from .offload import move
 from .parameters import tensor_salt
-from .sharding.exchange import refuse
-from .step.compiled import Executor
-from .step.plan import Plan
 from .step.remembered import CACHED_PLANS
-from .stepping import Request
+from .stepper import Request
+
+if TYPE_CHECKING:
+    from .matching import Loaded
+    from .step.compiled import Executor
+    from .step.plan import Plan
 
 __all__ = ["Lamb16", "tensor_salt"]
 
@@ -160,9 +155,8 @@ class Lamb16(BetweenSteps):
         """
         if isinstance(param_group, dict):
             # ZeroRedundancyOptimizer writes all arguments into the groups.
-            own = self._own_options()
-            check_group_options(param_group, own)
-            for name in own:
+            check_group_options(param_group, self._own_options())
+            for name in self._own_options():
                 param_group.pop(name, None)
             check_hyperparameters(param_group, f" (parameter group {len(self.param_groups)})")
         super().add_param_group(param_group)
@@ -265,6 +259,8 @@ class Lamb16(BetweenSteps):
 
         Always uint8: collectives, pickle and checkpoint code fail on fp8 tensors or cast them silently.
         """
+        from .codes import as_bytes, map_codes
+
         state_dict = super().state_dict()
         state_dict["state"] = {key: map_codes(state, as_bytes) for key, state in state_dict["state"].items()}
         return state_dict
@@ -274,6 +270,8 @@ class Lamb16(BetweenSteps):
 
         The groups have AdamW's hyperparameters; those that only Lamb16 has are left out.
         """
+        from .convert import to_adamw
+
         return to_adamw(self.state_dict(), dict(enumerate(self._parameters)))
 
     def load_state_dict(  # type: ignore[override]
@@ -300,6 +298,10 @@ class Lamb16(BetweenSteps):
             ValueError: names, groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is
                 changed then.
         """
+        from .loading import checked_groups, checked_states, matched, read_state
+        from .offload import move
+        from .sharding.exchange import refuse
+
         state_dict = state_dict.copy()
         error: Exception | None = None
         try:
@@ -314,8 +316,6 @@ class Lamb16(BetweenSteps):
         except Exception as caught:
             error = caught
         refuse(error, list(self._parameters))
-        share(list(foreign.values()))
-        warn_of_other_moments(groups, self.param_groups)
         offloaded = self._offloaded
         state = read_state(parameters, states, foreign, groups, names, found)
         self.__setstate__({"state": state, "param_groups": groups})
@@ -327,6 +327,8 @@ class Lamb16(BetweenSteps):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""
+        from .codes import as_bytes, map_codes
+
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}
@@ -334,10 +336,12 @@ class Lamb16(BetweenSteps):
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        from .codes import as_fp8, map_codes
+        from .entries import renamed
+
         before = self._stepper.skipped if "_stepper" in self.__dict__ else {}
         skipped = state.get("_skipped", before)
-        states = state["state"]
-        new = {k: (map_codes(renamed(v), as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
+        new = {k: (map_codes(renamed(v), as_fp8) if isinstance(k, Tensor) else v) for k, v in state["state"].items()}
         super().__setstate__({k: v for k, v in state.items() if k != "_skipped"} | {"state": defaultdict(dict, new)})
         for group in self.param_groups:
             for name in NAMES:

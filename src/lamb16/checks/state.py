@@ -210,7 +210,7 @@ def warn_of_other_moments(saved: Sequence[dict[str, Any]], own: Sequence[dict[st
             warnings.warn(
                 f"Lamb16.load_state_dict: group {k} has moment_dtype={new['moment_dtype']!r} in the state, and "
                 f"{old['moment_dtype']!r} in the optimizer, which goes on with the state's",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..sharding.reduction import BoundReduction
-from .gradients import Gradients
-from .parts import Part, divisible
-from .plan import Plan
+if TYPE_CHECKING:
+    from ..sharding.reduction import BoundReduction
+    from .gradients import Gradients
+    from .plan import Plan
 
 CACHED_PLANS = 8  # sets of parameters with gradients that are remembered
 
@@ -60,6 +60,8 @@ class Remembered:
         self.seen[gradients.key] = None
         if len(self.seen) > most:
             self.seen.popitem(last=False)
+        from .parts import Part, divisible
+
         own = gradients.members(groups)
         for known, cached in reversed(self.cached.items()):
             if cached.setting != gradients.setting or not own or not own.items() <= cached.members.items():
