@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hyper import MOMENT_DTYPES
+from .moments import BYTES, CODES
 from .sharding.layout import is_sharded, like, local
 
-MOMENTS = ("exp_avg_codes", "exp_avg_sq_codes")
 REMAINDER = "param_remainder"
-CODES = dict(zip(MOMENTS, MOMENT_DTYPES["float8"], strict=True))
 
 
 def map_codes(state: Any, convert: Callable[[str, Tensor], Tensor]) -> Any:
@@ -27,7 +25,7 @@ def as_bytes(key: str, codes: Tensor) -> Tensor:
     """Of these entries; float32 moments as they are."""
     if key == REMAINDER:
         return remainder_as_bytes(codes)
-    return like(codes, local(codes).view(torch.uint8)) if codes.dtype == CODES[key] else codes
+    return like(codes, local(codes).view(BYTES)) if codes.dtype == CODES[key] else codes
 
 
 def as_fp8(key: str, codes: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def as_fp8(key: str, codes: Tensor) -> Tensor:
     if key == REMAINDER:
         found: Tensor = remainder_from_bytes(codes)
         return found
-    return like(codes, local(codes).view(CODES[key])) if codes.dtype == torch.uint8 else codes
+    return like(codes, local(codes).view(CODES[key])) if codes.dtype == BYTES else codes
 
 
 def remainder_as_bytes(remainder: Tensor) -> Tensor:

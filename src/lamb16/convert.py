@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .checks.foreign import check_betas, check_entries, check_extremes, check_moment, check_step
-from .codes import MOMENTS
 from .entries import SCALARS, chunks
 from .hyper import check_hyperparameters
+from .moments import BYTES, MOMENTS, are_codes
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
 from .step.fp8 import E4M3, E5M2, Format
@@ -152,7 +152,7 @@ def as_lamb16(foreign: Foreign, salt: int, float8: bool) -> dict[str, Any]:
 
 def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """uint8 codes of x times ``inverse``, to nearest."""
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    codes = torch.empty(x.shape, dtype=BYTES, device=x.device)
     to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
     for chunk, out in zip(chunks(x.reshape(-1)), chunks(codes.view(-1)), strict=True):
         chunk = chunk.float()
@@ -192,7 +192,7 @@ def _as_adam(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {"step": torch.tensor(float(state["step"]), dtype=torch.float32)}
     for name, scale_name, key, fmt in zip(MOMENTS, SCALARS[:2], ADAM, (E4M3, E5M2), strict=True):
         own = local(state[name])
-        values = own if own.dtype == torch.float32 else fp8.decode(own, fmt) * state[scale_name].to(own.device)
+        values = fp8.decode(own, fmt) * state[scale_name].to(own.device) if are_codes(own) else own
         # In the parameter's memory format, which AdamW's fused step takes for granted.
         found[key] = like(param, torch.empty_like(local(param), dtype=torch.float32).copy_(values))
     return found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .codes import MOMENTS, REMAINDER
-from .hyper import MOMENT_DTYPES
+from .codes import REMAINDER
+from .moments import MOMENTS, are_codes, dtypes, raw
 from .remainder import CHECKSUM, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding.layout import like, local
@@ -50,10 +50,9 @@ def init_state(
     ``moments`` are used as they are in place of new zeros. The sum of the weights is that of this rank's part.
     """
     scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
-    dtypes = MOMENT_DTYPES["float8" if float8 else "float32"]
     device, shape = param.device, local(param).shape
     if moments is None:
-        moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes]
+        moments = [like(param, torch.zeros(shape, dtype=dtype, device=device)) for dtype in dtypes(float8)]
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.int32, device=device),
         "exp_avg_codes": moments[0],
@@ -103,15 +102,13 @@ def resized(state: dict[str, Any], index: Tensor, old: Tensor, new: Tensor) -> d
     moments = []
     for name in MOMENTS:
         codes = state[name]
-        raw = codes.view(torch.uint8) if codes.element_size() == 1 else codes
         if old.shape[0]:
-            cut = raw.index_select(0, rows)
+            cut = raw(codes).index_select(0, rows)
             cut[fresh] = 0
         else:
-            cut = raw.new_zeros(new.shape)
+            cut = raw(codes).new_zeros(new.shape)
         moments.append(cut.view(codes.dtype))
-    float8 = moments[0].dtype != torch.float32
-    found = init_state(new, int(state["salt"]) & 0xFFFFFFFF, float8, moments)
+    found = init_state(new, int(state["salt"]) & 0xFFFFFFFF, are_codes(moments[0]), moments)
     for name in ("step", "exp_avg_scale", "exp_avg_sq_scale"):
         found[name].fill_(float(state[name]) if name != "step" else int(state[name]))
     if old.numel():
@@ -131,10 +128,10 @@ def find_largest(*states: dict[str, Any], store: Store | None = None) -> None:
     What lies in the tables of ``store`` stays there, so that they need not be made anew.
     """
     for name, maximum, fmt in zip(MOMENTS, MAXIMA, (E4M3, E5M2), strict=True):
-        for plain in {state[name].dtype == torch.float32 for state in states}:
-            own = [state for state in states if (state[name].dtype == torch.float32) == plain]
+        for coded in {are_codes(state[name]) for state in states}:
+            own = [state for state in states if are_codes(state[name]) == coded]
             moments = local_tensors([state[name] for state in own])
-            tops = torch.stack(list(map(_largest, moments))) if plain else _largest_codes(moments, fmt)
+            tops = _largest_codes(moments, fmt) if coded else torch.stack(list(map(_largest, moments)))
             if store is None or not store.put(maximum, own, tops):
                 for state, top in zip(own, tops.unbind(0), strict=True):
                     state[maximum] = top

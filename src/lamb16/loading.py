@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .checks.state import check_state, check_state_dict, check_unknown_states, warn_of_other_moments
-from .codes import CODES, MOMENTS, REMAINDER, as_bytes, remainder_from_bytes
+from .codes import REMAINDER, as_bytes, remainder_from_bytes
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
 from .entries import ENTRIES, SCALARS, find_largest, init_state, renamed
-from .hyper import MOMENT_DTYPES, NAMES, check_hyperparameters
+from .hyper import NAMES, check_hyperparameters
 from .matching import Match, match
+from .moments import MOMENTS, dtypes, in_float8, raw
 from .parameters import Parameters
 from .ready import add_up
 from .remainder import is_exact
@@ -107,7 +108,7 @@ def read_state(
     loaded: dict[Any, dict[str, Any]] = {}
     for key in known:
         p, group = targets[key]
-        float8, value = group["moment_dtype"] == "float8", states[key]
+        float8, value = in_float8(group), states[key]
         if key in foreign:
             k, i = found.positions[key]
             value = as_lamb16(foreign[key], parameters.salt(parameters.groups[k], i), float8)
@@ -116,11 +117,11 @@ def read_state(
             p, int(value["salt"]) & 0xFFFFFFFF, float8, _memory_for(p, parameters.states.get(p, {}), group), exact
         )
         if exact and REMAINDER in value:
-            raw = like_param(p, as_bytes(REMAINDER, value[REMAINDER]))
-            local(loaded[key][REMAINDER]).copy_(remainder_from_bytes(raw))
-        for entry in CODES:
+            remainder = like_param(p, as_bytes(REMAINDER, value[REMAINDER]))
+            local(loaded[key][REMAINDER]).copy_(remainder_from_bytes(remainder))
+        for entry in MOMENTS:
             part, target = like_param(p, as_bytes(entry, value[entry])), local(loaded[key][entry])
-            target.view(-1).view(_bits(target)).copy_(part.reshape(-1).view(_bits(part)))
+            raw(target.view(-1)).copy_(raw(part.reshape(-1)))
         for entry in set(SCALARS) & set(value) - {"salt"}:
             scalar = loaded[key][entry]
             scalar.fill_(float(value[entry]) if scalar.is_floating_point() else int(value[entry]))
@@ -137,8 +138,8 @@ def read_state(
 
 def _fits(state: dict[str, Any], group: dict[str, Any]) -> bool:
     """Whether this is a state with the moments' dtypes of the group."""
-    dtypes = [x.dtype for x in map(state.get, MOMENTS) if isinstance(x, Tensor)]
-    return dtypes == list(MOMENT_DTYPES[group["moment_dtype"]])
+    found = [x.dtype for x in map(state.get, MOMENTS) if isinstance(x, Tensor)]
+    return found == list(dtypes(in_float8(group)))
 
 
 def _memory_for(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[Tensor] | None:
@@ -147,7 +148,7 @@ def _memory_for(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list
     Not if others hold their memory: a state dict that someone kept, or other tensors in one buffer.
     """
     moments: list[Any] = [state.get(name) for name in MOMENTS]
-    for x, dtype in zip(moments, MOMENT_DTYPES[group["moment_dtype"]], strict=True):
+    for x, dtype in zip(moments, dtypes(in_float8(group)), strict=True):
         if not isinstance(x, Tensor) or x.is_inference():
             return None
         mine, own = local(x), local(p)
@@ -170,7 +171,3 @@ def foreign_entries(state: dict[str, Any], device: torch.device) -> dict[str, An
         key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
         for key, value in added.items()
     }
-
-
-def _bits(tensor: Tensor) -> torch.dtype:
-    return torch.uint8 if tensor.element_size() == 1 else tensor.dtype

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .checks.state import check_live_state
 from .checks.tensors import check_memory
-from .codes import MOMENTS, REMAINDER, as_fp8
+from .codes import REMAINDER, as_fp8
 from .entries import ALL_ENTRIES, WIDTH, complete, find_largest, init_state, renamed
-from .hyper import MOMENT_DTYPES
+from .moments import MOMENTS, dtypes, in_float8, raw
 from .parameters import Parameters
 from .remainder import fitted, has_remainder, is_exact
 from .sharding.exchange import whole_sums
@@ -95,10 +95,7 @@ def ready_states(
     check_memory(written, names, inference)
     prepare()
     repair(parameters.states, stores, live, new)
-    made = {
-        p: init_state(p, salt, group["moment_dtype"] == "float8", exact=is_exact(p, group))
-        for p, group, salt in missing
-    }
+    made = {p: init_state(p, salt, in_float8(group), exact=is_exact(p, group)) for p, group, salt in missing}
     new.made.extend(made)
     for p, state in made.items():
         parameters.states[p].update(state)
@@ -117,7 +114,7 @@ def checked_live_state(parameters: Parameters, p: Tensor, group: dict[str, Any],
         state.pop(REMAINDER, None)
     check_live_state(state, p, name, group["moment_dtype"])
     for key in MOMENTS:
-        codes = as_fp8(key, state[key]) if group["moment_dtype"] == "float8" else state[key]
+        codes = as_fp8(key, state[key]) if in_float8(group) else state[key]
         if not local(codes).is_contiguous() or codes.device != p.device:
             codes = like(p, _to(local(codes), p.device))
         if local(codes).is_inference():  # of a state that was loaded in inference mode
@@ -167,7 +164,7 @@ def are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group:
     if not set(map(type, entries)) <= {Tensor} or any(map(is_sharded, set(map(type, params)) - PLAIN and params)):
         return False
     shapes, devices = list(map(SHAPE, params)), list(map(DEVICE, params))
-    for k, dtype in enumerate(MOMENT_DTYPES[group["moment_dtype"]]):
+    for k, dtype in enumerate(dtypes(in_float8(group))):
         moments = entries[k::WIDTH]
         if set(map(DTYPE, moments)) - {dtype} or list(map(SHAPE, moments)) != shapes:
             return False
@@ -183,6 +180,4 @@ def are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group:
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """A contiguous copy on ``device``; fp8 moves as bytes."""
-    dtype = tensor.dtype
-    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-    return raw.to(device).contiguous().view(dtype)
+    return raw(tensor).to(device).contiguous().view(tensor.dtype)

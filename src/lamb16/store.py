@@ -11,8 +11,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .codes import MOMENTS
 from .entries import ALL_ENTRIES, SCALARS, TABLES, WIDTH, local_tensors
+from .moments import MOMENTS
 from .step.blocks import State
 from .wrapped import is_fake
 

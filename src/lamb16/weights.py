@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks.arguments import check_float32_weights, check_reloaded
 from .codes import REMAINDER
 from .entries import init_state, weight_sum
+from .moments import in_float8
 from .parameters import Parameters
 from .ready import add_up
 from .remainder import has_remainder, is_exact, load_weights, no_remainder
@@ -30,7 +31,7 @@ def load_float32_weights(parameters: Parameters, weights: Mapping[str, Tensor], 
     refuse(error, [p for p, _, _ in named.values()], "load_float32_weights")
     missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not states.get(x[0])}
     for name, (p, group, i) in missing.items():
-        states[p] = init_state(p, parameters.salt(group, i), group["moment_dtype"] == "float8", exact=True)
+        states[p] = init_state(p, parameters.salt(group, i), in_float8(group), exact=True)
         states[p]["weight_sum"] = weight_sum(like_param(p, weights[name]).to(p.device))
     add_up({p: states[p] for p, _, _ in missing.values()})
     for p, group, _ in named.values():

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes import MOMENTS, REMAINDER, remainder_from_bytes
+from ..codes import REMAINDER, remainder_from_bytes
 from ..entries import DERIVED, ENTRIES, MAXIMA, SCALARS, chunks
-from ..hyper import MOMENT_DTYPES
+from ..moments import MOMENTS, allowed, are_codes
 from ..sharding.layout import is_sharded, local
 from .remainders import check_remainder
 
@@ -29,21 +29,20 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
             f"Lamb16.load_state_dict: the state of parameter {name} has the entries {sorted(map(str, state))}, not "
             f"{sorted(ENTRIES)}: this is the state of another optimizer"
         )
-    for key, dtype in zip(MOMENTS, MOMENT_DTYPES[moment_dtype], strict=True):
+    for key, known in zip(MOMENTS, allowed(moment_dtype), strict=True):
         value = state[key]
-        allowed = _allowed(moment_dtype, dtype)
-        if not isinstance(value, Tensor) or value.dtype not in allowed:
+        if not isinstance(value, Tensor) or value.dtype not in known:
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"Lamb16.load_state_dict: {key} of parameter {name} is {found}, expected "
-                f"{' or '.join(map(str, allowed))} for moment_dtype={moment_dtype!r}"
+                f"{' or '.join(map(str, known))} for moment_dtype={moment_dtype!r}"
             )
         if is_sharded(value) and not is_sharded(param):
             raise ValueError(
                 f"Lamb16.load_state_dict: {key} of parameter {name} is sharded (a DTensor), the parameter not; "
                 "gather it first (get_optimizer_state_dict with StateDictOptions(full_state_dict=True))"
             )
-        if value.dtype != torch.float32 and _has_nan(local(value), key):
+        if are_codes(value) and _has_nan(local(value), key):
             raise ValueError(f"Lamb16.load_state_dict: {key} of parameter {name} holds NaN codes: it is damaged")
         if value.shape != param.shape:
             raise ValueError(
@@ -93,7 +92,7 @@ def check_live_state(state: dict[str, Any], param: Tensor, name: str, moment_dty
                 f"Lamb16: {key} of parameter {name} is {state[key]!r}, expected one number; load states with "
                 "Lamb16.load_state_dict, cut and extend parameters with optimizer.resize(p, index, new_p)"
             )
-    for key, dtype in zip(MOMENTS, MOMENT_DTYPES[moment_dtype], strict=True):
+    for key, known in zip(MOMENTS, allowed(moment_dtype), strict=True):
         value = state[key]
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -111,10 +110,10 @@ def check_live_state(state: dict[str, Any], param: Tensor, name: str, moment_dty
                 f"{tuple(value.shape)}; change a parameter's rows with optimizer.resize(p, index, new_p), or "
                 "delete optimizer.state[parameter]"
             )
-        if value.dtype not in _allowed(moment_dtype, dtype):
+        if value.dtype not in known:
             raise ValueError(
                 f"Lamb16: {key} of parameter {name} is {value.dtype}, but its group has "
-                f"moment_dtype={moment_dtype!r}, which needs {dtype}; moment_dtype cannot change after "
+                f"moment_dtype={moment_dtype!r}, which needs {known[0]}; moment_dtype cannot change after "
                 "the first step, and states must be loaded with Lamb16.load_state_dict"
             )
 
@@ -122,11 +121,6 @@ def check_live_state(state: dict[str, Any], param: Tensor, name: str, moment_dty
 def _missing(state: dict[str, Any]) -> set[str]:
     """What a state of every version has, and this one has not."""
     return set(ENTRIES) - set(DERIVED) - set(state)
-
-
-def _allowed(moment_dtype: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes of what can become a moment of this one: fp8 codes may be bytes."""
-    return (dtype,) if moment_dtype == "float32" else (dtype, torch.uint8)
 
 
 def _is_number(value: Any) -> bool:

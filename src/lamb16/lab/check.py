@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from lamb16 import Lamb16, capi, reference
 from lamb16.capi import manifest
 from lamb16.capi.manifest import Exported, ManifestError, Spec
-from lamb16.codes import MOMENTS, REMAINDER
+from lamb16.codes import REMAINDER
 from lamb16.entries import SCALARS
 from lamb16.hyper import Hyper
 from lamb16.lab.errors import CommandError
 from lamb16.lab.study.report import table
+from lamb16.moments import MOMENTS
 from lamb16.parameters import tensor_salt
 from lamb16.reference import State
 

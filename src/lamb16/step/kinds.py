@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..moments import graph_dtype
+
 
 class Kind(NamedTuple):
     """What compiled code is specialised on."""
@@ -25,8 +27,8 @@ class Kind(NamedTuple):
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of weights, gradients, codes and, if there are, remainders, as the graphs see them."""
-        codes = torch.uint8 if self.float8 else torch.float32
-        return self.param_dtype, self.grad_dtype, codes, codes, *[torch.int16] * self.exact
+        moment = graph_dtype(self.float8)
+        return self.param_dtype, self.grad_dtype, moment, moment, *[torch.int16] * self.exact
 
     @property
     def group(self) -> int:

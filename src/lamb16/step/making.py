@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks.tensors import check_gradient_device
 from ..hyper import check_hyperparameters
+from ..moments import in_float8
 from ..parameters import Parameters
 from ..store import Store
 from ..wrapped import is_fake
@@ -31,7 +32,7 @@ def members_of(parameters: Parameters, grads: dict[int, Tensor]) -> dict[Kind, l
                 parameters.check(group, i)
                 check_gradient_device(p, grads[id(p)], partial(parameters.name, group, i))
                 rounding = "nearest" if p.dtype == torch.float32 else group["param_rounding"]
-                float8 = group["moment_dtype"] == "float8"
+                float8 = in_float8(group)
                 kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"], rounding)
                 members.setdefault(kind, []).append((p, group))
     return members

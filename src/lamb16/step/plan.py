@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks.tensors import check_sizes
-from ..codes import MOMENTS, REMAINDER
-from ..hyper import MOMENT_DTYPES
+from ..codes import REMAINDER
+from ..moments import MOMENTS, dtypes, raw
 from ..remainder import has_remainder
 from ..sharding.layout import layout, local, sharding_of
 from ..store import Store, addresses
@@ -115,12 +115,12 @@ class Plan:
     def _batches(self, weights: Sequence[Tensor], zeros: Callable[..., Tensor]) -> list[Batch]:
         """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
         kind, rows, executor = self.kind, self.rows, self.executor
-        on_cpu, dtypes = kind.device.type == "cpu", kind.dtypes
+        on_cpu, seen = kind.device.type == "cpu", kind.dtypes
         most = rows.packed_count
         if on_cpu:
             elements = sum(packed.length for packed in rows.packed_rows)
             largest = max(sum(w.numel() for w in weights) // 300, elements * 3 // 5)
-            most = max(BATCH, largest * dtypes[0].itemsize // (PACKED_ROW * sum(dtype.itemsize for dtype in dtypes)))
+            most = max(BATCH, largest * seen[0].itemsize // (PACKED_ROW * sum(dtype.itemsize for dtype in seen)))
         first = [0]  # packed rows of the batches; a block has at least two
         for packed in rows.packed_rows:
             row, end = packed.row, packed.row + packed.rows
@@ -129,8 +129,8 @@ class Plan:
         ends = [*first[1:], rows.packed_count]
         parts = [slice(a, b) for a, b in zip(first, ends, strict=True)] if rows.packed_rows else []
         most = max((x.stop - x.start for x in parts), default=0)
-        buffers = [zeros(most, PACKED_ROW, dtype=dtype) for dtype in dtypes]
-        moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:4]
+        buffers = [zeros(most, PACKED_ROW, dtype=dtype) for dtype in seen]
+        moments = dtypes(kind.float8) if on_cpu else seen[2:4]
         begin, places, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.places(kind.device), []
         for part in parts:
             block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in places])
@@ -195,7 +195,7 @@ class Plan:
         tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments, *remainders]
         self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.padding
         if self.kind.device.type != "cpu":
-            tensors[2:4] = [list(map(as_bytes, x)) for x in moments]
+            tensors[2:4] = [list(map(raw, x)) for x in moments]
         self.tensors, self.sources = tensors, [batch.packing.sources(tensors) for batch in self.batches]
         self._inspect(self.row_read, None)
 
@@ -304,12 +304,7 @@ class Batch(NamedTuple):
         self.packing.pack(sources, operands)
 
 
-def as_bytes(codes: Tensor) -> Tensor:
-    """Codes as a uint8 view (fp8 types do not compile before sm_89); float32 moments as they are."""
-    return codes if codes.dtype == torch.float32 else codes.view(torch.uint8)
-
-
 def _block(rows: int, tensors: Sequence[Tensor]) -> Block:
     """The rows of a large tensor; of contiguous p, g, moments and, if there are, remainders."""
     p, g, m, v, *remainder = tensors
-    return in_place([x.as_strided((rows, ROW), (ROW, 1)) for x in (p, g, as_bytes(m), as_bytes(v), *remainder)])
+    return in_place([x.as_strided((rows, ROW), (ROW, 1)) for x in (p, g, raw(m), raw(v), *remainder)])
