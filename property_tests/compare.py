@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bits import assert_same_bits
+from helpers import step_with
 from lamb16 import Lamb16, reference
 from lamb16.entries import SCALARS
 from lamb16.reference import Hyper, State
@@ -22,22 +24,15 @@ DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16;
 StepFunction = Callable[[Tensor, Tensor, State, Hyper], tuple[Tensor, State, reference.Stats]]
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality of bit patterns, so that NaN equals NaN and 0 differs from -0."""
-    a, b = a.detach().cpu(), b.detach().cpu()
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
-
-
 def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: Tensor, theirs: State) -> None:
     """Weights, codes, scales and step counts agree bit for bit."""
-    assert same_bits(p, weights), f"{where}: weights differ"
+    assert_same_bits(p, weights, f"{where}: weights")
     for name in ("exp_avg_codes", "exp_avg_sq_codes"):
         codes = mine[name] if mine[name].dtype == torch.float32 else mine[name].view(torch.uint8)
-        assert same_bits(codes, getattr(theirs, name)), f"{where}: {name} differs"
+        assert_same_bits(codes, getattr(theirs, name), f"{where}: {name}")
     assert (REMAINDER in mine) == (theirs.param_remainder is not None)
     if theirs.param_remainder is not None:
-        assert same_bits(mine[REMAINDER], theirs.param_remainder), f"{where}: remainders differ"
+        assert_same_bits(mine[REMAINDER], theirs.param_remainder, f"{where}: remainders")
     assert (int(mine["salt"]) - theirs.salt) % 2**32 == 0, f"{where}: salt differs"
     for name in set(SCALARS) - {"salt"}:
         a, b = mine[name].item(), getattr(theirs, name)
@@ -53,9 +48,7 @@ def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     """The run of a case through Lamb16 alone."""
     params, optimizer = make(case, compile)
     for step in range(len(case.kinds)):
-        for p, grad in zip(params, case.gradients(step, case.weights()), strict=True):
-            p.grad = None if grad is None else grad.to(DEVICE)
-        optimizer.step()
+        step_with(optimizer, case.gradients(step, case.weights()))
     return params, optimizer
 
 
@@ -80,13 +73,11 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
     skipped = 0
     for step in range(len(case.kinds)):
         grads = case.gradients(step, weights)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = None if grad is None else grad.to(DEVICE, copy=True)
-        optimizer.step()
+        step_with(optimizer, [None if grad is None else grad.clone() for grad in grads])
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
-            assert same_bits(p.grad, grad), "the gradient was modified"
+            assert_same_bits(p.grad, grad, "the gradients before and after the step")
             mine = optimizer.state[p]
             salt = optimizer._parameters.salt(optimizer.param_groups[0], i)  # decay alone changes the state's
             state = states[i] or reference.init(weights[i], salt, **case.words)

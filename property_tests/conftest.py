@@ -30,11 +30,8 @@ def compile(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def flush_denormal():
     """Flush-to-zero on, for one test; skipped where the processor has none."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the flag belongs to the calling thread
+    assert torch.get_num_threads() == 1, "the flag belongs to the calling thread"
     if not torch.set_flush_denormal(True):
-        torch.set_num_threads(threads)
         pytest.skip("this processor cannot flush denormals to zero")
     yield
     torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compare import run_beside_reference, same_bits
+from bits import assert_same_bits, same_bits
+from compare import run_beside_reference
 from helpers import edited_c_source
 from lamb16 import capi, reference
 from lamb16.capi.sweep_weights import boundaries
@@ -313,8 +314,9 @@ def check_rounding_of_weights(library: capi.Library, x: torch.Tensor, words: tor
         mine, _ = library.round_weights(x, dtype, "nearest")
         assert same(mine, x.to(dtype)), "weights to nearest differ"
     mine, theirs = library.round_weights(x, torch.bfloat16, "exact"), reference.split(x)
-    assert all(map(same_bits, mine, theirs)), "exact weights differ"
-    assert same_bits(library.widen_weights(*mine), reference.joined(*theirs)), "joined weights differ"
+    for x, y in zip(mine, theirs, strict=True):
+        assert_same_bits(x, y, "exact weights")
+    assert_same_bits(library.widen_weights(*mine), reference.joined(*theirs), "joined weights")
 
 
 @given(values=st.lists(VALUES, min_size=1, max_size=50), word=st.integers(0, 2**32 - 1))

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compare import DEVICE, make, patched, run_beside_reference, same_bits
+from bits import assert_same_bits, same_bits
+from compare import DEVICE, make, patched, run_beside_reference
+from helpers import step_with
 from lamb16 import Lamb16, reference
 from lamb16.reference import Hyper
 from lamb16.step import floats
@@ -46,8 +48,8 @@ def test_every_pattern_is_split_and_joined(low: int) -> None:
     p, remainder = reference.split(weights)
     numbers = ~weights.isnan()
     assert torch.equal(p.isnan(), weights.isnan())
-    assert same_bits(reference.joined(p, remainder)[numbers], weights[numbers])
-    assert same_bits(p[numbers & ~PATTERNS.isnan()], PATTERNS[numbers & ~PATTERNS.isnan()])
+    assert_same_bits(reference.joined(p, remainder)[numbers], weights[numbers])
+    assert_same_bits(p[numbers & ~PATTERNS.isnan()], PATTERNS[numbers & ~PATTERNS.isnan()])
     assert set(remainder[numbers].tolist()) == {low}
 
 
@@ -58,7 +60,7 @@ def test_no_remainder_makes_a_number_a_nan(low: int) -> None:
     weights = reference.joined(NUMBERS, remainder)
     assert not weights.isnan().any()
     assert ((weights - NUMBERS.float()).abs() <= NUMBERS.float().abs() * 2.0**-8 + 2.0**-134).all()
-    assert same_bits(floats.join(NUMBERS.float(), remainder.int()), weights)
+    assert_same_bits(floats.join(NUMBERS.float(), remainder.int()), weights)
 
 
 @pytest.mark.parametrize("low", EDGES)
@@ -69,7 +71,7 @@ def test_the_visible_weight_is_the_nearest(low: int) -> None:
     p, nearest = reference.split(weights)[0], weights.to(torch.bfloat16)
     tie = (weights.view(torch.int32) & 0xFFFF) == 0x8000
     assert tie.all() if low == -32768 else not tie.any()
-    assert same_bits(p[~tie], nearest[~tie])
+    assert_same_bits(p[~tie], nearest[~tie])
     assert (p[tie].float().abs() > weights[tie].abs()).all()
     assert low != -32768 or not same_bits(p, nearest)
 
@@ -80,7 +82,7 @@ def test_the_fast_split_is_the_references() -> None:
         exact, nearest = floats.split(weights)
         p, remainder = reference.split(weights)
         there = ~weights.isnan()
-        assert same_bits(nearest.to(torch.bfloat16)[there], p[there])
+        assert_same_bits(nearest.to(torch.bfloat16)[there], p[there])
         assert torch.equal((exact - nearest.view(torch.int32)).to(torch.int16)[there], remainder[there])
         assert nearest[~there].isnan().all()
 
@@ -100,14 +102,14 @@ def test_fast_rounding_is_the_references_for_every_pattern(dtype: torch.dtype, w
             theirs = reference.round_weights(x, words.long(), dtype)
             assert torch.equal(mine.isnan(), x.isnan())
             assert torch.equal(theirs.isnan(), x.isnan())
-            assert same_bits(mine[~x.isnan()], theirs[~x.isnan()])
+            assert_same_bits(mine[~x.isnan()], theirs[~x.isnan()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_is_on_the_grid_stays(dtype: torch.dtype) -> None:
     values = PATTERNS if dtype == torch.bfloat16 else HALVES
     x = values[~values.isnan()]
-    assert same_bits(floats.round_weights(x.float(), torch.full(x.shape, -1, dtype=torch.int32), dtype).to(dtype), x)
+    assert_same_bits(floats.round_weights(x.float(), torch.full(x.shape, -1, dtype=torch.int32), dtype).to(dtype), x)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float16, 13)], ids=str)
@@ -155,20 +157,19 @@ def test_exact_weights_are_those_of_a_float32_run(compile: bool, case: Case) -> 
     names = [str(i) for i in range(len(params))]
     other = Lamb16(twins, **case.hyper, moment_dtype=case.moment_dtype, compile=compile, seed=case.seed)
     for step in range(len(case.kinds)):
-        for p, q, grad in zip(params, twins, case.gradients(step, case.weights()), strict=True):
-            p.grad = None if grad is None else grad.to(DEVICE)
-            q.grad = None if grad is None else grad.to(DEVICE).float()
-        optimizer.step()
-        other.step()
+        grads = case.gradients(step, case.weights())
+        step_with(optimizer, grads)
+        step_with(other, [None if grad is None else grad.float() for grad in grads])
         exact = optimizer.float32_weights()
         for name, p, q in zip(names, params, twins, strict=True):
-            assert same_bits(exact[name], q), f"step {step}, tensor {name}: weights"
-            assert same_bits(p, reference.split(q.detach().cpu())[0]), f"step {step}, tensor {name}: visible weights"
+            where = f"step {step}, tensor {name}"
+            assert_same_bits(exact[name], q, f"{where}: weights")
+            assert_same_bits(p, reference.split(q.detach().cpu())[0], f"{where}: visible weights")
             for key in other.state[q]:
                 if key != "param_checksum":
                     a, b = (s[key].view(torch.uint8) if s[key].element_size() == 1 else s[key]
                             for s in (optimizer.state[p], other.state[q]))  # fmt: skip
-                    assert same_bits(a, b), f"step {step}, tensor {name}: {key}"
+                    assert_same_bits(a, b, f"{where}: {key}")
 
 
 def _remainder_lost(p, grad, state, h):
@@ -226,4 +227,4 @@ def test_awkward_weights_are_stepped_as_in_the_reference(compile: bool, value: f
         weights, state, _ = reference.step(weights, grad, state, hyper)
         mine = p.detach().cpu()
         assert torch.equal(mine.isnan(), weights.isnan())
-        assert same_bits(mine[~mine.isnan()], weights[~mine.isnan()])
+        assert_same_bits(mine[~mine.isnan()], weights[~mine.isnan()])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compare import DEVICE, make, run
+from helpers import step_with
 from lamb16 import Lamb16
 from lamb16.entries import ENTRIES
 from lamb16.reference import E4M3_MAX, E5M2_MAX, f32
@@ -91,9 +92,7 @@ def test_no_code_exceeds_the_bound_of_its_scale(compile: bool, case: Case) -> No
             for p, s in before.items()
         }
         skipped = optimizer.skipped
-        for p, grad in zip(params, case.gradients(step, case.weights()), strict=True):
-            p.grad = None if grad is None else grad.to(DEVICE)
-        optimizer.step()
+        step_with(optimizer, case.gradients(step, case.weights()))
         for p in params:
             if p.grad is None or not p.numel() or optimizer.skipped > skipped:
                 continue

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compare import DEVICE, make, run, same_bits
+from bits import assert_same_bits, same_bits
+from compare import DEVICE, make, run
+from helpers import step_with
 from lamb16 import Lamb16, entries, reference
 from lamb16.step import floats
 from strategies import GRADIENTS, Case, cases, gradient, shape_lists
@@ -68,7 +70,7 @@ def test_a_weight_that_is_not_finite_stays_alone(compile: bool, bad: float) -> N
         for p, q in zip(params, clean, strict=True):
             same = torch.arange(p.numel(), device=p.device) != 2
             if step == 0:
-                assert same_bits(p.detach()[same], q.detach()[same])
+                assert_same_bits(p.detach()[same], q.detach()[same])
             assert torch.isfinite(p[same]).all()
             assert not torch.isfinite(p[2])
             assert 0 <= optimizer.state[p]["weight_sum"] <= p.numel() << 20
@@ -93,9 +95,7 @@ def test_a_clipped_step_is_the_references(compile: bool, case: Case, max_norm: f
     states: list[reference.State | None] = [None] * len(params)
     for step in range(len(case.kinds)):
         grads = case.gradients(step, weights)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = None if grad is None else grad.to(DEVICE, copy=True)
-        optimizer.step()
+        step_with(optimizer, [None if grad is None else grad.clone() for grad in grads])
         norm = reference.grad_norm([g for g in grads if g is not None])
         if any(g is not None for g in grads):
             assert optimizer.grad_norm.item() == norm
@@ -106,8 +106,8 @@ def test_a_clipped_step_is_the_references(compile: bool, case: Case, max_norm: f
             salt = optimizer._parameters.salt(optimizer.param_groups[0], i)  # decay alone changes the state's
             state = states[i] or reference.init(weights[i], salt, **case.words)
             weights[i], states[i], _ = reference.step(weights[i], grad, state, hyper, factor)
-            assert same_bits(p, weights[i]), f"step {step}, tensor {i}"
-            assert same_bits(p.grad, grad), "the gradient was modified"
+            assert_same_bits(p, weights[i], f"step {step}, tensor {i}: weights")
+            assert_same_bits(p.grad, grad, "the gradients before and after the step")
 
 
 @given(

@@ -1,10 +1,12 @@
 """Fixtures that all tests share."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import helpers  # noqa: F401 for what it sets
 from ranks import Ranks
@@ -32,14 +34,23 @@ EXPORT = [
 ]  # fmt: skip
 
 
+def exported_once(factory: pytest.TempPathFactory, name: str, words: list[str]) -> Path:
+    """The folder that `lamb16 export` writes, by the first process of pytest-xdist's that needs it, for all of them."""
+    from lamb16.cli import main
+
+    temporary = factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "exports" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            assert main(["export", *words, "-o", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `lamb16 export` writes; not to be changed."""
-    from lamb16.cli import main
-
-    folder = tmp_path_factory.mktemp("exported") / "step"
-    assert main(["export", *EXPORT, "-o", str(folder)]) == 0
-    return folder
+    return exported_once(tmp_path_factory, "step", EXPORT)
 
 
 # Weights and gradients with 16 bits, in every way of rounding; a large tensor, and two small ones that share a block.
@@ -49,13 +60,9 @@ HALVES = {"exact": "bfloat16", "nearest": "bfloat16", "stochastic": "float16"}
 @pytest.fixture(scope="session", params=HALVES)
 def exported_halves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for bfloat16 or float16, in a folder with the name of the rounding."""
-    from lamb16.cli import main
-
-    folder = tmp_path_factory.mktemp("halves") / request.param
     words = ["--shapes", "2050", "5", "5", "--threads", "1", "--weight-decay", "0.1", "--lr", "0.02"]
     words += ["--param-dtype", HALVES[request.param], "--param-rounding", request.param]
-    assert main(["export", *words, "-o", str(folder)]) == 0
-    return folder
+    return exported_once(tmp_path_factory, request.param, words)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ from lamb16.step.kinds import Graph, Kind
 ISAS = {"avx2": cpu_vec_isa.VecAVX2, "avx512": cpu_vec_isa.VecAVX512}
 
 
+@functools.cache
 def generate(graph: Graph, kind: Kind, isa: str, *, helped: bool = True, one_loop: bool = True) -> str:
-    """The generated code; without ``helped`` as Inductor gives it."""
+    """The generated code, made once for the same arguments; without ``helped`` as Inductor gives it."""
     found: list[str] = []
 
     def compile_to_module(lowering: Any) -> Any:

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from bits import assert_same_bits, difference, raw
 from lamb16 import capi, reference
 from lamb16 import optimizer as module
 from lamb16.entries import SCALARS
 from lamb16.remainder import REMAINDER
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
+
+# One thread in the tests and in the processes that they start: several would wait for each other for most of the time
+# where as many tests run as there are cores. Those that more threads matter to set them.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A packed row, rows of 1,024 and packed ones, rows of 1,024 only.
 SHAPES = ((7, 3), (2100,), (64, 48))
@@ -67,14 +73,14 @@ def take_steps(optimizer: torch.optim.Optimizer, steps: Sequence[int] | range) -
     """One step for each number with the gradients of that number, on all parameters."""
     params = all_params(optimizer)
     for t in steps:
-        for p, grad in zip(params, gradients(params, t), strict=True):
-            p.grad = grad
-        optimizer.step()
+        step_with(optimizer, gradients(params, t))
 
 
-def raw(tensor: Tensor) -> Tensor:
-    """A copy of the bytes of a tensor in its logical order."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+def step_with(optimizer: torch.optim.Optimizer, grads: Sequence[Tensor | None]) -> None:
+    """One step with these gradients of all parameters, moved to where they are; None for no gradient."""
+    for p, grad in zip(all_params(optimizer), grads, strict=True):
+        p.grad = grad if grad is None or grad.device == p.device else grad.to(p.device)
+    optimizer.step()
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -97,14 +103,24 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """The entries of two snapshots that are not the same bits."""
 
     def same(x: Any, y: Any) -> bool:
-        return torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
+        return not difference(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
 
     return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or not same(a[key], b[key]))
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a
-    assert differing(a, b) == []
+    assert differing(a, b) == [], how(a, b)
+
+
+def how(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """How the entries of two snapshots differ."""
+    both = {key: (a.get(key), b.get(key)) for key in differing(a, b)}
+    lines = [
+        f"{key}: {difference(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else f'{x} against {y}'}"
+        for key, (x, y) in both.items()
+    ]
+    return "\n".join(lines)
 
 
 def hyper_of(group: dict[str, Any]) -> reference.Hyper:
@@ -146,12 +162,12 @@ def assert_follows_reference(
 def assert_matches(optimizer: torch.optim.Optimizer, p: Tensor, weights: Tensor, state: reference.State) -> None:
     """Hold one parameter and its state to the reference's bits."""
     mine = optimizer.state[p]
-    assert torch.equal(raw(p), raw(weights))
+    assert_same_bits(raw(p), raw(weights), "bytes of the weights")
     for key in CODES:
-        assert torch.equal(raw(mine[key]), raw(getattr(state, key))), key
+        assert_same_bits(raw(mine[key]), raw(getattr(state, key)), f"bytes of {key}")
     assert (REMAINDER in mine) == (state.param_remainder is not None)
     if state.param_remainder is not None:
-        assert torch.equal(mine[REMAINDER].cpu(), state.param_remainder)
+        assert_same_bits(mine[REMAINDER], state.param_remainder, REMAINDER)
     for key in set(SCALARS) - {"salt"}:
         assert mine[key].item() == getattr(state, key), key
 

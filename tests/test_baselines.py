@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import all_params, assert_same, gradients, model, parameters, snapshot, take_steps
+from helpers import all_params, assert_same, gradients, model, parameters, snapshot, step_with, take_steps
 from lamb16 import Lamb, PublishedLamb16
 
 BASELINES = (Lamb, PublishedLamb16)
@@ -78,9 +78,7 @@ def test_published_clamps_large_moments() -> None:
     start = [p.detach().clone() for p in params]
     grads = [[1e3 * g for g in gradients(params, t)] for t in range(3)]
     for step in grads:
-        for p, grad in zip(params, step, strict=True):
-            p.grad = grad
-        optimizer.step()
+        step_with(optimizer, step)
     for i, p in enumerate(params):
         expected = published_formula(start[i], [step[i] for step in grads])
         torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)

@@ -2,24 +2,54 @@
 
 import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lamb16.cli import main
 from lamb16.lab import compare
 from lamb16.lab.registry import REGISTRY, why_unusable
-from lamb16.lab.study import ablations, published
+from lamb16.lab.study import ablations, published, runs, tasks
 from lamb16.lab.study.sizes import QUICK
+
+# Fewer steps of the same trainings.
+SIZES = replace(
+    QUICK,
+    tasks={name: size._replace(steps=2, batch_size=min(size.batch_size, 8)) for name, size in QUICK.tasks.items()},
+    mlp=QUICK.mlp._replace(steps=2),
+    published=tuple((batch_size, lr, 1) for batch_size, lr, _ in QUICK.published),
+)
+
+
+def prepare_worker() -> None:
+    """As the studies do, with a fourth of the language model's validation."""
+    runs._prepare_worker()
+    tasks.VALIDATION_WINDOWS = 96
+
+
+class OneForAll(ProcessPoolExecutor):
+    """A worker that outlives a study: to start one takes longer than a training. test_study_runs.py has several."""
+
+    def shutdown(self, *arguments: Any, **options: Any) -> None:
+        """Not between studies."""
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("study") / "results"
+    pool = OneForAll(1, mp_context=get_context("spawn"), initializer=prepare_worker)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao's optimizers would compile for every shape in each worker
+        patch.setattr(compare, "QUICK", SIZES)
+        patch.setattr(runs, "ProcessPoolExecutor", lambda *_, **__: pool)
         assert main(["compare", "all", "--quick", "--out", str(folder)]) == 0
-    return folder
+        ProcessPoolExecutor.shutdown(pool)
+        yield folder
 
 
 def printed(capsys: pytest.CaptureFixture[str], out: Path, study: str) -> tuple[str, str]:
@@ -34,7 +64,7 @@ def printed(capsys: pytest.CaptureFixture[str], out: Path, study: str) -> tuple[
 def test_every_study_leaves_a_result_and_a_plot(study: str, out: Path) -> None:
     content = json.loads((out / f"{study}.json").read_text())
     assert content["study"] == study
-    assert len(content["runs"]) == len(compare._module(study).jobs(QUICK))
+    assert len(content["runs"]) == len(compare._module(study).jobs(SIZES))
     assert all(run["result"]["train_loss"] > 0 for run in content["runs"])
     assert (out / f"{study}.svg").read_text().count("<path") > 10
 
@@ -70,7 +100,7 @@ def test_ablations_table_has_every_row_and_fp32_is_exact(out: Path, capsys: pyte
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert set(ablations.ABLATIONS) <= set(rows)
     assert rows["FP32 moments"].endswith("| 1.0000 | 1.0000 | 1.0000 |")
-    assert rows["the rule"].count("| +0.00 | +0.00 ") == len(QUICK.tasks)
+    assert rows["the rule"].count("| +0.00 | +0.00 ") == len(SIZES.tasks)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +41,10 @@ MNIST = Path(os.environ.get("LAMB16_DATA") or Path(__file__).parents[2] / "share
 LAYERS = [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weight", "bias")]
 
 
-def lamb16(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def lamb16(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "lamb16", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads gain little on so small a network, and lose much where other processes want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +56,16 @@ def digits() -> ImageData:
 # The command line.
 
 
-def test_help_names_the_commands_and_the_options() -> None:
-    overview = lamb16("--help")
-    assert overview.returncode == 0
-    assert "train" in overview.stdout
-    assert "compare" in overview.stdout
-    help_text = lamb16("train", "--help")
-    assert help_text.returncode == 0
+def test_help_names_the_commands_and_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:  # argparse ends the process itself
+            main([*arguments, "--help"])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    overview, help_text = shown(), shown("train")
+    assert "train" in overview
+    assert "compare" in overview
     for option in (
         "--dataset",
         "--data",
@@ -83,8 +76,8 @@ def test_help_names_the_commands_and_the_options() -> None:
         "--no-log",
         "--json",
     ):
-        assert f"{option} " in help_text.stdout or f"{option}]" in help_text.stdout
-    assert "0.01 for lamb16" in help_text.stdout.replace("\n", " ")
+        assert f"{option} " in help_text or f"{option}]" in help_text
+    assert "0.01 for lamb16" in help_text.replace("\n", " ")
 
 
 def test_version() -> None:
@@ -172,13 +165,16 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         require("no_such_module")
 
 
-def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> None:
+def test_a_run_writes_json_and_logs_and_prints_the_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tensorboard")
     arguments = "--epochs 2 --seed 3 --eager --schedule linear --threads 1 --json result.json"
     arguments += " --trust-scale 0.5 --betas 0.8 0.99 --no-nesterov --caution --max-grad-norm 0.5"
-    process = lamb16("train", *arguments.split(), cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments.split()]) == 0
+    captured = capsys.readouterr()
     result = json.loads((tmp_path / "result.json").read_text())
     settings = result["settings"]
     expected = {"dataset": "digits", "optimizer": "lamb16", "lr": 0.01, "epochs": 2, "seed": 3, "eager": True}
@@ -200,8 +196,8 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(tmp_path: Path) -> N
     assert epochs[result["best_epoch"] - 1]["test_accuracy"] == result["best_accuracy"]
     final, best = 100 * result["final_accuracy"], 100 * result["best_accuracy"]
     last_line = f"test accuracy {final:.2f} % (best {best:.2f} % in epoch {result['best_epoch']})\n"
-    assert process.stdout == last_line
-    assert process.stderr.count("epoch ") == 2  # not a terminal: a line an epoch instead of a bar
+    assert captured.out == last_line
+    assert captured.err.count("epoch ") == 2  # not a terminal: a line an epoch instead of a bar
     assert len(list((tmp_path / "runs").glob("digits-lamb16-*/events.out.tfevents.*"))) == 1
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from helpers import all_params, assert_same, gradients, parameters, raw, snapshot, take_steps
+from bits import raw
+from helpers import all_params, assert_same, gradients, parameters, snapshot, step_with, take_steps
 from lamb16 import Lamb16
 from lamb16.entries import ENTRIES, MOMENTS
 from lamb16.sharding.layout import local
@@ -292,9 +293,7 @@ def test_new_memory_of_a_dtensor_is_seen(one_rank: Any, compile_mode: bool, how:
     for t in range(4):
         for optimizer in (moved, plain):
             params = all_params(optimizer)
-            for p, grad in zip(params, gradients([p.full_tensor() for p in params], t), strict=True):
-                p.grad = shard(grad)
-            optimizer.step()
+            step_with(optimizer, [shard(grad) for grad in gradients([p.full_tensor() for p in params], t)])
         for p, q in zip(all_params(moved), all_params(plain), strict=True):
             assert torch.equal(local(p), local(q))
             for entry in MOMENTS:

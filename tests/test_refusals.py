@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import all_params, assert_same, gradients, parameters, raw, take_steps
+from bits import raw
+from helpers import all_params, assert_same, gradients, parameters, take_steps
 from lamb16 import Lamb16
 
 TESTS = Path(__file__).parent

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import raw
+from bits import raw
 from lamb16 import Lamb16, optimizer
 
 

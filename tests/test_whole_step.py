@@ -206,20 +206,16 @@ def _go_on(optimizer: Lamb16, sent: multiprocessing.connection.Connection) -> No
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_goes_on_after_a_compiled_step(compile_mode: bool) -> None:
     """With one thread: OpenMP's threads do not survive a fork, whoever's code runs in them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
-        take_steps(optimizer, [0])
-        context = multiprocessing.get_context("fork")
-        received, sent = context.Pipe(duplex=False)
-        child = context.Process(target=_go_on, args=(optimizer, sent))
-        child.start()
-        assert received.poll(60), "the child hangs"
-        theirs = pickle.loads(received.recv_bytes())
-        child.join(60)
-        assert child.exitcode == 0
-        take_steps(optimizer, [1])
-        assert_same(theirs, snapshot(optimizer))
-    finally:
-        torch.set_num_threads(threads)
+    assert torch.get_num_threads() == 1
+    optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
+    take_steps(optimizer, [0])
+    context = multiprocessing.get_context("fork")
+    received, sent = context.Pipe(duplex=False)
+    child = context.Process(target=_go_on, args=(optimizer, sent))
+    child.start()
+    assert received.poll(60), "the child hangs"
+    theirs = pickle.loads(received.recv_bytes())
+    child.join(60)
+    assert child.exitcode == 0
+    take_steps(optimizer, [1])
+    assert_same(theirs, snapshot(optimizer))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from helpers import CODES
+from helpers import CODES, step_with
 from lamb16 import Lamb16, codes
 from lamb16.sharding.layout import like
 
@@ -104,10 +104,8 @@ def step_whole(compile: bool, steps: int) -> Found:
     params = [nn.Parameter(w) for w in weights()]
     optimizer = Lamb16(grouped(params), **HYPER, compile=compile)
     for step in range(steps):
-        for i, p in enumerate(params):
-            p.grad = gradient(i, step)
         optimizer.max_grad_norm = clip_at(step)
-        optimizer.step()
+        step_with(optimizer, [gradient(i, step) for i in range(len(params))])
     return found(params, optimizer)
 
 
@@ -130,11 +128,10 @@ def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict
     optimizer = Lamb16(grouped(params), **HYPER, compile=compile)
     collectives, sent = [], []
     for step in range(steps):
-        for i, p in enumerate(params):
-            p.grad = shard(gradient(i, step))
         optimizer.max_grad_norm = clip_at(step)
+        grads = [shard(gradient(i, step)) for i in range(len(params))]
         with Collectives() as seen:
-            optimizer.step()
+            step_with(optimizer, grads)
         collectives.append(seen.count)
         sent.append(seen.bytes)
     local = [p.to_local() for p in params]
@@ -199,9 +196,7 @@ def adamw_state() -> dict[str, Any]:
     params = [nn.Parameter(w) for w in weights()]
     optimizer = torch.optim.AdamW(params, lr=0.01)
     for step in range(2):
-        for i, p in enumerate(params):
-            p.grad = gradient(i, step)
-        optimizer.step()
+        step_with(optimizer, [gradient(i, step) for i in range(len(params))])
     return {"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()}
 
 

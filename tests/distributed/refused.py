@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sharded
-from helpers import assert_same, differing, raw
+from bits import raw
+from helpers import assert_same, differing
 from lamb16 import Lamb16, release_gradients
 from lamb16.sharding.layout import layout, like, local
 from lamb16.sharding.reduction import BoundReduction
