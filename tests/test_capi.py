@@ -13,8 +13,8 @@ import torch
 
 from helpers import edited_c_source
 from lamb16 import capi, hyper, reference
-from lamb16.capi import sweep
 from lamb16.hyper import Hyper
+from lamb16.lab import sweep
 from lamb16.step import fp8
 
 EXERCISE = Path(__file__).parent / "capi" / "exercise.c"
@@ -480,4 +480,4 @@ def test_the_sweeps_exit_status(
 
     monkeypatch.setattr(sweep, "load", no_compiler)
     assert sweep.main([]) == 2
-    assert capsys.readouterr().err == "python -m lamb16.capi.sweep: error: no C compiler: cc not found\n"
+    assert capsys.readouterr().err == "python -m lamb16.lab.sweep: error: no C compiler: cc not found\n"
