@@ -533,6 +533,29 @@ def test_a_wrong_hyperparameter_is_told_in_the_backward_pass_before_anything_is_
     assert_same(snapshot(optimizer), snapshot(ordinary))
 
 
+@pytest.mark.parametrize("where", ["at the end of the pass", "in a hook"])
+def test_an_error_that_is_kept_does_not_end_the_training(where: str) -> None:
+    """Its traceback keeps what the pass left, which must neither stop later steps nor, once freed, drop gradients."""
+    (model, optimizer), (other, ordinary) = make(), make()
+    release_gradients(model, optimizer, bucket_bytes=0 if where == "in a hook" else 1 << 25)
+    train(model, optimizer, range(1))
+    valid = [group["eps"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["eps"] = -1.0
+    with pytest.raises(ValueError, match=r"eps=-1.0 is invalid") as kept:
+        loss_of(model, 1).backward()
+    for group, eps in zip(optimizer.param_groups, valid, strict=True):
+        group["eps"] = eps
+    train(model, optimizer, range(1, 3))
+    loss_of(model, 3).backward()
+    del kept
+    gc.collect()
+    optimizer.step()
+    train(model, optimizer, range(4, 5))
+    train(other, ordinary, range(5))
+    assert_same(snapshot(optimizer), snapshot(ordinary))
+
+
 def test_several_passes_for_an_iteration_are_refused() -> None:
     model, optimizer = make()
     release_gradients(model, optimizer, bucket_bytes=0)

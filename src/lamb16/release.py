@@ -225,16 +225,20 @@ class GradientRelease:
     def ended(self, task: int) -> None:
         """A backward pass has ended: step what waits, unless the pass is part of another."""
         with self._lock:
-            if len(self._passes) == 1:
-                for bucket in self._buckets.order:
-                    if bucket.gradients:
-                        self._step_bucket(bucket)
+            try:
+                if len(self._passes) == 1:
+                    for bucket in self._buckets.order:
+                        if bucket.gradients:
+                            self._step_bucket(bucket)
+            except BaseException:  # whose traceback may keep the pass, which is then not freed
+                self.failed(task)
+                raise
             del self._passes[task]
 
     def failed(self, task: int) -> None:
         """A backward pass has failed: the next one begins anew."""
         with self._lock:
-            self._passes.pop(task, None)
+            del self._passes[task]
             self.forget()
             self._buckets.drop_gradients()
 
