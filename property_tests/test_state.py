@@ -26,7 +26,7 @@ def _storages(optimizer: Lamb16) -> dict[int, int]:
 
 
 @given(shapes=shape_lists)
-def test_state_is_two_bytes_a_parameter(compile: bool, shapes) -> None:
+def test_state_is_two_bytes_per_parameter(compile: bool, shapes) -> None:
     """As tensors and as allocated memory: 2 bytes per parameter, 48 per tensor, and one row of padding of 48."""
     case = Case(shapes, {"lr": 0.1, "weight_decay": 0.1}, kinds=[["normal"] * len(shapes)] * 2)
     params, optimizer = run(case, compile)
@@ -58,7 +58,7 @@ def test_dtypes_and_shapes(compile: bool, case: Case) -> None:
         for name in ("exp_avg_scale", "exp_avg_sq_scale"):
             assert state[name].dtype == torch.float32
             assert state[name].shape == ()
-            assert math.frexp(state[name].item())[0] == 0.5, "a norm is a power of two"
+            assert math.frexp(state[name].item())[0] == 0.5, "a scale is a power of two"
         assert all(type(x) is torch.Tensor for x in state.values())
 
 

@@ -42,8 +42,9 @@ def exported_once(factory: pytest.TempPathFactory, name: str, words: list[str]) 
     folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "exports" / name
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            assert main(["export", *words, "-o", str(folder)]) == 0
+        if not folder.exists():  # whole, or not at all
+            assert main(["export", *words, "-o", f"{folder}.part"]) == 0
+            os.rename(f"{folder}.part", folder)
     return folder
 
 

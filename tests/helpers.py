@@ -146,7 +146,7 @@ def assert_follows_reference(
 ) -> None:
     """Take steps on all parameters and hold weights and states to the reference's bits.
 
-    ``hypers``, one a parameter, is what the optimizer is expected to use; else what its groups say.
+    ``hypers``, one per parameter, is what the optimizer is expected to use; else what its groups say.
     """
     params = all_params(optimizer)
     if hypers is None:

@@ -44,9 +44,9 @@ from lamb16.step.rows import Rows
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "other numbers, no nesterov": {"weight_decay": 0.3, "betas": (0.5, 0.95), "eps": 1e-3, "nesterov": False},
+    "other numbers, no nesterov": {"weight_decay": 0.3, "betas": (0.5, 0.95), "nesterov": False},
     "no bias correction, maximize": {"bias_correction": False, "maximize": True, "lr": 0.3},
-    "no clip, no bound": {"trust_clip": 100.0, "trust_scale": 1.0, "betas": (0.99, 0.9), "weight_decay": 0.01},
+    "no clip, no bound, eps": {"trust_clip": 100.0, "trust_scale": 1.0, "betas": (0.99, 0.9), "eps": 1e-3},
     "caution": {"caution": True, "weight_decay": 0.01},
 }
 

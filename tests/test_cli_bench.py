@@ -31,7 +31,7 @@ def test_the_shapes_are_those_of_the_models(name: str, tensors: int, parameters:
     assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes)) == (tensors, parameters)
 
 
-def test_a_run_reports_every_contender(
+def test_a_run_reports_every_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SETS, "mlp", lambda: [(70, 70), (9,)])

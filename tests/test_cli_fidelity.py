@@ -46,7 +46,7 @@ def test_updates_from_8_bits_are_close_to_those_from_float32(report: dict[str, A
 
 
 @pytest.mark.parametrize("kind", fidelity.GRADIENTS)
-def test_the_yardstick_agrees_with_itself(report: dict[str, Any], kind: str) -> None:
+def test_fp32_moments_agree_with_themselves(report: dict[str, Any], kind: str) -> None:
     exact = row(report, kind, "float32")
     assert exact["cosine"] == pytest.approx(1)
     assert [exact[name] for name in ("m_error", "v_log_error", "m_saturated", "v_zero")] == [0, 0, 0, 0]

@@ -197,7 +197,7 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(
     final, best = 100 * result["final_accuracy"], 100 * result["best_accuracy"]
     last_line = f"test accuracy {final:.2f} % (best {best:.2f} % in epoch {result['best_epoch']})\n"
     assert captured.out == last_line
-    assert captured.err.count("epoch ") == 2  # not a terminal: a line an epoch instead of a bar
+    assert captured.err.count("epoch ") == 2  # not a terminal: a line per epoch instead of a bar
     assert len(list((tmp_path / "runs").glob("digits-lamb16-*/events.out.tfevents.*"))) == 1
 
 

@@ -49,10 +49,23 @@ def packing(name: type, packed_rows: list[PackedRows], dtype: torch.dtype, exact
 
 
 @pytest.mark.parametrize(
-    ("dtype", "exact"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
-)
-def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool) -> None:
+    ("dtype", "exact", "threads"),
+    [
+        (torch.float32, False, 1), (torch.float32, False, 3), (torch.bfloat16, False, 1), (torch.bfloat16, True, 3),
+        (torch.float16, False, 1),
+    ],
+)  # fmt: skip
+def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool, threads: int) -> None:
+    """So many tensors that several threads share them."""
+    assert len(SIZES) > 63
+    torch.set_num_threads(threads)
+    try:
+        _check_addresses(dtype, exact)
+    finally:
+        torch.set_num_threads(1)
+
+
+def _check_addresses(dtype: torch.dtype, exact: bool) -> None:
     packed_rows = cut(SIZES)[1]
     assert any(packed.start for packed in packed_rows)
     both = [packing(name, packed_rows, dtype, exact) for name in (AddressPacking, ForeachPacking)]

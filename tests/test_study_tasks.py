@@ -220,7 +220,7 @@ def test_probes_see_saturated_and_vanished_moments() -> None:
     assert (layer["v_zero"], layer["v_smallest"]) == (0.25, 0.25)
 
 
-def test_contenders_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizers_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("No module named 'torchao'")
 

@@ -23,6 +23,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
+    if name in _LATER.values():  # the module itself
+        return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found: object = getattr(import_module(f".{_LATER[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Two yardsticks, plain and slow: LAMB in FP32, and the rule of LAMB16's published proof of concept."""
+"""Two baselines, plain and slow: LAMB in FP32, and the rule of LAMB16's published proof of concept."""
 
 from __future__ import annotations
 

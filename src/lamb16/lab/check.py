@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(exported: Exported, args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
-    harness = build_harness(args.compiler, scratch) if EXPORTED in args.only else None
     library = capi.Library(capi.build(scratch / "reference", args.compiler))  # which tells whether structures agree
-    if harness is not None:
+    if EXPORTED in args.only:
+        harness = build_harness(args.compiler, scratch)
         _say(EXPORTED, args.steps)
         yield run_harness(harness, exported.extract(scratch), exported, args.steps, args.seed)
     others = [name for name in STEPPERS if name in args.only]

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
         "--normalize", action="store_true", default=argparse.SUPPRESS,
         help="shift and scale the images by the training set's mean and deviation (default: leave them in [0, 1])",
     )  # fmt: skip
-    run.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="images a step")
+    run.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="images per step")
     run.add_argument(
         "--epochs",
         type=int,
@@ -202,7 +202,7 @@ def _open_log(
 def _progress(
     config: TrainConfig, data: ImageData
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[], None] | None]]:
-    """What shows progress on stderr: a bar on a terminal, elsewhere a line an epoch."""
+    """What shows progress on stderr: a bar on a terminal, elsewhere a line per epoch."""
     assert config.epochs is not None
 
     def line(entry: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from lamb16.lab.study.training import Run, describe, execute
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-RIVALS = (  # optimizer, β1
+OPTIMIZERS = (  # optimizer, β1
     *((name, Run.beta1) for name in ("lamb16", "lamb", "adamw", "published")),
     ("lamb16", 0.5),
     ("adamw", 0.5),
@@ -31,7 +31,7 @@ ADAMW = ("adamw", Run.beta1)  # what all are compared with
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
-Rival = tuple[str, float]  # one of RIVALS
+Optimizer = tuple[str, float]  # one of OPTIMIZERS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
@@ -41,7 +41,7 @@ def jobs(sizes: Sizes) -> list[Run]:
         for task, size in sizes.tasks.items()
         for seed in size.rate_seeds
         for lr in size.rates
-        for name, beta1 in RIVALS
+        for name, beta1 in OPTIMIZERS
     ]
 
 
@@ -49,23 +49,23 @@ def prepare(results: Results, sizes: Sizes) -> None:
     """Nothing beside the runs."""
 
 
-def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
-    """The median loss by task, rival and rate; infinite where half of the seeds diverged."""
+def losses(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, float]]]:
+    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
     return {
         task: {
-            rival: {
+            optimizer: {
                 lr: median(result["validation_loss"] for _, result in same)
                 for lr, same in grouped(own, lambda pair: pair[0].lr).items()
             }
-            for rival, own in grouped(group, lambda pair: (pair[0].optimizer, pair[0].beta1)).items()
+            for optimizer, own in grouped(group, lambda pair: (pair[0].optimizer, pair[0].beta1)).items()
         }
         for task, group in grouped(pairs, lambda pair: pair[0].task).items()
     }
 
 
-def label(rival: Rival) -> str:
+def label(optimizer: Optimizer) -> str:
     """Its name in tables and plots."""
-    name, beta1 = rival
+    name, beta1 = optimizer
     return REGISTRY[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
 
 
@@ -100,18 +100,18 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     found = losses(pairs)
     summary, by_rate = [], {}
     for task, curves in found.items():
-        best = {rival: min(curve.values()) for rival, curve in curves.items()}
+        best = {optimizer: min(curve.values()) for optimizer, curve in curves.items()}
         rates = sorted(next(iter(curves.values())))
         by_rate[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[label(rival), *(number(curve[lr]) for lr in rates)] for rival, curve in curves.items()],
+            [[label(optimizer), *(number(curve[lr]) for lr in rates)] for optimizer, curve in curves.items()],
         )
-        for rival, curve in curves.items():
+        for optimizer, curve in curves.items():
             at = min(curve, key=curve.__getitem__)
-            to_adamw = f"{100 * (best[rival] / best[ADAMW] - 1):+.2f}"
-            widths = [_width(curve, BASIN * best[which]) for which in (rival, ADAMW)]
+            to_adamw = f"{100 * (best[optimizer] / best[ADAMW] - 1):+.2f}"
+            widths = [_width(curve, BASIN * best[which]) for which in (optimizer, ADAMW)]
             rate = f"{at:.2g}{at_an_end(at, rates)}"
-            summary.append([task, label(rival), number(best[rival], ".5g"), rate, to_adamw, *widths])
+            summary.append([task, label(optimizer), number(best[optimizer], ".5g"), rate, to_adamw, *widths])
     header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
     header += ["decades within 10 % of its own best", "of AdamW's best"]
     return {"basin": table(header, summary)} | by_rate
@@ -123,10 +123,12 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     path = folder / "rates.svg"
     with figure(path, len(found)) as axes:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
-            for rival, curve in curves.items():
+            for optimizer, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                style = "o-" if rival[1] == Run.beta1 else "o:"
-                panel.plot(*zip(*points, strict=True), style, markersize=3, label=label(rival), color=COLOURS[rival[0]])
+                style = "o-" if optimizer[1] == Run.beta1 else "o:"
+                panel.plot(
+                    *zip(*points, strict=True), style, markersize=3, label=label(optimizer), color=COLOURS[optimizer[0]]
+                )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
         axes[0].set_ylabel("validation loss")

@@ -11,7 +11,7 @@ from typing import Any
 
 from lamb16.lab.errors import require
 
-# One colour a contender, the same in every plot.
+# One colour per optimizer, the same in every plot.
 COLOURS = {
     "lamb16": "#d62728",
     "lamb": "#1f77b4",
