@@ -134,7 +134,7 @@ def sweep(session: nox.Session) -> None:
     The tests do the same on a sample of 2^24.
     """
     install(session, "2.14")
-    session.run("python", "-m", "lamb16.capi.sweep", "--full")
+    session.run("python", "-m", "lamb16.lab.sweep", "--full")
 
 
 @nox.session

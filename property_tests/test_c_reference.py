@@ -17,8 +17,8 @@ from bits import assert_same_bits, same_bits
 from compare import run_beside_reference
 from helpers import edited_c_source
 from lamb16 import capi, reference
-from lamb16.capi.sweep_weights import boundaries
 from lamb16.hyper import ROUNDINGS, Hyper
+from lamb16.lab.sweep_weights import boundaries
 from lamb16.reference import State, Stats
 from strategies import Case, cases
 

@@ -13,8 +13,8 @@ import torch
 
 from helpers import edited_c_source
 from lamb16 import capi, hyper, reference
-from lamb16.capi import sweep
 from lamb16.hyper import Hyper
+from lamb16.lab import sweep
 from lamb16.step import fp8
 
 EXERCISE = Path(__file__).parent / "capi" / "exercise.c"
@@ -185,6 +185,38 @@ def test_another_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.c").write_text("int other(void);\nint other(void) { return 1; }\n")
     path = capi.build(tmp_path, "gcc", files=[tmp_path / "other.c"])
     with pytest.raises(OSError, match="is not the lamb16 C library: it has no function lamb16_"):
+        capi.Library(path)
+
+
+OUT_OF_STEP = {  # before which field there is another one, and what of that is said
+    "first": (
+        "    double lr; ",
+        "double",
+        r"lamb16_hyper is out of step with Python: its field lr is 8 bytes, expected 0",
+    ),
+    "flag": ("    int32_t param_rounding; ", "int32_t", "its field param_rounding is 84 bytes, expected 80"),
+    "scalar": ("    int64_t weight_sum; ", "int64_t", "lamb16_tensor is out of step"),
+    "statistic": ("    int32_t skipped; ", "int32_t", "its field skipped is 28 bytes, expected 24"),
+}
+
+
+@pytest.mark.parametrize("change", OUT_OF_STEP)
+def test_a_structure_that_is_out_of_step_is_one_clear_error(change: str, tmp_path: Path) -> None:
+    """Of which weights that differ would be all that is seen otherwise."""
+    field, kind, said = OUT_OF_STEP[change]
+    assert HEADER.count(field) == 1
+    (tmp_path / "lamb16.h").write_text(HEADER.replace(field, f"    {kind} another;\n{field}"))
+    (tmp_path / "lamb16.c").write_text(capi.sources()[0].read_text())
+    path = capi.build(tmp_path, need("gcc"), [x for x in capi.FLAGS if x != "-Werror"], [tmp_path / "lamb16.c"])
+    with pytest.raises(capi.LayoutError, match=said):
+        capi.Library(path)
+
+
+def test_a_hyperparameter_that_the_library_lacks_is_one_clear_error(tmp_path: Path) -> None:
+    path = capi.build(tmp_path, need("gcc"), files=[edited_c_source(tmp_path, "FIELD(lamb16_hyper, nesterov),", "")])
+    with pytest.raises(
+        capi.LayoutError, match=r"lamb16_hyper is out of step with Python: its field nesterov is not there"
+    ):
         capi.Library(path)
 
 
@@ -448,4 +480,4 @@ def test_the_sweeps_exit_status(
 
     monkeypatch.setattr(sweep, "load", no_compiler)
     assert sweep.main([]) == 2
-    assert capsys.readouterr().err == "python -m lamb16.capi.sweep: error: no C compiler: cc not found\n"
+    assert capsys.readouterr().err == "python -m lamb16.lab.sweep: error: no C compiler: cc not found\n"

@@ -84,7 +84,7 @@ def test_the_code_is_the_same_for_any_number_of_threads(helped: bool, monkeypatc
         )
     graph, found = Graph("scale"), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3) if helped else (1, 2):
             torch.set_num_threads(count)
             found.append(kernel(generate.__wrapped__(graph, graph.kind(KINDS["float32"]), "avx2")))
     finally:

@@ -441,7 +441,7 @@ static void gradient_norms(void)
 
 /* ---- mistakes ---------------------------------------------------------------------------------------------------- */
 
-static int seen[64]; /* by status */
+static int seen[LAMB16_STATUS_COUNT]; /* by status */
 
 static void expect(lamb16_status wanted, lamb16_status found, int line)
 {
@@ -781,16 +781,30 @@ static void mistakes(void)
 /* Every status has a text of its own and, but for LAMB16_OK, was met above. */
 static void statuses(void)
 {
-    for (int a = LAMB16_OK; a <= LAMB16_BAD_PARAM_CHECKSUM; a++) {
+    for (int a = LAMB16_OK; a < LAMB16_STATUS_COUNT; a++) {
         CHECK(a == LAMB16_OK || seen[a]);
-        for (int b = a + 1; b <= LAMB16_BAD_PARAM_CHECKSUM + 1; b++)
+        for (int b = a + 1; b <= LAMB16_STATUS_COUNT; b++)
             CHECK(strcmp(lamb16_status_string((lamb16_status)a), lamb16_status_string((lamb16_status)b)) != 0);
     }
+}
+
+static void offsets(void)
+{
+    CHECK(lamb16_offset("lamb16_hyper", "lr") == 0);
+    CHECK(lamb16_offset("lamb16_hyper", "param_rounding") == offsetof(lamb16_hyper, param_rounding));
+    CHECK(lamb16_offset("lamb16_tensor", "salt") == offsetof(lamb16_tensor, salt));
+    CHECK(lamb16_offset("lamb16_stats", "skipped") == offsetof(lamb16_stats, skipped));
+    CHECK(lamb16_offset("lamb16_hyper", "") == sizeof(lamb16_hyper));
+    CHECK(lamb16_offset("lamb16_tensor", "") == sizeof(lamb16_tensor));
+    CHECK(lamb16_offset("lamb16_stats", "") == sizeof(lamb16_stats));
+    CHECK(lamb16_offset("lamb16_stats", "lr") == SIZE_MAX && lamb16_offset("lamb16_format", "") == SIZE_MAX);
+    CHECK(lamb16_offset(NULL, "lr") == SIZE_MAX && lamb16_offset("lamb16_hyper", NULL) == SIZE_MAX);
 }
 
 int main(void)
 {
     const size_t sizes[] = {0, 1, 7, 1023, 70001};
+    offsets();
     words();
     codes(&FORMATS[0]);
     codes(&FORMATS[1]);

@@ -29,11 +29,12 @@ from lamb16.capi.building import (
     run_compiler,
     sources,
 )
+from lamb16.capi.structures import CHyper, CStats, CTensor, LayoutError, check_layout
 from lamb16.hyper import ROUNDINGS, Hyper
 from lamb16.reference import State, Stats
 
 __all__ = (
-    "COMPILERS", "DTYPES", "FLAGS", "NEAREST", "BuildError", "CHyper", "CStats", "CTensor", "Library",
+    "COMPILERS", "DTYPES", "FLAGS", "NEAREST", "BuildError", "CHyper", "CStats", "CTensor", "LayoutError", "Library",
     "NoCompilerError", "StatusError", "build", "c_hyper", "find_compiler", "include", "load", "run_compiler", "sources",
 )  # fmt: skip
 
@@ -57,59 +58,6 @@ def load() -> Library:
         return Library(build(folder))  # once it is loaded its file is not needed
 
 
-class CHyper(ctypes.Structure):
-    """lamb16_hyper: the fields are those of :data:`lamb16.hyper.NUMBERS`, flags int32 and the others double.
-
-    The last is a lamb16_rounding, the place of param_rounding in :data:`lamb16.hyper.ROUNDINGS`.
-    """
-
-    _fields_ = [(name, ctypes.c_int32 if name in hyper.FLAGS else ctypes.c_double) for name in hyper.NUMBERS] + [
-        ("param_rounding", ctypes.c_int32)
-    ]
-    NAMES = tuple(field[0] for field in _fields_)
-
-
-class CTensor(ctypes.Structure):
-    """lamb16_tensor. What follows the pointers has the name and meaning of a field of :class:`State`."""
-
-    _fields_ = [
-        ("numel", ctypes.c_size_t),
-        ("param_dtype", ctypes.c_int32),
-        ("grad_dtype", ctypes.c_int32),
-        ("param", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("exp_avg_codes", ctypes.c_void_p),
-        ("exp_avg_sq_codes", ctypes.c_void_p),
-        ("param_remainder", ctypes.c_void_p),
-        ("exp_avg_scale", ctypes.c_float),
-        ("exp_avg_sq_scale", ctypes.c_float),
-        ("exp_avg_max", ctypes.c_float),
-        ("exp_avg_sq_max", ctypes.c_float),
-        ("weight_sum", ctypes.c_int64),
-        ("update_sum", ctypes.c_int64),
-        ("mask_count", ctypes.c_int64),
-        ("param_checksum", ctypes.c_int64),
-        ("step", ctypes.c_int32),
-        ("salt", ctypes.c_uint32),
-    ]
-    SCALARS = tuple(field[0] for field in _fields_[8:])
-
-    def results(self) -> dict[str, Any]:
-        """The scalars, all of which a step may have changed."""
-        return {name: getattr(self, name) for name in self.SCALARS}
-
-
-class CStats(ctypes.Structure):
-    """lamb16_stats."""
-
-    _fields_ = [
-        ("weight_norm", ctypes.c_double),
-        ("update_norm", ctypes.c_double),
-        ("trust_ratio", ctypes.c_double),
-        ("skipped", ctypes.c_int32),
-    ]
-
-
 def _signatures() -> dict[str, tuple[type | None, list[type]]]:
     """Result and arguments of every function of the header."""
     pointer, size, word = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32
@@ -118,6 +66,7 @@ def _signatures() -> dict[str, tuple[type | None, list[type]]]:
     found: dict[str, tuple[type | None, list[type]]] = {
         "status_string": (ctypes.c_char_p, [status]),
         "default_hyper": (None, [hyper]),
+        "offset": (size, [ctypes.c_char_p, ctypes.c_char_p]),
         "hash": (word, [word]),
         "word": (word, [ctypes.c_uint64, word, ctypes.c_int32]),
         "words": (status, [ctypes.c_uint64, word, ctypes.c_int32, pointer, size]),
@@ -146,6 +95,7 @@ class Library:
 
     Raises:
         OSError: there is no library at the path, or it is another one.
+        LayoutError: a structure has other fields than the one of this module.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -158,6 +108,7 @@ class Library:
                 raise OSError(f"{path} is not the lamb16 C library: it has no function lamb16_{name}") from error
             function.restype, function.argtypes = result, arguments
             self.c[name] = function
+        check_layout(self.c["offset"])
 
     def status_string(self, status: int) -> str:
         """What a status means."""

@@ -412,6 +412,7 @@ const char *lamb16_status_string(lamb16_status status)
         return "param_remainder is NULL, and LAMB16_ROUNDING_EXACT needs it; give it numel int16_t that are 0";
     case LAMB16_BAD_PARAM_CHECKSUM:
         return "param_checksum is not in [0, 2^32 - 1]: it is damaged, or lamb16_init was not called";
+    case LAMB16_STATUS_COUNT: break;
     }
     return "no lamb16_status";
 }
@@ -423,6 +424,35 @@ void lamb16_default_hyper(lamb16_hyper *hyper)
     };
     if (hyper != NULL)
         *hyper = defaults;
+}
+
+#define FIELD(structure, field) {#structure, #field, offsetof(structure, field)}
+
+size_t lamb16_offset(const char *structure, const char *field)
+{
+    static const struct {
+        const char *structure, *field;
+        size_t offset;
+    } places[] = {
+        FIELD(lamb16_hyper, lr), FIELD(lamb16_hyper, beta1), FIELD(lamb16_hyper, beta2), FIELD(lamb16_hyper, eps),
+        FIELD(lamb16_hyper, weight_decay), FIELD(lamb16_hyper, trust_scale), FIELD(lamb16_hyper, trust_lr),
+        FIELD(lamb16_hyper, trust_clip), FIELD(lamb16_hyper, bias_correction), FIELD(lamb16_hyper, nesterov),
+        FIELD(lamb16_hyper, caution), FIELD(lamb16_hyper, maximize), FIELD(lamb16_hyper, param_rounding),
+        {"lamb16_hyper", "", sizeof(lamb16_hyper)},
+        FIELD(lamb16_tensor, numel), FIELD(lamb16_tensor, param_dtype), FIELD(lamb16_tensor, grad_dtype),
+        FIELD(lamb16_tensor, param), FIELD(lamb16_tensor, grad), FIELD(lamb16_tensor, exp_avg_codes),
+        FIELD(lamb16_tensor, exp_avg_sq_codes), FIELD(lamb16_tensor, param_remainder),
+        FIELD(lamb16_tensor, exp_avg_scale), FIELD(lamb16_tensor, exp_avg_sq_scale),
+        FIELD(lamb16_tensor, exp_avg_max), FIELD(lamb16_tensor, exp_avg_sq_max), FIELD(lamb16_tensor, weight_sum),
+        FIELD(lamb16_tensor, update_sum), FIELD(lamb16_tensor, mask_count), FIELD(lamb16_tensor, param_checksum),
+        FIELD(lamb16_tensor, step), FIELD(lamb16_tensor, salt), {"lamb16_tensor", "", sizeof(lamb16_tensor)},
+        FIELD(lamb16_stats, weight_norm), FIELD(lamb16_stats, update_norm), FIELD(lamb16_stats, trust_ratio),
+        FIELD(lamb16_stats, skipped), {"lamb16_stats", "", sizeof(lamb16_stats)},
+    };
+    for (size_t k = 0; structure != NULL && field != NULL && k < sizeof places / sizeof *places; k++)
+        if (strcmp(places[k].structure, structure) == 0 && strcmp(places[k].field, field) == 0)
+            return places[k].offset;
+    return SIZE_MAX;
 }
 
 static int is_decay_rate(double x) { return x >= 0.0 && x < 1.0; } /* false for NaN, as all of these */

@@ -131,7 +131,8 @@ typedef enum {
     LAMB16_BAD_GRAD_DTYPE = 30,      /* no lamb16_dtype */
     LAMB16_EXACT_FLOAT16 = 31,       /* LAMB16_ROUNDING_EXACT with weights of float16, whose range is too small */
     LAMB16_NO_REMAINDER = 32,        /* LAMB16_ROUNDING_EXACT with bfloat16 weights, and param_remainder is NULL */
-    LAMB16_BAD_PARAM_CHECKSUM = 33   /* negative or above 2^32 - 1 */
+    LAMB16_BAD_PARAM_CHECKSUM = 33,  /* negative or above 2^32 - 1 */
+    LAMB16_STATUS_COUNT              /* no status: how many there are */
 } lamb16_status;
 
 /* What a status means and what to do about it: a constant string, also for numbers that are no status. */
@@ -141,6 +142,11 @@ const char *lamb16_status_string(lamb16_status status);
  * trust_lr 1e-3, trust_clip 2, bias_correction 1, nesterov 1, caution 0, maximize 0, param_rounding
  * LAMB16_ROUNDING_STOCHASTIC. NULL is ignored. */
 void lamb16_default_hyper(lamb16_hyper *hyper);
+
+/* Where a field lies in a structure: lamb16_offset("lamb16_hyper", "beta1") is 8. With "" for the field the size of the
+ * structure; SIZE_MAX where there is no such field or structure. For those who declare the structures in another
+ * language, to compare before the first call. */
+size_t lamb16_offset(const char *structure, const char *field);
 
 /* ---- rounding words ---------------------------------------------------------------------------------------------- */
 

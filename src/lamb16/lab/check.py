@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(f"check runs steps for the CPU, {args.folder} is for {exported.device}", status=1)
         with tempfile.TemporaryDirectory(prefix="lamb16-check-") as scratch:
             rows = list(_rows(exported, args, Path(scratch)))
-    except ManifestError as error:
+    except (ManifestError, capi.LayoutError) as error:
         raise CommandError(str(error), status=1) from error
     except capi.NoCompilerError as error:
         raise CommandError(str(error)) from error
@@ -84,15 +84,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(exported: Exported, args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    library = capi.Library(capi.build(scratch / "reference", args.compiler))  # which tells whether structures agree
     if EXPORTED in args.only:
-        _say(EXPORTED, args.steps)
         harness = build_harness(args.compiler, scratch)
+        _say(EXPORTED, args.steps)
         yield run_harness(harness, exported.extract(scratch), exported, args.steps, args.seed)
     others = [name for name in STEPPERS if name in args.only]
     if others:
         _say(", ".join(others), args.steps)
         inputs = Inputs(args.compiler, scratch / "inputs")
-        library = capi.Library(capi.build(scratch / "reference", args.compiler))
         yield from check_steppers(others, library, inputs, exported, args.steps, args.seed)
 
 

@@ -1,4 +1,4 @@
-"""The part of the sweep about weights of bfloat16 and float16: see :mod:`lamb16.capi.sweep`.
+"""The part of the sweep about weights of bfloat16 and float16: see :mod:`lamb16.lab.sweep`.
 
 A NaN is compared as a NaN: torch's casts give it other bits on other processors. The functions of ``floats.py`` get
 quiet ones, as arithmetic leaves them.

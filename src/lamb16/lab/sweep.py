@@ -1,7 +1,7 @@
 """Every code and every float32: what C rounds and decodes against torch, eager and compiled.
 
-    python -m lamb16.capi.sweep           # a stratified sample of 2^24 float32 bit patterns and all boundaries
-    python -m lamb16.capi.sweep --full    # all 2^32
+    python -m lamb16.lab.sweep           # a stratified sample of 2^24 float32 bit patterns and all boundaries
+    python -m lamb16.lab.sweep --full    # all 2^32
 
 What is compared:
 
@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from lamb16.capi import NEAREST, Library, NoCompilerError, load
-from lamb16.capi.sweep_weights import Weights, boundaries, sweep_widening
+from lamb16.lab.study.report import table
+from lamb16.lab.sweep_weights import Weights, boundaries, sweep_widening
 from lamb16.step import fp8
 from lamb16.step.fp8 import E4M3, E5M2
 from lamb16.step.inductor import options
@@ -103,8 +104,7 @@ class Sweep:
         """A line for everything that was compared."""
         header = ("function", "form", "C against", "inputs", "differing", "first (input: C, other)")
         rows = [(*key, f"{c.inputs:,}", f"{c.differing:,}", c.first) for key, c in self.counts.items()]
-        lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-        return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+        return table(header, rows)
 
 
 def step_codes(x: Tensor, words: Tensor, fmt: fp8.Format, largest: float) -> Tensor:
@@ -300,7 +300,7 @@ def run(library: Library, full: bool = False) -> Sweep:
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 where nothing differs, 1 where something does, 2 without a C compiler."""
     parser = argparse.ArgumentParser(
-        prog="python -m lamb16.capi.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lamb16.lab.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="all 2^32 float32 bit patterns, not a sample")
     args = parser.parse_args(argv)
