@@ -1,6 +1,7 @@
 """What is computed from the runs' results: basins, medians, tables and plots."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,28 @@ def test_medians_take_diverged_runs_as_infinite() -> None:
 
 def _rate_pairs() -> list[rates.Pair]:
     values = {
-        ("lamb16", 0.9): 0.9,
-        ("adamw", 0.9): 1.0,
-        ("lamb", 0.9): 1.2,
-        ("published", 0.9): 2.0,
-        ("lamb16", 0.5): 0.8,
+        ("lamb16", False): 0.9,
+        ("adamw", False): 1.0,
+        ("nadam", False): 1.1,
+        ("lamb", False): 1.2,
+        ("published", False): 2.0,
+        ("lamb16", True): 0.8,
     }
     return [
-        (Run("cnn", name, lr, 1, 5, 5, beta1=beta1), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
-        for (name, beta1), loss in values.items()
+        (Run("cnn", name, lr, 1, 5, 5, caution=caution), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
+        for (name, caution), loss in values.items()
         for lr in (0.001, 0.01, 0.1)
     ]
 
 
 def test_rates_compare_the_best_of_each_optimizer() -> None:
-    tables = rates.tables(_rate_pairs(), {})
+    tables = rates.tables(_rate_pairs(), {"unusable": {"adamw8bit-bnb": "no such library"}})
     assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.20 | 0.44 |" in tables["basin"]
     assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.20 | 0.20 |" in tables["basin"]
-    assert "| cnn | Lamb16, β1 0.5 | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
+    assert "| cnn | NAdam | 1.1 | 0.01 | +10.00 | 0.20 |" in tables["basin"]
+    assert "| cnn | Lamb16, caution | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
+    assert "| AdamW8bit (bitsandbytes) | no such library |" in tables["not run"]
 
 
 def test_a_best_rate_at_an_end_is_marked() -> None:
@@ -66,6 +70,26 @@ def test_a_best_rate_at_an_end_is_marked() -> None:
         (run, {"validation_loss": 1 / run.lr} if run.optimizer == "lamb" else result) for run, result in _rate_pairs()
     ]
     assert "| cnn | LAMB (FP32) | 10 | 0.1 ↑ | +900.00 |" in rates.tables(pairs, {})["basin"]
+
+
+def test_the_best_rate_and_its_neighbours_get_all_seeds() -> None:
+    pairs = _rate_pairs()
+    further = rates.more(pairs, QUICK)
+    assert len(set(further)) == len(further) == len(pairs)  # three rates, and two seeds in place of one
+    assert {run.seed for run in further} == {2}
+    assert {(run.optimizer, run.caution, run.lr) for run in further} == {
+        (run.optimizer, run.caution, run.lr) for run, _ in pairs
+    }
+    low = {"validation_loss": 0.1}
+    at_an_end = [(run, result if run.lr > 0.001 else low) for run, result in pairs if run.optimizer == "lamb"]
+    assert {run.lr for run in rates.more(at_an_end, QUICK)} == {0.001, 0.01}
+    one = QUICK.tasks["cnn"]._replace(best_seeds=(1,))
+    assert rates.more(pairs, replace(QUICK, tasks={"cnn": one})) == []
+
+
+def test_a_best_rate_has_all_seeds() -> None:
+    """One seed that was lucky does not make a rate the best."""
+    assert rates.best_rate({0.1: [0.5], 0.2: [0.6, 0.8, 0.7], 0.4: [None, None, 0.1], 0.8: [0.8, 0.9, 0.7]}) == 0.2
 
 
 def test_plots_are_the_same_for_the_same_results(tmp_path: Path) -> None:
@@ -96,7 +120,10 @@ def _moment_pairs(loss: float) -> list[moments.Pair]:
 
 def test_moments_compare_seed_by_seed() -> None:
     text = moments.tables(_moment_pairs(1.0201), {})["loss"]
-    assert "| cnn | 0.999 | 1 | 1.0201 | 1.015 | +1.00, +0.01 | 0.70 |" in text
+    assert "| cnn | linear, 0.01 | 0.999 | 1 | 2 | 1.0201 | 1.015 | +0.50 ± 0.50 | 0.70 | 0.5000 | 0.500 |" in text
+    constant = [(replace(run, schedule="constant"), result) for run, result in _moment_pairs(1.0201)]
+    rows = moments.tables(_moment_pairs(1.0201) + constant[:2], {})["loss"].splitlines()
+    assert rows[3].startswith("| cnn | constant, 0.01 | 0.999 | 1 | 1 | 1.0201 | 1.01 | +1.00 |  |")
 
 
 def test_every_ablation_has_a_name_and_its_runs_on_every_task() -> None:

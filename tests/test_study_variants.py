@@ -64,9 +64,8 @@ EXCHANGED: dict[str, Any] = {
     "never_zero": False,
     "bound": False,
     "ratio_norms": "this",
-    "vectors": "outside",
-    "vector_floor": 1e-3,
-    "matrix_floor": 1e-3,
+    "weight_floor": 1e-3,
+    "sums": "float64",
 }
 
 

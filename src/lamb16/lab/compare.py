@@ -15,15 +15,16 @@ from lamb16.lab.errors import CommandError, require
 from lamb16.lab.study import fidelity, runs
 from lamb16.lab.study.sizes import FULL, QUICK, Sizes
 
-# In the order in which `all` runs them: the longest last, `reasons` after what it explains.
+# In the order in which `all` runs them, without `long`: the longest last, `reasons` after what it explains.
 TRAININGS = {
     "moments": "8-bit against FP32 moments of the same rule, layer by layer",
     "ablations": "every part of the rule exchanged alone",
     "batches": "batch sizes from 64 to 8,192",
     "rounding": "bfloat16 weights rounded in every way, beside float32 ones",
-    "rates": "loss against learning rate, for four optimizers, two of them with less momentum too",
+    "rates": "loss against learning rate, for eight optimizers, each at its own best rate",
     "published": "the published demonstration with seven optimizers",
     "reasons": "why Lamb16's final loss in `published` is not the lowest: one thing changed at a time",
+    "long": "trainings ten times as long, and a wider language model",
 }
 
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     fidelity.add_parser(studies)
     for name, text in TRAININGS.items():
         _add_options(studies.add_parser(name, help=text, description=_module(name).__doc__, formatter_class=_RAW))
-    _add_options(studies.add_parser("all", help="all studies above that train, one after another"))
+    _add_options(studies.add_parser("all", help="all studies above that train, but for `long`, one after another"))
 
 
 _RAW = argparse.RawDescriptionHelpFormatter
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot write to --out {args.out}: {error.strerror}") from error
-    for name in TRAININGS if args.study == "all" else [args.study]:
+    for name in [name for name in TRAININGS if name != "long"] if args.study == "all" else [args.study]:
         _run_study(name, sizes, args.out, args.data, args.workers)
     return 0
 

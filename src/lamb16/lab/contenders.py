@@ -78,6 +78,11 @@ CONTENDERS = {
 }
 
 
+def label(name: str, caution: bool = False) -> str:
+    """The optimizer's name in tables and plots."""
+    return CONTENDERS[name].label + (", caution" if caution else "")
+
+
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
     """The optimizer ``name`` over named parameters; of the ``options`` it gets those it takes."""
     contender, named = CONTENDERS[name], list(named)

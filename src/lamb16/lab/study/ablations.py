@@ -14,7 +14,7 @@ from typing import Any
 from lamb16.lab.study.report import at_an_end, figure, grouped, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
-from lamb16.lab.study.training import Run, describe, execute
+from lamb16.lab.study.training import OPTIONS, Run, describe, execute
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
@@ -24,26 +24,26 @@ STORAGE: dict[str, dict[str, Any]] = {
     "FP32 moments": {"moment_dtype": "float32"},
     "nearest rounding": {"parts": (("rounding", "nearest"),)},
     "independent words": {"parts": (("words", "independent"),)},
-    "exact max-norm": {"parts": (("norm", "exact"),)},
+    "a scale from the maximum": {"parts": (("scale_from", "maximum"),)},
+    "a scale that is no power of two": {"parts": (("norm", "exact"),)},
     "a scale per row": {"parts": (("scope", "row"),)},
     "v may become 0": {"parts": (("never_zero", False),)},
     "no bound C": {"parts": (("bound", False),)},
-    "v may become 0, no bound C": {"parts": (("never_zero", False), ("bound", False))},
+    "sums in float64": {"parts": (("sums", "float64"),)},
 }
 # ... then what changes the size of the update too, and is compared at its own best learning rate.
-_AS_THEY_ARE = (("vector_floor", 1e-3), ("matrix_floor", 1e-3))
 UPDATE: dict[str, dict[str, Any]] = {
     BASELINE: {},
+    "no Nesterov momentum": {"nesterov": False},
+    "caution": {"caution": True},
+    "norms of this step": {"parts": (("ratio_norms", "this"),)},
     "trust_scale 0": {"trust_scale": 0.0},
     "trust_scale 0.25": {"trust_scale": 0.25},
     "trust_scale 0.5": {"trust_scale": 0.5},
+    "β1 0.8": {"beta1": 0.8},
     "β1 0.5": {"beta1": 0.5},
-    "β1 0": {"beta1": 0.0},
     "no bias correction": {"bias_correction": False},
-    "weights count as they are": {"parts": _AS_THEY_ARE},
-    "the same, no bias correction": {"bias_correction": False, "parts": _AS_THEY_ARE},
-    "only vectors count with 0.1 at least": {"parts": (("matrix_floor", 1e-3),)},
-    "vectors outside the trust ratio": {"parts": (("vectors", "outside"),)},
+    "weights count as they are": {"parts": (("weight_floor", 1e-3),)},
 }
 ABLATIONS = UPDATE | STORAGE
 FACTORS = (10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
@@ -71,7 +71,7 @@ def name_of(run: Run) -> str:
     default = Run("", "", 0, 0, 0, 0)
     options = {
         key: getattr(run, key)
-        for key in ("beta1", "moment_dtype", "trust_scale", "bias_correction", "parts")
+        for key in (*OPTIONS, "beta1", "trust_scale", "parts")
         if getattr(run, key) != getattr(default, key)
     }
     return next(name for name, wanted in ABLATIONS.items() if wanted == options)

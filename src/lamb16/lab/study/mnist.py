@@ -12,6 +12,7 @@ from lamb16.lab.study.runs import Result
 from lamb16.lab.training import TrainConfig, train
 
 QUICK_TRAIN, QUICK_TEST = 600, 300  # images
+OPTIONS = ("beta1", "caution", "trust_scale")
 FIGURES = ("best epoch, %", "last epoch, %", "training loss, last epoch", "seeds")
 
 
@@ -29,12 +30,14 @@ class MnistRun:
     beta1: float = 0.9
     weight_decay: float = 0.01
     quick: bool = False
+    caution: bool = False
+    trust_scale: float | None = None
 
 
 def describe(job: MnistRun) -> str:
     """The settings in a few words."""
-    beta1 = "" if job.beta1 == MnistRun.beta1 else f" beta1 {job.beta1:g}"
-    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{beta1} seed {job.seed}"
+    more = "".join(f" {key} {getattr(job, key)}" for key in OPTIONS if getattr(job, key) != getattr(MnistRun, key))
+    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{more} seed {job.seed}"
 
 
 def execute(job: MnistRun, folder: str | None) -> Result:
@@ -48,6 +51,8 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         schedule=job.schedule,
         weight_decay=job.weight_decay,
         betas=(job.beta1, 0.999),
+        caution=job.caution or None,
+        trust_scale=job.trust_scale,
         epochs=job.epochs,
         seed=job.seed,
         eager=job.quick,

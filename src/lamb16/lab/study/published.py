@@ -2,7 +2,7 @@
 
 The two-layer CNN on MNIST, batch 1024 / lr 0.02 / 10 epochs and batch 128 / lr 0.01 / 5 epochs, weight decay 0.01, with
 a constant and with a linearly falling learning rate. Every optimizer gets the same hyperparameters, as in the
-demonstration.
+demonstration; Adam's kind, whose usual rates are a tenth of these and less, with two seeds only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lamb16.lab import bench, contenders, timing
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab.contenders import CONTENDERS, label
 from lamb16.lab.model import TwoLayerCNN
 from lamb16.lab.study import mnist
 from lamb16.lab.study.mnist import MnistRun, describe, execute
@@ -23,7 +23,11 @@ from lamb16.lab.study.sizes import Sizes
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-OPTIMIZERS = ("lamb16", "lamb", "adam", "published", "adamw8bit", "adamw4bit", "adamw8bit-bnb")
+OPTIMIZERS: tuple[tuple[str, bool], ...] = (  # and whether with caution
+    ("lamb16", False), ("lamb16", True), ("lamb", False), ("lamb-timm-cautious", False), ("published", False),
+    ("adamw", False), ("nadam", False), ("adamw8bit-bnb", False),
+)  # fmt: skip
+ADAMS, ADAM_SEEDS = ("adamw", "nadam", "adamw8bit-bnb"), 2
 SCHEDULES = ("constant", "linear")
 STEP = ("blocks", "floats", "update")  # what the times follow from, beside the optimizers' own
 
@@ -32,21 +36,22 @@ Pair = tuple[MnistRun, Result]
 
 def jobs(sizes: Sizes) -> list[MnistRun]:
     """All runs of the optimizers that work here; seeds outermost, so that an interrupted study has whole seeds."""
-    settings = [(name, setting) for setting in sizes.published for name in OPTIMIZERS]
     return [
-        MnistRun(name, sizes.dataset, batch, lr, epochs, schedule, seed, quick=sizes.quick)
+        MnistRun(name, sizes.dataset, batch, lr, epochs, schedule, seed, quick=sizes.quick, caution=caution)
         for seed in sizes.published_seeds
-        for name, (batch, lr, epochs) in settings
+        for batch, lr, epochs in sizes.published
+        for name, caution in OPTIMIZERS
         for schedule in SCHEDULES
-        if contenders.why_unusable(name) is None
+        if contenders.why_unusable(name) is None and (name not in ADAMS or seed <= ADAM_SEEDS)
     ]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Measure step times, unless the file holds them, and note why an optimizer does not work here."""
-    reasons = {name: contenders.why_unusable(name) for name in OPTIMIZERS}
+    names = list(dict(OPTIMIZERS))
+    reasons = {name: contenders.why_unusable(name) for name in names}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
-    usable = [name for name in OPTIMIZERS if reasons[name] is None]
+    usable = [name for name in names if reasons[name] is None]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
     timed["codes"] = {name: code_of(name) for name in usable}
     timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
@@ -70,9 +75,9 @@ def _factory(name: str, eager: bool) -> timing.Factory:
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Accuracies and losses, and step times with state sizes, as Markdown."""
     rows = []
-    for (batch, lr, schedule, name), group in sorted(grouped(pairs, _setting).items(), key=_order):
+    for (batch, lr, schedule, *rival), group in sorted(grouped(pairs, _setting).items(), key=_order):
         figures = mnist.figures([result for _, result in group])
-        rows.append([f"{batch}, {lr:g}, {schedule}", CONTENDERS[name].label, *figures])
+        rows.append([f"{batch}, {lr:g}, {schedule}", label(*rival), *figures])
     found = {"accuracy": table(["batch, lr, schedule", "optimizer", *mnist.FIGURES], rows)}
     if "step_times" in extra:
         own = sum(p.numel() for p in TwoLayerCNN().parameters())
@@ -93,15 +98,15 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _setting(pair: Pair) -> tuple[int, float, str, str]:
+def _setting(pair: Pair) -> tuple[int, float, str, str, bool]:
     run = pair[0]
-    return run.batch_size, run.lr, run.schedule, run.optimizer
+    return run.batch_size, run.lr, run.schedule, run.optimizer, run.caution
 
 
-def _order(item: tuple[tuple[int, float, str, str], list[Pair]]) -> tuple[int, str, int]:
+def _order(item: tuple[tuple[int, float, str, str, bool], list[Pair]]) -> tuple[int, str, int]:
     """Large batches first, then by schedule, then in the order in which the optimizers are listed."""
-    (batch, _, schedule, name), _ = item
-    return -batch, schedule, OPTIMIZERS.index(name)
+    (batch, _, schedule, *rival), _ = item
+    return -batch, schedule, OPTIMIZERS.index((rival[0], rival[1]))
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
@@ -111,12 +116,12 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     with figure(path, len(settings), 2) as axes:
         for column, ((batch, lr, schedule), group) in enumerate(settings.items()):
             upper, lower = axes[column], axes[column + len(settings)]
-            for name, own in grouped(group, lambda pair: pair[0].optimizer).items():
+            for rival, own in grouped(group, lambda pair: _setting(pair)[3:]).items():
                 results = [result for _, result in own]
                 epochs = range(1, own[0][0].epochs + 1)
-                label, colour = CONTENDERS[name].label, COLOURS[name]
-                band(upper, epochs, [r["train_losses"] for r in results], label, colour)
-                band(lower, epochs, [[100 * a for a in r["accuracies"]] for r in results], label, colour)
+                text, colour = label(*rival), None if rival[1] else COLOURS[rival[0]]
+                band(upper, epochs, [r["train_losses"] for r in results], text, colour)
+                band(lower, epochs, [[100 * a for a in r["accuracies"]] for r in results], text, colour)
             upper.set(title=f"batch {batch}, lr {lr:g}, {schedule}", yscale="log", ylabel="training loss")
             best = max(median(100 * r["best_accuracy"] for _, r in own) for own in _by_optimizer(group))
             lower.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(max(0.0, best - 2.5), min(100.0, best + 0.3)))
@@ -125,4 +130,4 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
 
 
 def _by_optimizer(group: list[Pair]) -> list[list[Pair]]:
-    return list(grouped(group, lambda pair: pair[0].optimizer).values())
+    return list(grouped(group, lambda pair: _setting(pair)[3:]).values())

@@ -1,72 +1,106 @@
-"""Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
+"""Loss against the learning rate: every optimizer at its own best rate, and how wide the basin around it is.
 
-Lamb16 and AdamW with less momentum too: the published rule, which loses most of m, has hardly any.
-
-The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's.
-The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps, a
-linear fall.
+The three tasks of `moments`, three decades of learning rates, warm-up over a tenth of the steps, a linear fall. The
+best rate and its neighbours are run with more seeds; the best of these three is the optimizer's best. The basin is the
+range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's or NAdam's.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lamb16.lab import contenders
 from lamb16.lab.contenders import CONTENDERS
-from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, number, table
+from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, number, spread, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute
 
-__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+__all__ = ["describe", "execute", "jobs", "more", "plots", "prepare", "tables"]
 
-RIVALS = (  # optimizer, β1
-    *((name, Run.beta1) for name in ("lamb16", "lamb", "adamw", "published")),
-    ("lamb16", 0.5),
-    ("adamw", 0.5),
-)
-ADAMW = ("adamw", Run.beta1)  # what all are compared with
+OPTIMIZERS: tuple[tuple[str, bool], ...] = (  # and whether with caution
+    ("lamb16", False), ("lamb16", True), ("lamb", False), ("lamb-timm-cautious", False), ("adamw", False),
+    ("nadam", False), ("adamw8bit-bnb", False), ("published", False),
+)  # fmt: skip
+ADAMS = (("adamw", False), ("nadam", False))  # the better of which all are compared with
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
-Rival = tuple[str, float]  # one of RIVALS
+Rival = tuple[str, bool]  # one of OPTIMIZERS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
     """Every optimizer at every rate on every task."""
     return [
-        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, beta1=beta1)
+        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, caution=caution)
         for task, size in sizes.tasks.items()
         for seed in size.rate_seeds
         for lr in size.rates
-        for name, beta1 in RIVALS
+        for name, caution in OPTIMIZERS
+        if contenders.why_unusable(name) is None
     ]
 
 
+def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
+    """The best rate of each optimizer and its neighbours with the other seeds."""
+    found = []
+    for task, curves in losses(pairs).items():
+        for rival, curve in curves.items():
+            rates = sorted(curve)
+            best = rates.index(min(curve, key=curve.__getitem__))
+            same = [run for run, _ in pairs if run.task == task and rival_of(run) == rival]
+            done = {run.seed for run in same}
+            found += [
+                replace(same[0], lr=lr, seed=seed)
+                for lr in rates[max(0, best - 1) : best + 2]
+                for seed in sizes.tasks[task].best_seeds
+                if seed not in done
+            ]
+    return found
+
+
 def prepare(results: Results, sizes: Sizes) -> None:
-    """Nothing beside the runs."""
+    """Note why an optimizer does not work here."""
+    reasons = {name: contenders.why_unusable(name) for name, _ in OPTIMIZERS}
+    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    results.save()
 
 
-def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
-    """The median loss by task, rival and rate; infinite where half of the seeds diverged."""
+def rival_of(run: Run) -> Rival:
+    """The optimizer of a run."""
+    return run.optimizer, run.caution
+
+
+def by_rate(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, list[float | None]]]]:
+    """The losses of the seeds by task, optimizer and rate; None where the training diverged."""
     return {
         task: {
             rival: {
-                lr: median(result["validation_loss"] for _, result in same)
+                lr: [result["validation_loss"] for _, result in sorted(same, key=lambda pair: pair[0].seed)]
                 for lr, same in grouped(own, lambda pair: pair[0].lr).items()
             }
-            for rival, own in grouped(group, lambda pair: (pair[0].optimizer, pair[0].beta1)).items()
+            for rival, own in grouped(group, lambda pair: rival_of(pair[0])).items()
         }
         for task, group in grouped(pairs, lambda pair: pair[0].task).items()
     }
 
 
-def label(rival: Rival) -> str:
-    """Its name in tables and plots."""
-    name, beta1 = rival
-    return CONTENDERS[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
+def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
+    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
+    return {
+        task: {rival: {lr: median(seeds) for lr, seeds in curve.items()} for rival, curve in curves.items()}
+        for task, curves in by_rate(pairs).items()
+    }
+
+
+def best_rate(curve: dict[float, list[float | None]]) -> float:
+    """The rate with the lowest median loss, of those with the most seeds."""
+    most = max(map(len, curve.values()))
+    return min((lr for lr, seeds in curve.items() if len(seeds) == most), key=lambda lr: median(curve[lr]))
 
 
 def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
@@ -96,25 +130,30 @@ def _width(curve: dict[float, float], limit: float) -> str:
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
-    """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
-    found = losses(pairs)
-    summary, by_rate = [], {}
-    for task, curves in found.items():
-        best = {rival: min(curve.values()) for rival, curve in curves.items()}
+    """The best loss with the width of the basin, and the losses at every rate, as Markdown."""
+    medians, seeds = losses(pairs), by_rate(pairs)
+    summary, found = [], {}
+    for task, curves in medians.items():
+        best = {rival: best_rate(seeds[task][rival]) for rival in curves}
+        adam = min((rival for rival in ADAMS if rival in curves), key=lambda rival: curves[rival][best[rival]])
+        least = curves[adam][best[adam]]
         rates = sorted(next(iter(curves.values())))
-        by_rate[f"{task}: loss"] = table(
+        found[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[label(rival), *(number(curve[lr]) for lr in rates)] for rival, curve in curves.items()],
+            [[contenders.label(*rival), *(number(curve[lr]) for lr in rates)] for rival, curve in curves.items()],
         )
         for rival, curve in curves.items():
-            at = min(curve, key=curve.__getitem__)
-            to_adamw = f"{100 * (best[rival] / best[ADAMW] - 1):+.2f}"
-            widths = [_width(curve, BASIN * best[which]) for which in (rival, ADAMW)]
+            at = best[rival]
+            own = curve[at]
+            widths = [_width(curve, BASIN * limit) for limit in (own, least)]
             rate = f"{at:.2g}{at_an_end(at, rates)}"
-            summary.append([task, label(rival), number(best[rival], ".5g"), rate, to_adamw, *widths])
-    header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
-    header += ["decades within 10 % of its own best", "of AdamW's best"]
-    return {"basin": table(header, summary)} | by_rate
+            shown = spread(seeds[task][rival][at])
+            summary.append([task, contenders.label(*rival), shown, rate, f"{100 * (own / least - 1):+.2f}", *widths])
+    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
+    header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
+    missing = [[CONTENDERS[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
+    found |= {"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {}
+    return {"basin": table(header, summary)} | found
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
@@ -125,10 +164,13 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
             for rival, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                style = "o-" if rival[1] == Run.beta1 else "o:"
-                panel.plot(*zip(*points, strict=True), style, markersize=3, label=label(rival), color=COLOURS[rival[0]])
+                name, caution = rival
+                style = "o:" if caution else "o-"
+                panel.plot(
+                    *zip(*points, strict=True), style, markersize=3, label=contenders.label(*rival), color=COLOURS[name]
+                )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
         axes[0].set_ylabel("validation loss")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=6)
     return [path]

@@ -40,9 +40,8 @@ class Parts:
     never_zero: bool = True  # v is at least the smallest code where v > 0
     bound: bool = True  # |n| <= C·sqrt(v)
     ratio_norms: str = "last"  # or "this": the trust ratio from this step's weights and update
-    vectors: str = "inside"  # "outside": tensors of one dimension have trust ratio (trust_lr / lr)^trust_scale
-    vector_floor: float = 0.1  # the magnitude that every weight of a tensor of one dimension counts with at least
-    matrix_floor: float = 0.1  # the same for all other tensors
+    weight_floor: float = 0.1  # the magnitude that every weight counts with at least
+    sums: str = "integers"  # or "float64": rounded to 2^-20 once, after adding
 
 
 class Variant(Optimizer):
@@ -87,7 +86,7 @@ class Variant(Optimizer):
         if (bound_m > 0).any() or (bound_v > 0).any():
             state["step"].fill_(t)
             state["weight_sum"].fill_(self._weight_sum(p))
-            state["update_sum"].fill_(reference.clamped_sum(u, h.eps))
+            state["update_sum"].fill_(self._sum(u, h.eps))
             if h.caution:
                 state["mask_count"].fill_(agrees.sum())
         if h.moment_dtype == "float32":
@@ -116,15 +115,18 @@ class Variant(Optimizer):
         return fp8.hash32(words) if self._parts.words == "independent" else words
 
     def _weight_sum(self, p: Tensor) -> int:
-        floor = self._parts.vector_floor if p.ndim <= 1 else self._parts.matrix_floor
-        return reference.clamped_sum(p, floor * floor)
+        return self._sum(p, self._parts.weight_floor**2)
+
+    def _sum(self, x: Tensor, floor: float) -> int:
+        """Σ clamp(x², floor, 1) in units of 2^-20."""
+        if self._parts.sums == "float64":
+            return round(float((x * x).clamp(reference.f32(floor), 1.0).double().sum()) * reference.SUM_UNITS)
+        return reference.clamped_sum(x, floor)
 
     def _ratio(self, p: Tensor, u: Tensor, state: dict[str, Any], h: Hyper) -> float:
         """The trust ratio; ``p`` are the weights before the step, ``u`` is its update."""
-        if p.ndim <= 1 and self._parts.vectors == "outside":
-            return reference.trust_ratio(1, 1, h)
         if self._parts.ratio_norms == "this":
-            return reference.trust_ratio(self._weight_sum(p), reference.clamped_sum(u, h.eps), h)
+            return reference.trust_ratio(self._weight_sum(p), self._sum(u, h.eps), h)
         return reference.trust_ratio(int(state["weight_sum"]), int(state["update_sum"]), h)
 
 
