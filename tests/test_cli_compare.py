@@ -53,18 +53,21 @@ def test_a_finished_study_only_prints(study: str, out: Path, capsys: pytest.Capt
 
 def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = printed(capsys, out, "published")
-    tables = dict(re.findall(r"^published: ([a-z ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
-    for name, caution in published.OPTIMIZERS:
+    tables = dict(re.findall(r"^published: ([a-z0-9, ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
+    (batch, lr, _), *_ = QUICK.published
+    for name, factor, _ in published.OPTIMIZERS:
         usable = why_unusable(name) is None
-        assert usable == (f"| {label(name, caution)} |" in tables["accuracy"])
+        for schedule in published.SCHEDULES:
+            assert usable == (f"| {label(name)}, lr {lr * factor:g} |" in tables[f"batch {batch}, {schedule}"])
         assert usable == (f"| {label(name)} |" in tables["step time"])
         assert usable != (f"| {label(name)} |" in tables.get("not run", ""))
+    assert "| Lamb16, trust_clip 1.0, lr 0.01 |" in tables[f"batch {batch}, linear"]
 
 
 def test_state_sizes_are_those_of_the_optimizers(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split(" | ") for line in printed(capsys, out, "published")[0].splitlines()]
     bytes_of = {row[0].strip("| "): row[-1].strip(" |") for row in rows if len(row) == 4}
-    assert (bytes_of["Lamb16"], bytes_of["Adam"], bytes_of["LAMB (FP32)"]) == ("2.00", "8.00", "8.00")
+    assert (bytes_of["Lamb16"], bytes_of["AdamW"], bytes_of["LAMB (FP32)"]) == ("2.00", "8.00", "8.00")
 
 
 def test_ablations_table_has_every_row_and_fp32_is_exact(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

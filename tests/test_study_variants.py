@@ -58,7 +58,6 @@ STEPS = 60  # after fewer, the bound and the maximum may have given the same sca
 EXCHANGED: dict[str, Any] = {
     "rounding": "nearest",
     "words": "independent",
-    "norm": "exact",
     "scope": "row",
     "scale_from": "maximum",
     "never_zero": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lamb16.lab.data import ImageData, load
 from lamb16.lab.study.report import spread
@@ -12,7 +13,7 @@ from lamb16.lab.study.runs import Result
 from lamb16.lab.training import TrainConfig, train
 
 QUICK_TRAIN, QUICK_TEST = 600, 300  # images
-OPTIONS = ("beta1", "caution", "trust_scale")
+OPTIONS = ("beta1", "caution", "trust_scale", "trust_clip")
 FIGURES = ("best epoch, %", "last epoch, %", "training loss, last epoch", "seeds")
 
 
@@ -32,12 +33,18 @@ class MnistRun:
     quick: bool = False
     caution: bool = False
     trust_scale: float | None = None
+    trust_clip: float | None = None
 
 
 def describe(job: MnistRun) -> str:
     """The settings in a few words."""
-    more = "".join(f" {key} {getattr(job, key)}" for key in OPTIONS if getattr(job, key) != getattr(MnistRun, key))
+    more = "".join(f" {key} {value}" for key, value in changed(job).items())
     return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{more} seed {job.seed}"
+
+
+def changed(job: MnistRun) -> dict[str, Any]:
+    """Those of the optimizer's options that do not have their default."""
+    return {key: value for key in OPTIONS if (value := getattr(job, key)) != getattr(MnistRun, key)}
 
 
 def execute(job: MnistRun, folder: str | None) -> Result:
@@ -53,6 +60,7 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         betas=(job.beta1, 0.999),
         caution=job.caution or None,
         trust_scale=job.trust_scale,
+        trust_clip=job.trust_clip,
         epochs=job.epochs,
         seed=job.seed,
         eager=job.quick,

@@ -1,8 +1,8 @@
 """Loss against the learning rate: every optimizer at its own best rate, and how wide the basin around it is.
 
-The three tasks of `moments`, three decades of learning rates, warm-up over a tenth of the steps, a linear fall. The
-best rate and its neighbours are run with more seeds; the best of these three is the optimizer's best. The basin is the
-range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's or NAdam's.
+The three tasks of `moments`, two and a half decades of learning rates, warm-up over a tenth of the steps, a linear
+fall. The two best rates are run with more seeds; the better of them is the optimizer's best. The basin is the range of
+rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's or NAdam's.
 """
 
 from __future__ import annotations
@@ -46,17 +46,15 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
-    """The best rate of each optimizer and its neighbours with the other seeds."""
+    """The two best rates of each optimizer with the other seeds."""
     found = []
     for task, curves in losses(pairs).items():
         for rival, curve in curves.items():
-            rates = sorted(curve)
-            best = rates.index(min(curve, key=curve.__getitem__))
             same = [run for run, _ in pairs if run.task == task and rival_of(run) == rival]
             done = {run.seed for run in same}
             found += [
                 replace(same[0], lr=lr, seed=seed)
-                for lr in rates[max(0, best - 1) : best + 2]
+                for lr in sorted(curve, key=curve.__getitem__)[:2]
                 for seed in sizes.tasks[task].best_seeds
                 if seed not in done
             ]

@@ -24,7 +24,6 @@ from lamb16.step.fp8 import E4M3, E5M2, Format
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place
 PREFIXES = ("exp_avg", "exp_avg_sq")  # of the names of what the state holds of a moment
-LARGEST = {E4M3: reference.E4M3_MAX, E5M2: reference.E5M2_MAX}
 LARGEST_CODE = {E4M3: 126, E5M2: 123}
 
 
@@ -34,7 +33,6 @@ class Parts:
 
     rounding: str = "stochastic"  # or "nearest"
     words: str = "golden-ratio"  # or "independent": a fresh word each step
-    norm: str = "power-of-two"  # or "exact": the largest magnitude / the format's
     scope: str = "tensor"  # or "row": a scale for each index of the first dimension
     scale_from: str = "bound"  # or "maximum": of the new moment, which is known only after it was formed
     never_zero: bool = True  # v is at least the smallest code where v > 0
@@ -144,12 +142,9 @@ def direction(m: Tensor, v: Tensor, g: Tensor, h: Hyper, t: int, bounded: bool =
 
 def _store(x: Tensor, largest: Tensor, word: Tensor, fmt: Format, parts: Parts) -> tuple[Tensor, Tensor]:
     """The fp8 codes of a moment and their scale."""
-    if parts.norm == "exact":
-        scale = (largest / LARGEST[fmt]).clamp(min=fmt.smallest_scale())
-    else:
-        scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
-    # Dividing by an exact norm, and rounding to nearest, may end above the largest code by a hair.
-    codes = fp8.encode((x.abs() / scale).clamp(max=LARGEST[fmt]), word ^ fp8.SIGN_BIT, fmt).clamp(max=LARGEST_CODE[fmt])
+    scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
+    # Rounding to nearest may end above the largest code.
+    codes = fp8.encode(x.abs() / scale, word ^ fp8.SIGN_BIT, fmt).clamp(max=LARGEST_CODE[fmt])
     if fmt is E5M2:
         codes = torch.where(x > 0, codes.clamp(min=1), codes) if parts.never_zero else codes
         return codes.to(torch.uint8).view(torch.float8_e5m2), scale
