@@ -43,17 +43,19 @@ def test_every_study_leaves_a_result_and_a_plot(study: str, out: Path) -> None:
 
 @pytest.mark.parametrize("study", compare.TRAININGS)
 def test_a_finished_study_only_prints(study: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()
+    files = [out / f"{study}.{kind}" for kind in ("json", "md", "svg")]
+    before = [file.read_bytes() for file in files]
     text, err = printed(capsys, out, study)
     assert err == ""
     assert "| nan |" not in text
     assert f"wrote {out / study}.svg" in text
-    assert ((out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()) == before
+    assert [file.read_bytes() for file in files] == before
+    assert files[1].read_text() in text
 
 
 def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = printed(capsys, out, "published")
-    tables = dict(re.findall(r"^published: ([a-z0-9, ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
+    tables = dict(re.findall(r"^## (.*)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
     (batch, lr, _), *_ = QUICK.published
     for name, factor, _ in published.OPTIMIZERS:
         usable = why_unusable(name) is None

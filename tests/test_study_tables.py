@@ -35,7 +35,7 @@ def test_a_second_valley_does_not_count() -> None:
 
 def test_medians_take_diverged_runs_as_infinite() -> None:
     assert report.median([1.0, None, 3.0]) == 3.0
-    assert report.spread([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
+    assert report.median_and_range([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
 
 
 def _rate_pairs() -> list[rates.Pair]:
@@ -78,8 +78,8 @@ def test_the_two_best_rates_get_all_seeds() -> None:
     assert len(set(further)) == len(further) == len(pairs) // 3 * 2  # of three rates
     assert {run.seed for run in further} == {2}
     low = [(run, result if run.lr > 0.001 else {"validation_loss": 0.1}) for run, result in pairs]
-    for optimizer in {rates.rival_of(run) for run, _ in pairs}:
-        assert {run.lr for run in rates.more(low, QUICK) if rates.rival_of(run) == optimizer} == {0.001, 0.01}
+    for optimizer in {rates.optimizer_of(run) for run, _ in pairs}:
+        assert {run.lr for run in rates.more(low, QUICK) if rates.optimizer_of(run) == optimizer} == {0.001, 0.01}
     one = QUICK.tasks["cnn"]._replace(best_seeds=(1,))
     assert rates.more(pairs, replace(QUICK, tasks={"cnn": one})) == []
 
@@ -121,6 +121,9 @@ def test_moments_compare_seed_by_seed() -> None:
     constant = [(replace(run, schedule="constant"), result) for run, result in _moment_pairs(1.0201)]
     rows = moments.tables(_moment_pairs(1.0201) + constant[:2], {})["loss"].splitlines()
     assert rows[3].startswith("| cnn | constant, 0.01 | 0.999 | 1 | 1 | 1.0201 | 1.01 | +1.00 |  |")
+    hard = [(replace(run, beta2=0.99), result) for run, result in _moment_pairs(1.0201)]
+    tables = moments.tables(_moment_pairs(1.0201) + hard, {})
+    assert (tables["loss"].count("| 0.99 |"), tables["other β2, and gradients scaled"].count("| 0.99 |")) == (0, 1)
 
 
 def test_every_ablation_has_a_name_and_its_runs_on_every_task() -> None:

@@ -1,4 +1,4 @@
-"""`lamb16 compare`: studies of the rule against its FP32 form and other rules, a module a study."""
+"""`lamb16 compare`: studies of the rule against its FP32 form and other rules, a module per study."""
 
 from __future__ import annotations
 
@@ -43,7 +43,13 @@ _RAW = argparse.RawDescriptionHelpFormatter
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for STUDY.json and plots")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="for STUDY.json, STUDY.md and plots",
+    )
     parser.add_argument("--data", metavar="DIR", help=f"folder of the MNIST files (default: ${DATA_VARIABLE})")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, on scikit-learn's digits")
@@ -79,7 +85,14 @@ def _run_study(name: str, sizes: Sizes, out: Path, folder: str | None, workers: 
     execute = functools.partial(study.execute, folder=folder)
     pairs = runs.pairs_of(study, sizes, lambda jobs: runs.run_all(jobs, execute, results, workers, study.describe))
     study.prepare(results, sizes)
-    for title, text in study.tables(pairs, results.extra).items():
-        print(f"\n{name}: {title}\n\n{text}")
-    for path in study.plots(pairs, out):
-        print(f"\nwrote {path}")
+    text = document(name, study.tables(pairs, results.extra))
+    (out / f"{name}.md").write_text(text)
+    print(text)
+    for path in (out / f"{name}.md", *study.plots(pairs, out)):
+        print(f"wrote {path}")
+
+
+def document(name: str, tables: dict[str, str]) -> str:
+    """The tables of a study by title, as a Markdown page."""
+    parts = [f"# {TRAININGS[name][0].upper()}{TRAININGS[name][1:]}", f"`lamb16 compare {name}`"]
+    return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in tables.items()]) + "\n"

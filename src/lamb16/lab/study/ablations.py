@@ -144,7 +144,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
-    """The difference of the loss to the rule's, a bar an ablation, cut at 10 %."""
+    """The difference of the loss to the rule's, a bar per ablation, cut at 10 %."""
     tasks = _tasks(pairs)
     names = [name for name in ABLATIONS if name != BASELINE]
     path = folder / "ablations.svg"

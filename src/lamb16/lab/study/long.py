@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lamb16.lab.contenders import label
-from lamb16.lab.study.report import COLOURS, at_an_end, band, figure, grouped, median, number, spread, table
+from lamb16.lab.study.report import COLOURS, at_an_end, band, figure, grouped, median, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute
@@ -46,7 +46,8 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
     """The best rate of each optimizer on the small model with the other seeds."""
     first = [pair for pair in pairs if pair[0].task == "lm" and not _is_twin(pair)]
     best = [
-        min(own, key=lambda pair: median([pair[1]["validation_loss"]]))[0] for own in grouped(first, _rival).values()
+        min(own, key=lambda pair: median([pair[1]["validation_loss"]]))[0]
+        for own in grouped(first, _optimizer).values()
     ]
     return [replace(run, seed=seed, probed=False) for run in best for seed in sizes.long_seeds if seed != run.seed]
 
@@ -55,7 +56,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
     """Nothing beside the runs."""
 
 
-def _rival(pair: Pair) -> tuple[str, bool]:
+def _optimizer(pair: Pair) -> tuple[str, bool]:
     return pair[0].optimizer, pair[0].caution
 
 
@@ -72,19 +73,19 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     rows, twins, drift = [], [], []
     for task, group in grouped(pairs, lambda pair: pair[0].task).items():
         curves = {
-            rival: {lr: _losses(same) for lr, same in grouped(own, lambda pair: pair[0].lr).items()}
-            for rival, own in grouped([pair for pair in group if not _is_twin(pair)], _rival).items()
+            optimizer: {lr: _losses(same) for lr, same in grouped(own, lambda pair: pair[0].lr).items()}
+            for optimizer, own in grouped([pair for pair in group if not _is_twin(pair)], _optimizer).items()
         }
-        best = {rival: min(curve, key=lambda lr: median(curve[lr][:1])) for rival, curve in curves.items()}
+        best = {optimizer: min(curve, key=lambda lr: median(curve[lr][:1])) for optimizer, curve in curves.items()}
         least = min(median(curves[name, False][best[name, False]]) for name in ("adamw", "nadam"))
-        for rival, curve in curves.items():
-            rates, at = sorted(curve), best[rival]
+        for optimizer, curve in curves.items():
+            rates, at = sorted(curve), best[optimizer]
             rows.append([
-                task, label(*rival), spread(curve[at], ".5g"), f"{at:.2g}{at_an_end(at, rates)}",
+                task, label(*optimizer), median_and_range(curve[at], ".5g"), f"{at:.2g}{at_an_end(at, rates)}",
                 f"{100 * (median(curve[at]) / least - 1):+.2f}",
                 ", ".join(f"{lr:.2g}: {number(curve[lr][0])}" for lr in rates),
             ])  # fmt: skip
-        own = [pair for pair in group if _rival(pair) == ("lamb16", False) and pair[0].seed == 1]
+        own = [pair for pair in group if _optimizer(pair) == ("lamb16", False) and pair[0].seed == 1]
         rule = next(pair for pair in own if pair[0] == replace(own[0][0], lr=OPTIMIZERS[0][2]))
         for run, result in [rule, *filter(_is_twin, own)]:
             loss, base = (median([r["validation_loss"]]) for r in (result, rule[1]))
@@ -116,7 +117,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     tasks = grouped([pair for pair in pairs if not _is_twin(pair)], lambda pair: pair[0].task)
     with figure(path, len(tasks)) as axes:
         for panel, (task, group) in zip(axes, tasks.items(), strict=True):
-            for (name, caution), own in grouped(group, _rival).items():
+            for (name, caution), own in grouped(group, _optimizer).items():
                 best = min((pair for pair in own if pair[0].seed == 1), key=lambda pair: median(_losses([pair])))[0]
                 curves = [result["curve"] for run, result in own if run.lr == best.lr]
                 steps = [(k + 1) * best.steps / len(curves[0]) for k in range(len(curves[0]))]

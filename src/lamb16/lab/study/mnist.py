@@ -1,4 +1,4 @@
-"""Trainings of the published demonstration's network, as `lamb16 train` makes them: one job a run."""
+"""Trainings of the published demonstration's network, as `lamb16 train` makes them: one job per run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamb16.lab.data import ImageData, load
-from lamb16.lab.study.report import spread
+from lamb16.lab.study.report import median_and_range
 from lamb16.lab.study.runs import Result
 from lamb16.lab.training import TrainConfig, train
 
@@ -84,7 +84,12 @@ def figures(results: Sequence[Result]) -> list[str]:
     """What tables show of runs that differ by their seed, under the header FIGURES."""
     best, last = ([100 * result[f"{name}_accuracy"] for result in results] for name in ("best", "last"))
     losses = [result["train_loss"] for result in results]
-    return [spread(best, ".2f"), spread(last, ".2f"), spread(losses, ".2g"), str(len(results))]
+    return [
+        median_and_range(best, ".2f"),
+        median_and_range(last, ".2f"),
+        median_and_range(losses, ".2g"),
+        str(len(results)),
+    ]
 
 
 @functools.cache

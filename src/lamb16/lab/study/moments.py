@@ -60,7 +60,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses with both kinds of moments, and what was seen layer by layer, as Markdown."""
-    rows = []
+    defaults, others = [], []
     for (task, schedule, lr, beta2, scale), group in grouped(pairs, _setting).items():
         losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
         differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
@@ -68,6 +68,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         mean, count = statistics.mean(losses["float32"]), len(differences)
         deviation = statistics.stdev(losses["float32"]) / mean if count > 1 else None
         error = f" ± {statistics.stdev(differences) / math.sqrt(count):.2f}" if count > 1 else ""
+        rows = defaults if (beta2, scale) == (Run.beta2, Run.gradient_scale) else others
         rows.append([
             task, f"{schedule}, {lr:.2g}", f"{beta2:g}", f"{scale:g}", str(count),
             number(statistics.mean(losses["float8"]), ".5g"), number(mean, ".5g"),
@@ -79,7 +80,8 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         "task", "schedule, lr", "β2", "gradients ×", "seeds", "loss, 8 bits", "loss, FP32",
         "difference, % (mean ± standard error)", "deviation of seeds, %", "cosine of u, median layer", "lowest layer",
     ]  # fmt: skip
-    return {"loss": table(header, rows), "layers": _layers(pairs)}
+    found = {"loss": table(header, defaults), "other β2, and gradients scaled": table(header, others)}
+    return found | {"layers": _layers(pairs)}
 
 
 def _loss(result: Result) -> float:
@@ -128,7 +130,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
 
 
 def _plot_layers(axes: Any, run: Run, cosines: dict[str, list[float]]) -> None:
-    """A line a layer; the three that fall lowest have a colour and their name."""
+    """A line per layer; the three that fall lowest have a colour and their name."""
     worst = sorted(cosines, key=lambda name: min(cosines[name]))[:3]
     for name, line in sorted(cosines.items(), key=lambda item: item[0] in worst):  # these above the grey ones
         steps = [(k + 1) * run.steps / len(line) for k in range(len(line))]

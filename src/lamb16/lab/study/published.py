@@ -77,8 +77,8 @@ def prepare(results: Results, sizes: Sizes) -> None:
     timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
     if results.extra.get("timed") != timed:
         shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
-        rivals = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}
-        rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, rivals)
+        factories = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}
+        rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, factories)
         results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
         results.extra["timed"] = timed
     results.save()

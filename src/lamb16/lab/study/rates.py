@@ -15,7 +15,7 @@ from typing import Any
 
 from lamb16.lab import contenders
 from lamb16.lab.contenders import CONTENDERS
-from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, number, spread, table
+from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute
@@ -30,7 +30,7 @@ ADAMS = (("adamw", False), ("nadam", False))  # the better of which all are comp
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
-Rival = tuple[str, bool]  # one of OPTIMIZERS
+Optimizer = tuple[str, bool]  # one of OPTIMIZERS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
@@ -49,8 +49,8 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
     """The two best rates of each optimizer with the other seeds."""
     found = []
     for task, curves in losses(pairs).items():
-        for rival, curve in curves.items():
-            same = [run for run, _ in pairs if run.task == task and rival_of(run) == rival]
+        for optimizer, curve in curves.items():
+            same = [run for run, _ in pairs if run.task == task and optimizer_of(run) == optimizer]
             done = {run.seed for run in same}
             found += [
                 replace(same[0], lr=lr, seed=seed)
@@ -68,29 +68,29 @@ def prepare(results: Results, sizes: Sizes) -> None:
     results.save()
 
 
-def rival_of(run: Run) -> Rival:
+def optimizer_of(run: Run) -> Optimizer:
     """The optimizer of a run."""
     return run.optimizer, run.caution
 
 
-def by_rate(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, list[float | None]]]]:
+def by_rate(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, list[float | None]]]]:
     """The losses of the seeds by task, optimizer and rate; None where the training diverged."""
     return {
         task: {
-            rival: {
+            optimizer: {
                 lr: [result["validation_loss"] for _, result in sorted(same, key=lambda pair: pair[0].seed)]
                 for lr, same in grouped(own, lambda pair: pair[0].lr).items()
             }
-            for rival, own in grouped(group, lambda pair: rival_of(pair[0])).items()
+            for optimizer, own in grouped(group, lambda pair: optimizer_of(pair[0])).items()
         }
         for task, group in grouped(pairs, lambda pair: pair[0].task).items()
     }
 
 
-def losses(pairs: list[Pair]) -> dict[str, dict[Rival, dict[float, float]]]:
+def losses(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, float]]]:
     """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
     return {
-        task: {rival: {lr: median(seeds) for lr, seeds in curve.items()} for rival, curve in curves.items()}
+        task: {optimizer: {lr: median(seeds) for lr, seeds in curve.items()} for optimizer, curve in curves.items()}
         for task, curves in by_rate(pairs).items()
     }
 
@@ -132,21 +132,29 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     medians, seeds = losses(pairs), by_rate(pairs)
     summary, found = [], {}
     for task, curves in medians.items():
-        best = {rival: best_rate(seeds[task][rival]) for rival in curves}
-        adam = min((rival for rival in ADAMS if rival in curves), key=lambda rival: curves[rival][best[rival]])
+        best = {optimizer: best_rate(seeds[task][optimizer]) for optimizer in curves}
+        adam = min(
+            (optimizer for optimizer in ADAMS if optimizer in curves),
+            key=lambda optimizer: curves[optimizer][best[optimizer]],
+        )
         least = curves[adam][best[adam]]
         rates = sorted(next(iter(curves.values())))
         found[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[contenders.label(*rival), *(number(curve[lr]) for lr in rates)] for rival, curve in curves.items()],
+            [
+                [contenders.label(*optimizer), *(number(curve[lr]) for lr in rates)]
+                for optimizer, curve in curves.items()
+            ],
         )
-        for rival, curve in curves.items():
-            at = best[rival]
+        for optimizer, curve in curves.items():
+            at = best[optimizer]
             own = curve[at]
             widths = [_width(curve, BASIN * limit) for limit in (own, least)]
             rate = f"{at:.2g}{at_an_end(at, rates)}"
-            shown = spread(seeds[task][rival][at])
-            summary.append([task, contenders.label(*rival), shown, rate, f"{100 * (own / least - 1):+.2f}", *widths])
+            shown = median_and_range(seeds[task][optimizer][at])
+            summary.append(
+                [task, contenders.label(*optimizer), shown, rate, f"{100 * (own / least - 1):+.2f}", *widths]
+            )
     header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
     missing = [[CONTENDERS[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
@@ -160,12 +168,16 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     path = folder / "rates.svg"
     with figure(path, len(found)) as axes:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
-            for rival, curve in curves.items():
+            for optimizer, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                name, caution = rival
+                name, caution = optimizer
                 style = "o:" if caution else "o-"
                 panel.plot(
-                    *zip(*points, strict=True), style, markersize=3, label=contenders.label(*rival), color=COLOURS[name]
+                    *zip(*points, strict=True),
+                    style,
+                    markersize=3,
+                    label=contenders.label(*optimizer),
+                    color=COLOURS[name],
                 )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))

@@ -159,7 +159,7 @@ def cnn(data: ImageData) -> Task:
 
 
 def autoencoder(data: ImageData) -> Task:
-    """Reproduce images of digits through 32 numbers; binary cross-entropy a pixel."""
+    """Reproduce images of digits through 32 numbers; binary cross-entropy per pixel."""
     return Task(
         autoencoder_model,
         lambda logits, images: F.binary_cross_entropy_with_logits(logits, images.flatten(1)),
