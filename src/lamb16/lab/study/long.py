@@ -1,8 +1,9 @@
 """Trainings ten times as long, and a wider model: what holds after 500 steps need not hold after 5,000.
 
 The language model of `rates` and a wider one of 4 million parameters. Every optimizer at three rates, half a decade
-apart, around its best of `rates`; the small model's best rates with more seeds. Lamb16 also with FP32 moments, and with
-more and less momentum, at its middle rate. Its stored moments are compared with FP32 ones over the whole training.
+apart, around its best of `rates`; the small model's best rates with more seeds. Lamb16 also with FP32 moments and, on
+the small model, with more and less momentum, at its middle rate; with caution there alone on the wider model. Its
+stored moments are compared with FP32 ones over the whole training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ OPTIMIZERS: tuple[tuple[str, bool, float], ...] = (  # with caution or without, 
     ("lamb16", False, 10**-2), ("lamb16", True, 10**-2), ("lamb", False, 10**-2), ("adamw", False, 10**-2.5),
     ("nadam", False, 10**-2.5),
 )  # fmt: skip
-TWINS: tuple[dict[str, Any], ...] = ({}, {"moment_dtype": "float32"}, {"beta1": 0.95}, {"beta1": 0.8}, {"beta1": 0.5})
+FP32: dict[str, Any] = {"moment_dtype": "float32"}
+TWINS: tuple[dict[str, Any], ...] = (FP32, {"beta1": 0.95}, {"beta1": 0.8}, {"beta1": 0.5})
 
 Pair = tuple[Run, Result]
 
@@ -36,9 +38,10 @@ def jobs(sizes: Sizes) -> list[Run]:
     for task, (steps, batch) in sizes.long.items():
         for name, caution, middle in OPTIMIZERS:
             run = Run(task, name, middle, 1, steps, batch, caution=caution, probed=name == "lamb16")
-            found += [replace(run, lr=lr) for lr in (middle, middle / H, middle * H)]
+            rates = (middle,) if caution and task != "lm" else (middle, middle / H, middle * H)
+            found += [replace(run, lr=lr) for lr in rates]
             if name == "lamb16" and not caution:
-                found += [replace(run, **twin) for twin in TWINS[1:]]
+                found += [replace(run, **twin) for twin in (TWINS if task == "lm" else (FP32,))]
     return found
 
 
