@@ -61,6 +61,12 @@ def test_rates_compare_the_best_of_each_optimizer() -> None:
     assert "| cnn | NAdam | 1.1 | 0.01 | +10.00 | 0.20 |" in tables["basin"]
     assert "| cnn | Lamb16, caution | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
+    assert tables["in short"].splitlines()[::2] == [
+        "| optimizer | cnn: loss, % | decades |",
+        "| Lamb16 | -10.0 | 0.44 |",
+        "| NAdam | +10.0 | 0.00 |",
+        "| PublishedLamb16 | +100.0 | 0.00 |",
+    ]
     assert "| AdamW8bit (bitsandbytes) | no such library |" in tables["not run"]
 
 

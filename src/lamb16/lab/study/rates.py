@@ -128,9 +128,10 @@ def _width(curve: dict[float, float], limit: float) -> str:
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
-    """The best loss with the width of the basin, and the losses at every rate, as Markdown."""
+    """The best loss with the width of the basin, both in short, and the losses at every rate, as Markdown."""
     medians, seeds = losses(pairs), by_rate(pairs)
     summary, found = [], {}
+    short: dict[str, list[str]] = {}
     for task, curves in medians.items():
         best = {optimizer: best_rate(seeds[task][optimizer]) for optimizer in curves}
         adam = min(
@@ -150,16 +151,17 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             at = best[optimizer]
             own = curve[at]
             widths = [_width(curve, BASIN * limit) for limit in (own, least)]
-            rate = f"{at:.2g}{at_an_end(at, rates)}"
+            rate, difference = f"{at:.2g}{at_an_end(at, rates)}", 100 * (own / least - 1)
             shown = median_and_range(seeds[task][optimizer][at])
-            summary.append(
-                [task, contenders.label(*optimizer), shown, rate, f"{100 * (own / least - 1):+.2f}", *widths]
-            )
+            name = contenders.label(*optimizer)
+            summary.append([task, name, shown, rate, f"{difference:+.2f}", *widths])
+            short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
     header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
     missing = [[CONTENDERS[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
     found |= {"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {}
-    return {"basin": table(header, summary)} | found
+    columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
+    return {"basin": table(header, summary), "in short": table(["optimizer", *columns], short.values())} | found
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
