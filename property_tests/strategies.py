@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamb16.hyper import ROUNDINGS
 
-# Around every edge of the blocks: 1024 columns, rows from two rows on, pieces of at most 1024.
+# Around every edge of the blocks: 1024 columns, rows from two rows on, packed rows of 256.
 EDGES = [
     (),
     (0,),

@@ -26,7 +26,7 @@ def _storages(optimizer: Lamb16) -> dict[int, int]:
 
 @given(shapes=shape_lists)
 def test_state_is_two_bytes_a_parameter(compile: bool, shapes) -> None:
-    """As tensors and as allocated memory: 2 bytes per parameter, 48 per tensor, and one spare row of 48."""
+    """As tensors and as allocated memory: 2 bytes per parameter, 48 per tensor, and one row of padding of 48."""
     case = Case(shapes, {"lr": 0.1, "weight_decay": 0.1}, kinds=[["normal"] * len(shapes)] * 2)
     params, optimizer = run(case, compile)
     numel = sum(p.numel() for p in params)

@@ -21,7 +21,7 @@ from lamb16.remainder import REMAINDER
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
 
-# A packed piece, a tensor of rows and a tail, a tensor of rows only.
+# A packed row, rows of 1,024 and packed ones, rows of 1,024 only.
 SHAPES = ((7, 3), (2100,), (64, 48))
 module.NUMBERS = itertools.repeat(0)  # twins that tests compare go the same way without names
 CODES = ("exp_avg_codes", "exp_avg_sq_codes")

@@ -34,10 +34,10 @@ from lamb16 import Lamb16, reference
 from lamb16.lab.cuda import fake
 from lamb16.lab.cuda.kernels import Program
 from lamb16.parameters import tensor_salt
-from lamb16.step.blocks import PIECE, Block, State, Sums
+from lamb16.step.blocks import PACKED_ROW, Block, State, Sums
 from lamb16.step.compiled import Eager
 from lamb16.step.kinds import Graph, Kind
-from lamb16.step.packing import TablePacking, Tail
+from lamb16.step.packing import PackedRows, TablePacking
 from lamb16.step.rows import Rows
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
@@ -58,9 +58,9 @@ class Interpreted:
         with fake.device(90):
             self.programs = {key: Program(key[0].name, code) for key, code in generated.items()}
 
-    def packing(self, tails: Sequence[Tail], block: Block, *_: Any) -> TablePacking:
+    def packing(self, packed_rows: Sequence[PackedRows], block: Block, *_: Any) -> TablePacking:
         """With the copying kernel, as on CUDA."""
-        return TablePacking(tails, block, self.copy)
+        return TablePacking(packed_rows, block, self.copy)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """The code is there."""
@@ -73,19 +73,19 @@ class Interpreted:
 
     def copy(self, *arguments: Any) -> None:
         """Run the copying kernel."""
-        from lamb16.step.cuda_copying import copy_pieces
+        from lamb16.step.cuda_copying import copy_packed_rows
 
         *tensors, exact, unpack = arguments
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
+        copy_packed_rows[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PACKED_ROW=PACKED_ROW)
 
 
 def main(file: str) -> None:
     """Check all cases with the code in a file that test_cuda.py wrote."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from lamb16.step.cuda_copying import copy_pieces
+    from lamb16.step.cuda_copying import copy_packed_rows
 
-    assert isinstance(copy_pieces, InterpretedFunction), "set TRITON_INTERPRET=1"
+    assert isinstance(copy_packed_rows, InterpretedFunction), "set TRITON_INTERPRET=1"
     with open(file, "rb") as source:
         executor = Interpreted(pickle.load(source))
     library = "torch._inductor.runtime.triton_helpers.libdevice"
@@ -174,7 +174,7 @@ def folded(executor: Interpreted) -> None:
     for run in (executor.run, Eager().run):
         own = [table.clone() for table in tables]
         state = State(*(column for table in own for column in table.unbind(1)), torch.arange(1, 5))
-        run(Graph("fold"), kind, Sums(*found), rows.tree, counted, first_rank, state, True)
+        run(Graph("fold"), kind, Sums(*found), rows.stages, counted, first_rank, state, True)
         results.append([table[1:] for table in own])  # the first row is padding
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), results
     before, after = tables[2][1:], results[0][2]

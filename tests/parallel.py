@@ -166,7 +166,7 @@ def train_scaled(how: str, amp_scaling: bool, steps: int) -> tuple[Found, int, f
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """One group a parameter, so that its name stays with it when ZeroRedundancyOptimizer deals them out."""
+    """One group per parameter, so that its name stays with it when ZeroRedundancyOptimizer deals them out."""
     return [{"params": [p], "param_names": [name]} for name, p in named(model)]
 
 

@@ -18,7 +18,7 @@ import sharded
 from helpers import assert_same, differing, raw
 from lamb16 import Lamb16, release_gradients
 from lamb16.sharding.layout import layout, like, local
-from lamb16.sharding.reduction import Bound
+from lamb16.sharding.reduction import BoundReduction
 
 
 def message(function: Any, *arguments: Any) -> str:
@@ -45,11 +45,11 @@ def partial_parameter() -> str:
 
 def other_states_are_missing() -> tuple[str, list[str]]:
     """Each of two ranks has lost the state of another of two equal parameters; then both are given theirs back."""
-    spread, optimizers = sharded.spreader("rows over 2"), []
+    shard, optimizers = sharded.sharder("rows over 2"), []
     for _ in range(2):
-        params = [nn.Parameter(spread(torch.ones(6, 4))) for _ in range(2)]
+        params = [nn.Parameter(shard(torch.ones(6, 4))) for _ in range(2)]
         optimizers.append(Lamb16(params, lr=0.01, compile=False))
-        give(params, (0, 1))
+        set_gradients(params, (0, 1))
         optimizers[-1].step()
     one, other = optimizers
     p = one.param_groups[0]["params"][torch.distributed.get_rank()]
@@ -64,13 +64,13 @@ def other_states_are_missing() -> tuple[str, list[str]]:
 
 def an_error_while_a_plan_is_made() -> list[str]:
     """Once, on both ranks; what the later steps over the same parameters differ in."""
-    spread, optimizers = sharded.spreader("rows over 2"), []
+    shard, optimizers = sharded.sharder("rows over 2"), []
     for _ in range(2):
-        params = [nn.Parameter(spread(torch.arange(24.0).view(6, 4) ** 3)) for _ in range(2)]
+        params = [nn.Parameter(shard(torch.arange(24.0).view(6, 4) ** 3)) for _ in range(2)]
         optimizers.append(Lamb16(params, lr=0.01, compile=False))
-        give(params, (0, 1))
+        set_gradients(params, (0, 1))
         optimizers[-1].step()
-        give(params, (1,))
+        set_gradients(params, (1,))
     one, other = optimizers
     with mock.patch("lamb16.stepping.signature", side_effect=MemoryError):
         assert message(one.step).startswith("MemoryError")
@@ -81,8 +81,8 @@ def an_error_while_a_plan_is_made() -> list[str]:
 
 def own_plain_parameters() -> tuple[float, float]:
     """The norm of a sharded parameter's gradient and of one of a plain parameter of this rank's own, and what it is."""
-    rank, spread = torch.distributed.get_rank(), sharded.spreader("rows over 2")
-    w, own = nn.Parameter(spread(torch.ones(8, 8))), nn.Parameter(torch.ones(8))
+    rank, shard = torch.distributed.get_rank(), sharded.sharder("rows over 2")
+    w, own = nn.Parameter(shard(torch.ones(8, 8))), nn.Parameter(torch.ones(8))
     optimizer = Lamb16([("w", w), (f"experts.{rank}", own)], lr=0.01, compile=False, max_grad_norm=1.0)
     w.grad, own.grad = w.detach().clone(), torch.full((8,), 30.0 if rank else 1e-3)
     optimizer.step()
@@ -96,7 +96,7 @@ def flat_parameters(use_orig_params: bool) -> str:
 
 
 def mixed_gradient(sharded_parameter: bool) -> str:
-    both = [torch.ones(4), sharded.spreader("rows over 2")(torch.ones(4))]
+    both = [torch.ones(4), sharded.sharder("rows over 2")(torch.ones(4))]
     optimizer = Lamb16([nn.Parameter(both[sharded_parameter])], compile=False)
     (p,) = optimizer.param_groups[0]["params"]
     with mock.patch.object(type(p), "grad", both[not sharded_parameter]):  # torch itself refuses to set it
@@ -107,7 +107,7 @@ def partial_gradient() -> list[torch.Tensor]:
     """The weights after a step with gradients of which every rank has one half."""
     whole, results = sharded.weights()[2], []
     for partial in (True, False):
-        p = nn.Parameter(sharded.spreader("rows over 2")(whole))
+        p = nn.Parameter(sharded.sharder("rows over 2")(whole))
         grad = DTensor.from_local(whole / 2, p.device_mesh, [Partial()]) if partial else p.detach().clone()
         p.grad = grad
         Lamb16([p], compile=False).step()
@@ -117,8 +117,8 @@ def partial_gradient() -> list[torch.Tensor]:
 
 def optimizer_on(placement: str) -> Lamb16:
     """After one step."""
-    spread = sharded.spreader(placement)
-    params = [nn.Parameter(spread(w)) for w in sharded.weights()[:3]]
+    shard = sharded.sharder(placement)
+    params = [nn.Parameter(shard(w)) for w in sharded.weights()[:3]]
     optimizer = Lamb16(params, **sharded.HYPER, compile=False)
     for p in params:
         p.grad = p.detach().clone()
@@ -141,7 +141,7 @@ def one_rank_has_a_damaged_state(placement: str) -> str:
     return found
 
 
-def give(params: list[nn.Parameter], which: tuple[int, ...]) -> None:
+def set_gradients(params: list[nn.Parameter], which: tuple[int, ...]) -> None:
     """Gradients for these of the parameters."""
     for k, p in enumerate(params):
         p.grad = p.detach().clone() * (k + 1) if k in which else None
@@ -177,19 +177,19 @@ DIFFERENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 
 def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[str, list[str]]:
     """The message of a step that the ranks differ in, and which entries then differ from a run without it."""
-    spread, rank = sharded.spreader(placement), torch.distributed.get_rank()
+    shard, rank = sharded.sharder(placement), torch.distributed.get_rank()
     optimizers = []
     for _ in range(2):
-        params = [nn.Parameter(spread(torch.ones(6, 4) * (k + 1))) for k in range(4)]
+        params = [nn.Parameter(shard(torch.ones(6, 4) * (k + 1))) for k in range(4)]
         optimizers.append(Lamb16(params, lr=0.01, compile=False))
         for which in ((0, 1), (1, 2), (0, 1, 2), (1,)) if stepped_before else ():
-            give(params, which)
+            set_gradients(params, which)
             optimizers[-1].step()
     one, other = optimizers
     params = one.param_groups[0]["params"]
     *sets, change = DIFFERENT[what]
     before, old = snapshot_of(one), (one.param_groups[0]["eps"], one.max_grad_norm)
-    give(params, sets[rank % 2])
+    set_gradients(params, sets[rank % 2])
     if change and rank % 2:
         change(one)
     found = message(one.step)
@@ -198,7 +198,7 @@ def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[st
     vars(one).pop("grad_scale", None)
     for optimizer in optimizers:
         for which in ((0, 1, 2), (), (3,), (0, 1, 2, 3)):
-            give(optimizer.param_groups[0]["params"], which)
+            set_gradients(optimizer.param_groups[0]["params"], which)
             optimizer.step()
     return found, differing(snapshot_of(one), snapshot_of(other))
 
@@ -243,8 +243,8 @@ RELEASED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, tuple[str, str]
 
 def different_releases(what: str) -> str:
     """The message of a training step that the ranks differ in, each parameter stepped on its own."""
-    spread, rank = sharded.spreader("rows over 2"), torch.distributed.get_rank()
-    model = nn.ParameterList([nn.Parameter(spread(torch.ones(6, 4) * (k + 1))) for k in range(3)])
+    shard, rank = sharded.sharder("rows over 2"), torch.distributed.get_rank()
+    model = nn.ParameterList([nn.Parameter(shard(torch.ones(6, 4) * (k + 1))) for k in range(3)])
     optimizer = Lamb16(model.named_parameters(), lr=0.01, compile=False)
     release_gradients(model, optimizer, bucket_bytes=0)
 
@@ -295,9 +295,9 @@ def wrong_rule(fault: str) -> sharded.Found:
     """Three steps by rows on two ranks with a fault put in."""
     faults = {
         "indices of the shard": mock.patch("lamb16.step.plan.layout", lambda p: layout(p)._replace(base=0)),
-        "maxima of the shard": mock.patch.object(Bound, "before", return_value=(False, False)),
-        "sums of the shard": mock.patch.object(Bound, "after", return_value=None),
-        "squares of the shard": mock.patch.object(Bound, "squares", return_value=None),
+        "maxima of the shard": mock.patch.object(BoundReduction, "before", return_value=(False, False)),
+        "sums of the shard": mock.patch.object(BoundReduction, "after", return_value=None),
+        "squares of the shard": mock.patch.object(BoundReduction, "squares", return_value=None),
         "no fault": contextlib.nullcontext(),
     }
     with faults[fault]:

@@ -171,10 +171,10 @@ def with_unused_parameter(how: str, folder: str, steps_before: int) -> tuple[Fou
     model[2].bias.requires_grad_(False)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     for step in range(steps_before):
-        given_without(model, step)
+        step_without(model, step)
         optimizer.step()
         scheduler.step()
-    given_without(model, steps_before)
+    step_without(model, steps_before)
     checkpoint.save(Path(folder) / "checkpoint", model, optimizer, scheduler=scheduler)
     model[2].bias.requires_grad_(True)
     new_model, new = make(how)
@@ -184,7 +184,7 @@ def with_unused_parameter(how: str, folder: str, steps_before: int) -> tuple[Fou
     return before, after, [new.param_groups[0]["lr"], new_scheduler.last_epoch, bool(new.state.get(new_model[2].bias))]
 
 
-def given_without(model: nn.Module, step: int) -> None:
+def step_without(model: nn.Module, step: int) -> None:
     given(model, step)
     model[2].bias.grad = None
 

@@ -17,7 +17,7 @@ from lamb16.sharding.layout import like
 Found = dict[str, Tensor]
 MAXIMA = ("exp_avg_max", "exp_avg_sq_max")
 
-# Uneven in every dimension, rows and tails, one that is smaller than a mesh, one that is empty.
+# Uneven in every dimension, rows and packed rows, one that is smaller than a mesh, one that is empty.
 SHAPES = ((7, 3), (2101,), (130, 70), (6, 50, 40), (3,), (0, 4), (64, 48), (2, 3, 1030))
 HYPER: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}
 CAUTIOUS = 2  # the tensors before this one are updated with caution
@@ -72,16 +72,16 @@ def grouped(params: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 def step_halves(placement: str | None, rounding: str, compile: bool, steps: int) -> Found:
     """bfloat16 weights, on a mesh or (None) in one process; somebody changes a part of one tensor on the way."""
-    spread = spreader(placement) if placement else lambda tensor: tensor
-    params = [nn.Parameter(spread(w.bfloat16())) for w in weights()]
+    shard = sharder(placement) if placement else lambda tensor: tensor
+    params = [nn.Parameter(shard(w.bfloat16())) for w in weights()]
     optimizer = Lamb16(grouped(params), **HYPER, param_rounding=rounding, compile=compile)
     for step in range(steps):
         for i, p in enumerate(params):
-            p.grad = spread(gradient(i, step).bfloat16())
+            p.grad = shard(gradient(i, step).bfloat16())
         optimizer.max_grad_norm = clip_at(step)
         if step == 3:
             changed = torch.where(torch.arange(2101) < 5, 0.5, weights()[1]).bfloat16()
-            params[1].data.copy_(spread(changed))
+            params[1].data.copy_(shard(changed))
         optimizer.step()
     exact = optimizer.float32_weights()
     return found(params, optimizer) | {f"{name}.float32": whole(x) for name, x in exact.items()}
@@ -89,11 +89,11 @@ def step_halves(placement: str | None, rounding: str, compile: bool, steps: int)
 
 def step_with_a_plain_one(rounding: str) -> Tensor:
     """A split tensor, and a plain bfloat16 one that has a gradient on the first rank only; returns the split one."""
-    spread = spreader("rows over 2")
-    a, b = nn.Parameter(spread(weights()[2])), nn.Parameter(torch.ones(40).bfloat16())
+    shard = sharder("rows over 2")
+    a, b = nn.Parameter(shard(weights()[2])), nn.Parameter(torch.ones(40).bfloat16())
     optimizer = Lamb16([("a", a), ("b", b)], **HYPER, param_rounding=rounding, compile=False)
     for step in range(3):
-        a.grad = spread(gradient(6, step)[:1].new_ones(a.shape))
+        a.grad = shard(gradient(6, step)[:1].new_ones(a.shape))
         b.grad = torch.ones_like(b) if torch.distributed.get_rank() == 0 else None
         optimizer.step()
     return whole(a.detach())
@@ -116,7 +116,7 @@ def clip_at(step: int) -> float | None:
     return None if step % 2 else 1.0
 
 
-def spreader(placement: str) -> Callable[[Tensor], DTensor]:
+def sharder(placement: str) -> Callable[[Tensor], DTensor]:
     """Spreads whole tensors, which every rank has, over the ranks."""
     sizes, dims = PLACEMENTS[placement]
     mesh = init_device_mesh("cpu", sizes)
@@ -125,13 +125,13 @@ def spreader(placement: str) -> Callable[[Tensor], DTensor]:
 
 def step_sharded(placement: str, compile: bool, steps: int) -> tuple[Found, dict[str, int]]:
     """The same on a mesh; returns the gathered tensors, and what this rank had."""
-    spread = spreader(placement)
-    params = [nn.Parameter(spread(w)) for w in weights()]
+    shard = sharder(placement)
+    params = [nn.Parameter(shard(w)) for w in weights()]
     optimizer = Lamb16(grouped(params), **HYPER, compile=compile)
     collectives, sent = [], []
     for step in range(steps):
         for i, p in enumerate(params):
-            p.grad = spread(gradient(i, step))
+            p.grad = shard(gradient(i, step))
         optimizer.max_grad_norm = clip_at(step)
         with Collectives() as seen:
             optimizer.step()
@@ -206,13 +206,13 @@ def adamw_state() -> dict[str, Any]:
 
 
 def convert_sharded(placement: str) -> tuple[Found, str]:
-    """AdamW's spread state in Lamb16, gathered; and what each rank says where one rank's part is damaged."""
-    spread, state = spreader(placement), adamw_state()
-    params = [nn.Parameter(spread(w)) for w in state["weights"]]
+    """AdamW's sharded state in Lamb16, gathered; and what each rank says where one rank's part is damaged."""
+    shard, state = sharder(placement), adamw_state()
+    params = [nn.Parameter(shard(w)) for w in state["weights"]]
     optimizer = Lamb16(params, compile=False)
     saved = state["optimizer"]
     for own in saved["state"].values():
-        own.update({key: spread(own[key]) for key in ("exp_avg", "exp_avg_sq")})
+        own.update({key: shard(own[key]) for key in ("exp_avg", "exp_avg_sq")})
     optimizer.load_state_dict(saved)
     states = {f"{i}.{key}": x for i, p in enumerate(params) for key, x in optimizer.state[p].items()}
     found = {key: whole(x) for key, x in states.items() if not key.endswith("max")}

@@ -297,7 +297,7 @@ assert not torch.equal(p.detach(), torch.ones(5))
 
 def test_without_a_compiler_the_eager_step_works(tmp_path: Path) -> None:
     if sys.platform == "win32":
-        pytest.skip("the stand-in for a compiler is a Unix program")
+        pytest.skip("the fake compiler is a Unix program")
     environment = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ from torch import nn
 
 from lamb16 import Lamb16
 from lamb16.cli import main
-from lamb16.lab import bench, contenders, releasing, timing
+from lamb16.lab import bench, registry, releasing, timing
 from lamb16.lab.errors import CommandError
 from lamb16.lab.shapes import SETS
 
@@ -66,7 +66,7 @@ def test_a_run_reports_every_contender(
 
 def test_the_compiled_step_is_the_one_that_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever stands first: fused AdamW's step cannot be captured."""
-    factories = {bench.YARDSTICK: bench.OWN[bench.YARDSTICK]} | bench.OWN
+    factories = {bench.BASELINE: bench.OWN[bench.BASELINE]} | bench.OWN
     params = timing.make_params([(5, 5)], torch.float32, torch.device("cpu"))
     name, step = timing.as_graph(factories, bench.COMPILED, params, capture=lambda call: call)
     assert name == "Lamb16 compiled, CUDA graph"
@@ -83,23 +83,25 @@ def _broken(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def test_peers_are_run_or_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PEERS", ("adam", "nowhere"))
-    missing = contenders.Contender("Nowhere", lambda *_, **__: importlib.import_module("nowhere"), 0.1, "nowhere")
-    monkeypatch.setitem(contenders.CONTENDERS, "nowhere", missing)
-    factories = {contenders.CONTENDERS[name].label: bench._peer(name) for name in bench.PEERS}
+    missing = registry.OptimizerInfo("Nowhere", lambda *_, **__: importlib.import_module("nowhere"), 0.1, "nowhere")
+    monkeypatch.setitem(registry.REGISTRY, "nowhere", missing)
+    factories = {registry.REGISTRY[name].label: bench._peer(name) for name in bench.PEERS}
     rows = {row["name"]: row for row in bench.measure([(5, 5)], torch.float32, torch.device("cpu"), 1, factories)}
     assert rows["Adam"]["median_s"] > 0
     assert "nowhere" in rows["Nowhere"]["error"]
 
 
 def test_what_would_compile_for_every_shape_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "MOST_SHAPES", 2)
-    foreign = contenders.Contender("Foreign", lambda named, **_: torch.optim.SGD([p for _, p in named]), 0.1, "torchao")
-    monkeypatch.setitem(contenders.CONTENDERS, "foreign", foreign)
+    monkeypatch.setattr(registry, "MOST_SHAPES", 2)
+    foreign = registry.OptimizerInfo(
+        "Foreign", lambda named, **_: torch.optim.SGD([p for _, p in named]), 0.1, "torchao"
+    )
+    monkeypatch.setitem(registry.REGISTRY, "foreign", foreign)
     few, many = ([(str(n), nn.Parameter(torch.ones(n))) for n in range(k)] for k in (2, 3))
-    assert contenders.build("foreign", [*few, ("again", nn.Parameter(torch.ones(1)))], lr=0.1, weight_decay=0)
-    assert contenders.build("adam", many, lr=0.1, weight_decay=0)
+    assert registry.build("foreign", [*few, ("again", nn.Parameter(torch.ones(1)))], lr=0.1, weight_decay=0)
+    assert registry.build("adam", many, lr=0.1, weight_decay=0)
     with pytest.raises(CommandError, match="left out: it would compile for each of 3 shapes"):
-        contenders.build("foreign", many, lr=0.1, weight_decay=0)
+        registry.build("foreign", many, lr=0.1, weight_decay=0)
 
 
 def test_peak_memory_counts_what_is_freed_again() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lamb16.cli import main
 from lamb16.lab import compare
-from lamb16.lab.contenders import label, why_unusable
+from lamb16.lab.registry import label, why_unusable
 from lamb16.lab.study import ablations, published
 from lamb16.lab.study.sizes import QUICK
 

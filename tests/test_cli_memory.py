@@ -112,7 +112,7 @@ def test_lamb16_has_two_bytes_of_state() -> None:
 
 def test_the_optimizers_get_the_options_that_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lamb16, "Lamb16", lambda _, **options: options)
-    monkeypatch.setattr(memory.contenders, "build", lambda name, _, **options: options | {"optimizer": name})
+    monkeypatch.setattr(memory.registry, "build", lambda name, _, **options: options | {"optimizer": name})
     found = {one.name: (str(one.dtype)[6:], one.released, one.build([])) for one in memory.OWN}
     for what, dtype, rounding in (
         ("float32", "float32", None),
@@ -126,7 +126,7 @@ def test_the_optimizers_get_the_options_that_their_names_say(monkeypatch: pytest
     assert not found
     stochastic = [one.build([]) for one in memory.OTHERS if one.name == "AdamW8bit (torchao), bfloat16 stochastic"]
     assert [options["bf16_stochastic_round"] for options in stochastic] == [True]
-    assert "bf16_stochastic_round" in memory.contenders.CONTENDERS["adamw8bit"].special
+    assert "bf16_stochastic_round" in memory.registry.REGISTRY["adamw8bit"].special
 
 
 def test_a_run_reports_every_optimizer_that_is_installed(

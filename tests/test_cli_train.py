@@ -21,11 +21,11 @@ import torch
 from lamb16 import Lamb16, reference
 from lamb16.cli import main
 from lamb16.lab import training
-from lamb16.lab.contenders import why_unusable
 from lamb16.lab.data import ImageData, load
 from lamb16.lab.errors import CommandError, require
 from lamb16.lab.logs import TensorBoardLog
 from lamb16.lab.model import build_model
+from lamb16.lab.registry import why_unusable
 from lamb16.lab.train import write_json
 from lamb16.lab.training import (
     LAMB16_ONLY,

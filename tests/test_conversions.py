@@ -296,7 +296,7 @@ def test_training_goes_on_from_adamw_to_lamb16_and_back() -> None:
     assert sum(after[-20:]) < 1.1 * sum(expected[-20:])
 
 
-def test_spread_states_get_the_codes_of_one_process(ranks: Ranks) -> None:
+def test_sharded_states_get_the_codes_of_one_process(ranks: Ranks) -> None:
     state = adamw_state()
     whole = Lamb16([nn.Parameter(w) for w in state["weights"]], compile=False)
     whole.load_state_dict(state["optimizer"])

@@ -58,10 +58,10 @@ def tiny(code: report.Code) -> report.Report:
 
 def test_large_tensors_take_few_launches_and_are_read_once(large: report.Report) -> None:
     """Two groups are updated: one launch each, and gradients are read once more."""
-    tails = 4  # launches for what is left over of tensors that are no multiple of 1,024
+    of_packed = 4  # launches for what is left over of tensors that are no multiple of 1,024
     launches = {kernel["graph"]: kernel["launches"] for kernel in large.kernels}
     assert (launches["inspect"], launches["update"]) == (1, 2)
-    assert large.launches - tails <= 8
+    assert large.launches - of_packed <= 8
     assert 20 <= large.bytes_per_param <= 20.5
 
 
@@ -313,9 +313,9 @@ def test_no_python_number_is_baked_into_a_launch(code: report.Code) -> None:
 
 def test_steps_launch_the_same_on_the_same_memory(code: report.Code) -> None:
     """What a CUDA graph needs: no synchronisation, and no buffer of one step that is not there in the next."""
-    steps = report.Steps(code, [(64, 64), (5,)])
-    steps.take()
-    first, second = ([(launch.kernel, _memory(launch)) for _, launch in steps.take()] for _ in range(2))
+    steps = report.CountedSteps(code, [(64, 64), (5,)])
+    steps.step()
+    first, second = ([(launch.kernel, _memory(launch)) for _, launch in steps.step()] for _ in range(2))
     assert len(first) > 3
     assert first == second
     assert steps.eager == []
@@ -353,7 +353,7 @@ def test_the_kernels_compute_the_references_bits(code: report.Code, alone: repor
         for graph in GRAPHS:
             key = graph, graph.kind(kind), 1
             same = (*key[:2], 16) in generated and (graph.packed or graph.function in ("scale", "fold"))
-            if not (same or graph.spread):
+            if not (same or graph.global_index):
                 generated[key] = alone.program(graph, kind).generated
     file = tmp_path / "generated.pickle"
     file.write_bytes(pickle.dumps(generated))

@@ -146,7 +146,7 @@ def test_plain_parameters_of_one_rank_enter_its_norm_alone(ranks: Ranks) -> None
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_flat_shards_are_refused(ranks: Ranks, use_orig_params: bool) -> None:
-    """Their trust ratios would be those of pieces, or of several layers together."""
+    """Their trust ratios would be those of shards, or of several layers together."""
     for text in ranks.run(2, refused.flat_parameters, use_orig_params):
         assert text.startswith("TypeError: Lamb16: parameter _fsdp_wrapped_module.")
         assert "use torch.distributed.fsdp.fully_shard" in text

@@ -26,7 +26,7 @@ def test_pages_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyPa
     module = compare._module(study)
     results = runs.Results(RESULTS / f"{study}.json", study)
     unusable = results.extra.get("unusable", {})
-    monkeypatch.setattr("lamb16.lab.contenders.why_unusable", lambda name: unusable.get(name))
+    monkeypatch.setattr("lamb16.lab.registry.why_unusable", lambda name: unusable.get(name))
     used: list[runs.Job] = []
 
     def recorded(jobs: Sequence[runs.Job]) -> list[runs.Result]:

@@ -32,7 +32,7 @@ CASES = {f"float32 {graph.name}": (graph, "float32") for graph in READING} | {
     f"{kind} update": (Graph("update"), kind) for kind in KINDS if kind != "float32"
 }
 CASES |= {f"exact {graph.name}": (graph, "exact bfloat16") for graph in GRAPHS[:2]}
-LANES = re.compile(r"tmpbuf|std::array|for \(int(?:64_t)? i\b")
+ELEMENTWISE = re.compile(r"tmpbuf|std::array|for \(int(?:64_t)? i\b")
 TWO_CASTS = "for (int i = 0; i < 2; i++)"  # of registers
 
 
@@ -48,8 +48,8 @@ def test_memory_is_read_in_one_loop_of_vectors(case: str, isa: str) -> None:
     for nest in streaming:
         body = innermost(nest)
         assert "at::vec::" in body
-        assert not LANES.search(body.replace(TWO_CASTS, ""))
-        if not graph.spread:  # whose indices are counted in float64
+        assert not ELEMENTWISE.search(body.replace(TWO_CASTS, ""))
+        if not graph.global_index:  # whose indices are counted in float64
             assert "tmpbuf" not in nest
         streams = {"inspect": 1, "update": 4}[graph.function]
         assert len(re.findall(r"x1 \+ \d+L\*x0", body)) >= streams
@@ -65,7 +65,7 @@ def test_the_help_is_needed(isa: str) -> None:
     update = Graph("update")
     plain = kernel(generate(update, KINDS["float32"], isa, helped=False))
     body = innermost(nests(plain)[0])
-    assert "tmpbuf" in body  # float32 as int32, copied lane by lane
+    assert "tmpbuf" in body  # float32 as int32, copied element by element
     assert re.search(r"Vectorized<uint8_t>::loadu\(.*, static_cast<int64_t>\(\d+\)\)", body)
     assert re.search(r"in_ptr\d+\[", body)
     of_int16 = kernel(generate(update, KINDS["exact bfloat16"], isa, helped=False))

@@ -54,7 +54,7 @@ def replace_entries(optimizer: Lamb16) -> None:
             state[key] = state[key].clone()
 
 
-def give_new_memory(optimizer: Lamb16) -> None:
+def replace_memory(optimizer: Lamb16) -> None:
     for x in moments_of(optimizer):
         x.data = x.data.clone()
 
@@ -71,7 +71,7 @@ def empty_states(optimizer: Lamb16) -> None:
 
 DROPPED: dict[str, Callable[[Lamb16], Any]] = {
     "entries": replace_entries,
-    "memory": give_new_memory,
+    "memory": replace_memory,
     "popped": pop_states,
     "cleared": lambda optimizer: optimizer.state.clear(),
     "emptied": empty_states,
@@ -172,7 +172,7 @@ def test_rows_of_states_that_are_gone_are_used_again() -> None:
         for p in all_params(optimizer):
             optimizer.state[p] = dict(optimizer.state[p])
         take_steps(optimizer, [t])
-    assert {len(store.columns[0]) for store in optimizer._steps.stores.values()} == {4}
+    assert {len(store.columns[0]) for store in optimizer._stepper.stores.values()} == {4}
 
 
 def test_swapped_tensors_are_seen(compile_mode: bool) -> None:
@@ -282,18 +282,18 @@ NEW_MEMORY: dict[str, Callable[[torch.Tensor, Any], Any]] = {
 def test_new_memory_of_a_dtensor_is_seen(one_rank: Any, compile_mode: bool, how: str, key: str) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    def spread(x: torch.Tensor) -> torch.Tensor:
+    def shard(x: torch.Tensor) -> torch.Tensor:
         return distribute_tensor(x, one_rank, [Shard(0)])
 
     moved, plain = (
-        Lamb16([nn.Parameter(spread(p.detach())) for p in parameters()], **BASE, compile=compile_mode) for _ in range(2)
+        Lamb16([nn.Parameter(shard(p.detach())) for p in parameters()], **BASE, compile=compile_mode) for _ in range(2)
     )
     kept: list[torch.Tensor] = []
     for t in range(4):
         for optimizer in (moved, plain):
             params = all_params(optimizer)
             for p, grad in zip(params, gradients([p.full_tensor() for p in params], t), strict=True):
-                p.grad = spread(grad)
+                p.grad = shard(grad)
             optimizer.step()
         for p, q in zip(all_params(moved), all_params(plain), strict=True):
             assert torch.equal(local(p), local(q))

@@ -351,7 +351,7 @@ def test_checkpoints_are_written_and_read_meanwhile(tmp_path: Path, monkeypatch:
     assert away.offloaded == CPU
     assert_same(snapshot(away), snapshot(plain))
     assert {x.device for x in held(away).values()} == {CPU}
-    assert away._steps.plans.cached == away._steps.stores == {}
+    assert away._stepper.plans.cached == away._stepper.stores == {}
     checkpoint.load(tmp_path / "saved", networks[0], away)
     assert away.offloaded is None
     for optimizer in (away, plain):
@@ -373,12 +373,12 @@ def test_checkpoints_are_written_and_read_meanwhile(tmp_path: Path, monkeypatch:
 )
 def test_devices_that_cannot_hold_a_state_are_refused(device: Any, text: str) -> None:
     optimizer = trained()
-    before, plans = [id(x) for x in entries(optimizer)], dict(optimizer._steps.plans.cached)
+    before, plans = [id(x) for x in entries(optimizer)], dict(optimizer._stepper.plans.cached)
     with pytest.raises(ValueError, match=text):
         optimizer.offload(device)
     assert [id(x) for x in entries(optimizer)] == before
     assert optimizer.offloaded is None
-    assert dict(optimizer._steps.plans.cached) == plans
+    assert dict(optimizer._stepper.plans.cached) == plans
 
 
 def test_nothing_comes_back_to_the_meta_device() -> None:
@@ -415,7 +415,7 @@ def test_memory_that_runs_out_on_the_way_changes_nothing(way: str, monkeypatch: 
         _, optimizer = stepped_on_cuda()
         if way == "reload":
             optimizer.offload()
-        before, where, last = [id(x) for x in entries(optimizer)], optimizer.offloaded, optimizer._steps.last
+        before, where, last = [id(x) for x in entries(optimizer)], optimizer.offloaded, optimizer._stepper.last
         copied, calls = offload._copied, iter(range(9))
 
         def failing(x: Tensor, device: torch.device) -> Tensor:
@@ -427,7 +427,7 @@ def test_memory_that_runs_out_on_the_way_changes_nothing(way: str, monkeypatch: 
         with pytest.raises(MemoryError):
             getattr(optimizer, way)()
         assert [id(x) for x in entries(optimizer)] == before
-        assert (optimizer.offloaded, optimizer._steps.last) == (where, last)
+        assert (optimizer.offloaded, optimizer._stepper.last) == (where, last)
 
 
 def test_inference_mode_leaves_no_inference_tensors(compile_mode: bool) -> None:
@@ -466,13 +466,13 @@ def test_dtensors_on_a_gpu_keep_mesh_and_placements() -> None:
 
 def away_on_a_mesh(placement: str) -> tuple[sharded.Found, str, list[bool]]:
     """Weights and states after steps between which the state was away; what a rank says where one forgot to reload."""
-    spread = sharded.spreader(placement)
-    params = [nn.Parameter(spread(w)) for w in sharded.weights()]
+    shard = sharded.sharder(placement)
+    params = [nn.Parameter(shard(w)) for w in sharded.weights()]
     optimizer = Lamb16(sharded.grouped(params), **sharded.HYPER, compile=False)
     alike, text = [], ""
     for step in range(4):
         for i, p in enumerate(params):
-            p.grad = spread(sharded.gradient(i, step))
+            p.grad = shard(sharded.gradient(i, step))
         optimizer.max_grad_norm = sharded.clip_at(step)
         if step == 2:
             optimizer.offload()

@@ -375,7 +375,7 @@ def test_a_parameter_that_never_has_a_gradient_gets_no_state() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30])
-@pytest.mark.parametrize("where", [0, 1, 2], ids=["small", "rows and tail", "rows"])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["small", "rows and packed rows", "rows"])
 def test_a_non_finite_gradient_skips_its_tensor(bad: float, where: int, compile_mode: bool) -> None:
     optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
     params = all_params(optimizer)
@@ -969,7 +969,7 @@ def test_what_is_packed_in_batches_does_not_mix(compile_mode: bool, rows: int, m
             optimizer.step()
         finite = torch.cat([grad for grad in grads if grad.isfinite().all()])
         assert float(one.grad_norm) == pytest.approx(float(finite.double().norm()), rel=1e-6)
-    assert len(one._steps.last[0].batches) > 1
+    assert len(one._stepper.last[0].batches) > 1
     assert one.skipped == 1
     for p, q, optimizer in zip(together, alone, each, strict=True):
         assert torch.equal(p, q)

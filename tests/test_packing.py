@@ -15,8 +15,8 @@ from lamb16 import Lamb16
 from lamb16.entries import find_largest
 from lamb16.remainder import REMAINDER
 from lamb16.step import cpu_copying
-from lamb16.step.blocks import PIECE, Block, in_place
-from lamb16.step.packing import AddressPacking, ForeachPacking, Tail, memory
+from lamb16.step.blocks import PACKED_ROW, Block, in_place
+from lamb16.step.packing import AddressPacking, ForeachPacking, PackedRows, memory
 from lamb16.step.rows import cut
 
 SIZES = [21, 2100, 1, 256, 257, 4096, *range(1, 70)]
@@ -32,19 +32,19 @@ def tensors(dtype: torch.dtype, exact: bool, seed: int) -> list[list[Tensor]]:
     return [*found, remainders] if exact else found
 
 
-def packing(name: type, tails: list[Tail], dtype: torch.dtype, exact: bool) -> tuple[Any, Block]:
+def packing(name: type, packed_rows: list[PackedRows], dtype: torch.dtype, exact: bool) -> tuple[Any, Block]:
     """A packing of this class, and its block, full of other things."""
-    rows = sum(tail.rows for tail in tails)
-    p, g = (torch.full((rows, PIECE), 7, dtype=dtype) for _ in range(2))
-    m, v = (torch.full((rows, PIECE), 9, dtype=torch.uint8) for _ in range(2))
-    remainders = [torch.full((rows, PIECE), 11, dtype=torch.int16)] * exact
+    rows = sum(packed.rows for packed in packed_rows)
+    p, g = (torch.full((rows, PACKED_ROW), 7, dtype=dtype) for _ in range(2))
+    m, v = (torch.full((rows, PACKED_ROW), 9, dtype=torch.uint8) for _ in range(2))
+    remainders = [torch.full((rows, PACKED_ROW), 11, dtype=torch.int16)] * exact
     block = in_place([p, g, m, v, *remainders])
     if name is AddressPacking:
         function = cpu_copying.kernel()
         assert function is not None
-        return AddressPacking(tails, block, function), block
+        return AddressPacking(packed_rows, block, function), block
     moments = torch.float8_e4m3fn, torch.float8_e5m2
-    return ForeachPacking(tails, block, [(tail.length,) for tail in tails], moments), block
+    return ForeachPacking(packed_rows, block, [(packed.length,) for packed in packed_rows], moments), block
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def packing(name: type, tails: list[Tail], dtype: torch.dtype, exact: bool) -> t
     [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
 )
 def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool) -> None:
-    tails = cut(SIZES)[1]
-    assert any(tail.start for tail in tails)
-    both = [packing(name, tails, dtype, exact) for name in (AddressPacking, ForeachPacking)]
+    packed_rows = cut(SIZES)[1]
+    assert any(packed.start for packed in packed_rows)
+    both = [packing(name, packed_rows, dtype, exact) for name in (AddressPacking, ForeachPacking)]
     for seed in (0, 1, 1):  # other memory, twice with the same values
         given = [tensors(dtype, exact, seed) for _ in both]
         for (own, block), x in zip(both, given, strict=True):
-            parts = own.parts(x)
-            own.pack(parts, [1])
-            own.pack(parts, [0, *range(2, len(x))])
+            sources = own.sources(x)
+            own.pack(sources, [1])
+            own.pack(sources, [0, *range(2, len(x))])
             for k, buffer in enumerate(memory(block)):
                 if k == 1:
                     continue
                 buffer.copy_(buffer.flip(0))
-            own.unpack(parts)
+            own.unpack(sources)
         for a, b in zip(*(memory(block) for _, block in both), strict=True):
             assert torch.equal(a, b)
         for a, b in zip(*given, strict=True):
@@ -76,7 +76,7 @@ def test_addresses_give_the_bytes_of_foreach(dtype: torch.dtype, exact: bool) ->
 
 def test_compiled_steps_on_the_cpu_copy_by_addresses() -> None:
     optimizer = stepped(1)
-    assert [type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches] == [AddressPacking]
+    assert [type(batch.packing) for plan in optimizer._stepper.last for batch in plan.batches] == [AddressPacking]
 
 
 def stepped(steps: int, dtype: torch.dtype = torch.float32) -> Lamb16:
@@ -99,7 +99,7 @@ def test_without_a_working_kernel_steps_are_the_same(caplog: pytest.LogCaptureFi
     finally:
         cpu_copying.kernel.cache_clear()
     assert caplog.text.count("does not compile (OSError)") == 1
-    assert [type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches] == [ForeachPacking]
+    assert [type(batch.packing) for plan in optimizer._stepper.last for batch in plan.batches] == [ForeachPacking]
     for p, q in zip(expected.state, optimizer.state, strict=True):
         assert torch.equal(p, q)
         values = zip(expected.state[p].values(), optimizer.state[q].values(), strict=True)
@@ -108,7 +108,7 @@ def test_without_a_working_kernel_steps_are_the_same(caplog: pytest.LogCaptureFi
 
 def test_what_is_written_to_counts_as_changed() -> None:
     optimizer = stepped(1, torch.bfloat16)
-    assert {type(batch.packing) for plan in optimizer._steps.last for batch in plan.batches} == {AddressPacking}
+    assert {type(batch.packing) for plan in optimizer._stepper.last for batch in plan.batches} == {AddressPacking}
     entries = "exp_avg_codes", "exp_avg_sq_codes", REMAINDER
     written = [x for p, state in optimizer.state.items() for x in (p, *(state[key] for key in entries))]
     before = [x._version for x in written]

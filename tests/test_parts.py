@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 
 
 def is_part(optimizer: Lamb16) -> bool:
-    return all(isinstance(plan, Part) for plan in optimizer._steps.last)
+    return all(isinstance(plan, Part) for plan in optimizer._stepper.last)
 
 
 def step(optimizer: Lamb16, t: int, chosen: set[int] | None = None, bad: int = -1) -> None:

@@ -96,10 +96,10 @@ def mesh():
     return init_device_mesh("cpu", (1,))
 
 def sharded(make):
-    def spread(x):
+    def shard(x):
         from torch.distributed.tensor import DTensor, Shard
         return DTensor.from_local(make(x), mesh(), [Shard(0)], run_check=False)
-    return spread
+    return shard
 
 STEPPED = {
     "wraps one": One,

@@ -165,7 +165,7 @@ def test_checkpointed_segments_are_stepped_as_ever(reentrant: bool) -> None:
             model(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        plans.append(len(optimizer._steps.plans.cached))
+        plans.append(len(optimizer._stepper.plans.cached))
         found.append(snapshot(optimizer))
     assert_same(*found)
     assert plans == [1, 1], "one bucket, at the end of the outermost pass"
@@ -294,7 +294,7 @@ def test_sets_that_come_again_have_plans_of_their_own() -> None:
             layer.bias.requires_grad_(biases)  # type: ignore[union-attr, operator]
         model(torch.ones(2, 50)).sum().backward()
         optimizer.step()
-        parts.append(sum(isinstance(plan, Part) for plan in optimizer._steps.last))
+        parts.append(sum(isinstance(plan, Part) for plan in optimizer._stepper.last))
     assert parts[1] > CACHED_PLANS
     assert [parts[0], *parts[2:]] == [0, 0, 0]
 
@@ -313,7 +313,7 @@ def test_parts_of_a_bucket_in_one_iteration_keep_their_stats() -> None:
             for loss in [sum(losses)] if together else losses:
                 loss.backward()  # type: ignore[union-attr]
             each.step()
-    assert [type(plan) for plan in optimizer._steps.last] == [Part, Part]
+    assert [type(plan) for plan in optimizer._stepper.last] == [Part, Part]
     assert optimizer.layer_stats() == ordinary.layer_stats()
     assert_same(snapshot(optimizer), snapshot(ordinary))
 
@@ -368,7 +368,7 @@ def test_ordinary_and_released_steps_may_follow_each_other(way: str, compile_mod
     train(model, optimizer, range(4, 6))
     train(other, ordinary, range(6))
     assert_same(snapshot(optimizer), snapshot(ordinary))
-    assert len(optimizer._steps.plans.cached) <= 2
+    assert len(optimizer._stepper.plans.cached) <= 2
     optimizer.zero_grad()
     with release_gradients(model, optimizer):
         train(model, optimizer, range(6, 7))
@@ -464,7 +464,7 @@ def test_a_parameter_that_is_resized_is_released() -> None:
             assert (model["a"].grad is None) == released
             optimizer.step()
             optimizer.zero_grad()
-        assert len(optimizer._steps.plans.cached) == 1, "the bucket goes on with the new parameter"
+        assert len(optimizer._stepper.plans.cached) == 1, "the bucket goes on with the new parameter"
         found.append(snapshot(optimizer))
     assert_same(*found)
 

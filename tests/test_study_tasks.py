@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.lab import contenders
+from lamb16.lab import registry
 from lamb16.lab.study import mnist, rounding, tasks, training
 from lamb16.lab.study.probes import Shadow
 from lamb16.lab.study.training import Run, build, describe, execute
@@ -115,17 +115,17 @@ def test_the_rate_rises_and_falls_or_stays() -> None:
 
 def test_foreign_optimizers_get_what_makes_them_what_they_are_called() -> None:
     named = [("p", nn.Parameter(torch.ones(3)))]
-    nadam = contenders.build("nadam", named, lr=0.1, weight_decay=0.01)
+    nadam = registry.build("nadam", named, lr=0.1, weight_decay=0.01)
     assert nadam.defaults["decoupled_weight_decay"]
     pytest.importorskip("timm")
-    assert contenders.build("lamb-timm-cautious", named, lr=0.1, weight_decay=0.01).defaults["caution"]
-    assert not contenders.build("lamb-timm", named, lr=0.1, weight_decay=0.01).defaults["caution"]
+    assert registry.build("lamb-timm-cautious", named, lr=0.1, weight_decay=0.01).defaults["caution"]
+    assert not registry.build("lamb-timm", named, lr=0.1, weight_decay=0.01).defaults["caution"]
 
 
 def test_kahan_summation_is_on_for_bfloat16() -> None:
     pytest.importorskip("optimi")
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = contenders.build("adamw-kahan", [("p", p)], lr=1e-4, weight_decay=0.0)
+    optimizer = registry.build("adamw-kahan", [("p", p)], lr=1e-4, weight_decay=0.0)
     for _ in range(60):
         p.grad = torch.ones_like(p)
         optimizer.step()
@@ -226,13 +226,13 @@ def test_contenders_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("No module named 'torchao'")
 
-    entry = contenders.Contender("Other", missing, 0.1, "torchao")
-    monkeypatch.setitem(contenders.CONTENDERS, "adamw8bit", entry)
-    contenders.why_unusable.cache_clear()
+    entry = registry.OptimizerInfo("Other", missing, 0.1, "torchao")
+    monkeypatch.setitem(registry.REGISTRY, "adamw8bit", entry)
+    registry.why_unusable.cache_clear()
     try:
-        reason = contenders.why_unusable("adamw8bit")
+        reason = registry.why_unusable("adamw8bit")
     finally:
-        contenders.why_unusable.cache_clear()
+        registry.why_unusable.cache_clear()
     assert reason is not None
     assert "lamb16[peers]" in reason
-    assert contenders.why_unusable("lamb16") is None
+    assert registry.why_unusable("lamb16") is None

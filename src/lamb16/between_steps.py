@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from .checks import check_resize
 from .entries import init_state, resized, weight_sum
-from .offload import check_homes, check_reloaded, checked_device, move
+from .offload import check_not_meta, check_reloaded, checked_device, move
 from .parameters import Parameters
 from .ready import New, add_up, checked_live_state, repair
 from .remainder import (
@@ -26,7 +26,7 @@ from .remainder import (
 )
 from .sharding.exchange import agree
 from .sharding.layout import like_param
-from .stepping import Steps
+from .stepping import Stepper
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -36,14 +36,14 @@ class BetweenSteps(Optimizer):
     """The part of :class:`lamb16.Lamb16` that changes, moves and reads weights and states between steps."""
 
     _seed: int
-    _steps: Steps  # both made by _forget
+    _stepper: Stepper  # both made by _forget
     _offloaded: torch.device | None
     _number: int | None = None  # pickles of version 0.1 have none
     _release: GradientRelease | None = None  # what steps the parameters within backward passes
 
     def _forget(self) -> None:
         """Drop everything that is derived from parameters and state."""
-        self._steps = Steps()
+        self._stepper = Stepper()
         self._offloaded = None
 
     @property
@@ -85,7 +85,7 @@ class BetweenSteps(Optimizer):
         state = self.state.get(p)
         if state:
             live = [(p, checked_live_state(parameters, p, group, i))]
-            repair(self.state, self._steps.stores, live, New([], []))
+            repair(self.state, self._stepper.stores, live, New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
         self.state.pop(p, None)
         group["params"][i] = new_p
@@ -93,9 +93,9 @@ class BetweenSteps(Optimizer):
             self.state[new_p] = state
         if self._release is not None:
             self._release.replace(p, new_p)
-        self._steps.plans.clear()
-        self._steps.stores.clear()
-        self._steps.last = []
+        self._stepper.plans.clear()
+        self._stepper.stores.clear()
+        self._stepper.last = []
 
     def layer_stats(self) -> dict[str, dict[str, Tensor]]:
         """What the trust ratios of the last step came from, per parameter name (or position).
@@ -108,7 +108,7 @@ class BetweenSteps(Optimizer):
         """
         names = {id(p): name for name, (p, _, _) in self._parameters.named().items() if p.numel()}
         stats = {}
-        for plan in self._steps.last:
+        for plan in self._stepper.last:
             for row, key in zip(plan.reports, plan.ids, strict=True):
                 if key in names:
                     stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
@@ -177,13 +177,13 @@ class BetweenSteps(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             norm, *counts = (
                 None if x is None or x.is_meta else x.to(target, copy=True)
-                for x in (self._steps.grad_norm, *self._steps.skipped.values())
+                for x in (self._stepper.grad_norm, *self._stepper.skipped.values())
             )
             skipped = [x for x in counts if x is not None]
             total = {target: torch.stack(skipped).sum()} if skipped else {}
         move(self.state, lambda _: target, detach=True)
         self._forget()
-        self._steps.grad_norm, self._steps.skipped, self._offloaded = norm, total, target
+        self._stepper.grad_norm, self._stepper.skipped, self._offloaded = norm, total, target
 
     def reload(self) -> None:
         """Move the state to the devices that its parameters are on by now: steps go on as if it had never been away.
@@ -194,7 +194,7 @@ class BetweenSteps(Optimizer):
             RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
         """
         parameters = self._parameters
-        check_homes(self.state, zip(chain.from_iterable(parameters.names()), parameters, strict=True))
+        check_not_meta(self.state, zip(chain.from_iterable(parameters.names()), parameters, strict=True))
         move(self.state, lambda p: p.device)
         self._offloaded = None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, parts
+from .entries import DERIVED, ENTRIES, MAXIMA, MOMENTS, SCALARS, chunks
 from .hyper import MOMENT_DTYPES
 from .remainder import check_remainder
 from .sharding.layout import is_sharded, local
@@ -310,7 +310,7 @@ def _check_scale(value: float, key: str, name: str) -> None:
 def _has_nan(codes: Tensor, key: str) -> bool:
     """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
     largest = torch.zeros((), dtype=torch.uint8, device=codes.device)
-    for part in parts(codes.reshape(-1).view(torch.uint8)):
+    for part in chunks(codes.reshape(-1).view(torch.uint8)):
         if part.numel():
             largest = torch.maximum(largest, (part & 0x7F).max())
     return int(largest) > (0x7E if key == "exp_avg_codes" else 0x7B)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import MOMENTS, SCALARS, parts
+from .entries import MOMENTS, SCALARS, chunks
 from .hyper import check_hyperparameters
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
@@ -32,7 +32,7 @@ OTHERS = {
     BITSANDBYTES: {"step", "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"},
 }
 OWN = ("trust_scale", "trust_lr", "moment_dtype")  # hyperparameters that no other optimizer has
-TAKEN = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
+SHARED = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
 WRAPPED = "__bnb_optimizer_quant_state__"
 KEPT = ("initial_lr",)  # schedulers'
 BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
@@ -174,7 +174,7 @@ def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """uint8 codes of x times ``inverse``, to nearest."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
-    for part, out in zip(parts(x.reshape(-1)), parts(codes.view(-1)), strict=True):
+    for part, out in zip(chunks(x.reshape(-1)), chunks(codes.view(-1)), strict=True):
         part = part.float()
         code = fp8.encode((part * inverse).abs(), to_nearest, fmt)
         signed = code | (torch.signbit(part).int() << 7)
@@ -183,7 +183,7 @@ def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
 
 
 def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
-    """Of another optimizer's group what Lamb16 takes over: :data:`TAKEN`, where it is valid here.
+    """Of another optimizer's group what Lamb16 takes over: :data:`SHARED`, where it is valid here.
 
     Raises:
         ValueError: the group has no ``betas``, so the optimizer is not of Adam's kind.
@@ -194,7 +194,7 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
             "two moments"
         )
     taken = {key: saved[key] for key in KEPT if key in saved}
-    for key in (key for key in TAKEN if key in saved):
+    for key in (key for key in SHARED if key in saved):
         try:
             check_hyperparameters({key: saved[key]}, f".load_state_dict ({where})")
             taken[key] = saved[key]
@@ -206,7 +206,7 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
 def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:
     """Lamb16's state dict as one of ``torch.optim.AdamW``; ``params`` are the parameters by their keys in it."""
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
-    names = ("params", "param_names", *TAKEN, *KEPT)
+    names = ("params", "param_names", *SHARED, *KEPT)
     groups = [defaults | {key: group[key] for key in names if key in group} for group in state_dict["param_groups"]]
     state = {key: _as_adam(own, params[key]) for key, own in state_dict["state"].items() if key in params}
     return {"state": state, "param_groups": groups}

@@ -133,7 +133,7 @@ def find_largest(*states: dict[str, Any], store: Store | None = None) -> None:
     for name, maximum, fmt in zip(MOMENTS, MAXIMA, (E4M3, E5M2), strict=True):
         for plain in {state[name].dtype == torch.float32 for state in states}:
             own = [state for state in states if (state[name].dtype == torch.float32) == plain]
-            moments = own_parts([state[name] for state in own])
+            moments = local_tensors([state[name] for state in own])
             tops = torch.stack(list(map(_largest, moments))) if plain else _largest_codes(moments, fmt)
             if store is None or not store.put(maximum, own, tops):
                 for state, top in zip(own, tops.unbind(0), strict=True):
@@ -162,18 +162,18 @@ def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Tensor:
 def weight_sum(weights: Tensor) -> Tensor:
     """Σ clamp(p², 0.01, 1) in units of 2^-20, 0-d int64."""
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
-    for part in parts(weights.detach().reshape(-1)):
+    for part in chunks(weights.detach().reshape(-1)):
         part = part.float()
         counted = floats.units(part * part, floats.WEIGHT_FLOOR_BITS) - floats.EIGHT_BITS
         total += counted.sum(dtype=torch.int64)
     return total
 
 
-def parts(flat: Tensor) -> tuple[Tensor, ...]:
+def chunks(flat: Tensor) -> tuple[Tensor, ...]:
     """A flat tensor in at most 2,048 parts, so that what is made of one is small beside it."""
     return torch.split(flat, max(CHUNK, flat.numel() >> 11))
 
 
-def own_parts(tensors: list[Tensor]) -> list[Tensor]:
+def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's parts; plain tensors need no detached copies."""
     return tensors if set(map(type, tensors)) <= {Tensor} else [x if type(x) is Tensor else local(x) for x in tensors]

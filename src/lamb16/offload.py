@@ -43,7 +43,7 @@ def check_reloaded(offloaded: torch.device | None, what: str) -> None:
         )
 
 
-def check_homes(states: Mapping[Any, Any], named: Iterable[tuple[str, Tensor]]) -> None:
+def check_not_meta(states: Mapping[Any, Any], named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise RuntimeError for a parameter on the meta device whose state has data, which would be lost there."""
     for name, p in named:
         if p.is_meta and any(isinstance(x, Tensor) and not x.is_meta for x in states.get(p, {}).values()):

@@ -176,7 +176,7 @@ class Lamb16(BetweenSteps):
             raise
         if "param_names" not in group and self._number is None:
             self._number = next(NUMBERS)
-        self._steps.plans.clear()
+        self._stepper.plans.clear()
 
     def _own_options(self) -> dict[str, Any]:
         """The constructor's options that no group can change, by their names."""
@@ -208,7 +208,7 @@ class Lamb16(BetweenSteps):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._release is None:
-            self._steps.last = self._step(grad_scale, found_inf)
+            self._stepper.last = self._step(grad_scale, found_inf)
         else:
             for name in ("grad_scale", "found_inf"):
                 vars(self).pop(name, None)  # a scaler that is refused does not
@@ -225,7 +225,7 @@ class Lamb16(BetweenSteps):
         """Step the parameters that have gradients, or those that they are ``given`` for by id; returns their plans."""
         cached_plans = CACHED_PLANS if self._release is None else self._release.cached_plans
         check = partial(self._check, grad_scale, found_inf)
-        return self._steps.step(Request(
+        return self._stepper.step(Request(
             self._parameters, self.max_grad_norm, self._compile, cached_plans, grad_scale, found_inf, given, check
         ))  # fmt: skip
 
@@ -246,7 +246,7 @@ class Lamb16(BetweenSteps):
 
         Counted since this object was made: deepcopy and pickle keep the count, ``state_dict`` does not hold it.
         """
-        return sum(int(count) for count in self._steps.skipped.values())
+        return sum(int(count) for count in self._stepper.skipped.values())
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -255,7 +255,7 @@ class Lamb16(BetweenSteps):
         Of all finite gradients, of all groups and ranks, on the first parameter's device. None where ``max_grad_norm``
         is None. Nothing is copied to the host.
         """
-        return self._steps.grad_norm
+        return self._stepper.grad_norm
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -328,12 +328,12 @@ class Lamb16(BetweenSteps):
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
-        skipped = {device: count.clone() for device, count in self._steps.skipped.items()}
+        skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}
         own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before = self._steps.skipped if "_steps" in self.__dict__ else {}
+        before = self._stepper.skipped if "_stepper" in self.__dict__ else {}
         skipped = state.get("_skipped", before)
         states = state["state"]
         new = {k: (map_codes(renamed(v), as_fp8) if isinstance(k, Tensor) else v) for k, v in states.items()}
@@ -342,4 +342,4 @@ class Lamb16(BetweenSteps):
             for name in NAMES:
                 group.setdefault(name, self.defaults[name])
         self._forget()
-        self._steps.skipped, self._offloaded = skipped, state.get("_offloaded")
+        self._stepper.skipped, self._offloaded = skipped, state.get("_offloaded")

@@ -32,7 +32,7 @@ class New(NamedTuple):
     made: list[Tensor]
     completed: list[Tensor]
 
-    def take_back(self, states: dict[Any, Any]) -> None:
+    def roll_back(self, states: dict[Any, Any]) -> None:
         """Leave the states as they were before a step that could not be taken."""
         for p in self.made:
             states.pop(p, None)

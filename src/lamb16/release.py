@@ -128,7 +128,7 @@ class GradientRelease:
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
         _MODELS[model] = _MODELS.get(model, 0) + 1
         skip(_arrived)  # _disable_dynamo would take a microsecond of every call
-        optimizer._steps.plans.clear()
+        optimizer._stepper.plans.clear()
         optimizer._release = self
 
     def remove(self) -> None:
@@ -142,7 +142,7 @@ class GradientRelease:
             self._removed = True
             if optimizer is not None and optimizer._release is self:
                 optimizer._release = None
-                optimizer._steps.plans.clear()
+                optimizer._stepper.plans.clear()
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -251,7 +251,7 @@ class GradientRelease:
         try:
             plans = optimizer._step(None, None, gradients)
             if plans:
-                optimizer._steps.last = [*optimizer._steps.last, *plans] if self._begun else [*plans]
+                optimizer._stepper.last = [*optimizer._stepper.last, *plans] if self._begun else [*plans]
                 self._begun = True
         finally:
             self._error = None

@@ -14,7 +14,7 @@ from .parameters import Parameters
 from .ready import New, add_up, ready_states, unknown
 from .sharding.exchange import digest
 from .sharding.layout import is_sharded
-from .sharding.reduction import Bound, Reduction, meet, signature
+from .sharding.reduction import BoundReduction, Reduction, meet, signature
 from .step.compiled import Executor
 from .step.gradient_norm import clip
 from .step.gradients import gather
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     check: Callable[[], None]  # raises for what is refused whatever the gradients are
 
 
-class Steps:
+class Stepper:
     """What an optimizer keeps from step to step beside its states: all of it is derived, but for counts."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Steps:
             plans = self._run(request)
         finally:
             for plan in (*self.last, *plans, *self.plans.all()):
-                plan.let_go()
+                plan.drop_tensors()
         return plans
 
     def _run(self, request: Request) -> list[Plan]:
@@ -93,7 +93,7 @@ class Steps:
                 raise error
             add_up({p: state[p] for p in (*new.made, *new.completed)})
         except BaseException:
-            new.take_back(state)
+            new.roll_back(state)
             if any(new):
                 self.plans.clear()
                 self.stores.clear()
@@ -108,7 +108,7 @@ class Steps:
         """
         parameters, inference = request.parameters, torch.is_inference_mode_enabled()
         state, most = parameters.states, request.cached_plans
-        gradients = gather(parameters, request.given, request.max_grad_norm is None)
+        gradients = gather(parameters, request.gradients, request.max_grad_norm is None)
         grads = gradients.grads
         cached = self.plans.find(gradients.key, gradients.params)
         part = None if cached is not None else self.plans.part(gradients, parameters.groups, most)
@@ -160,7 +160,7 @@ class Steps:
         ]
 
 
-def _reductions(parameters: Parameters, plans: list[Plan]) -> list[Bound]:
+def _reductions(parameters: Parameters, plans: list[Plan]) -> list[BoundReduction]:
     return [reduction.bind(plans) for reduction in Reduction.of(list(parameters))]
 
 

@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .entries import ALL_ENTRIES, MOMENTS, SCALARS, TABLES, WIDTH, own_parts
+from .entries import ALL_ENTRIES, MOMENTS, SCALARS, TABLES, WIDTH, local_tensors
 from .step.blocks import State
 from .wrapped import is_fake
 
@@ -37,10 +37,10 @@ class Store:
         self.sizes: list[int] = []
         self.versions: list[int] = []
 
-    def changed(self, states: Sequence[dict[str, Any]], homes: Sequence[int] | None = None) -> list[int]:
+    def changed(self, states: Sequence[dict[str, Any]], state_indices: Sequence[int] | None = None) -> list[int]:
         """Which of these are new, or have an entry that was replaced or was given other memory: their places.
 
-        With ``homes`` also those that are not in these rows.
+        With ``state_indices`` also those that are not in these rows.
         """
         rows = list(map(self.rows.get, map(id, states)))
         try:
@@ -49,24 +49,30 @@ class Store:
         except (AttributeError, KeyError, TypeError):  # an entry is missing, or no tensor
             if len(states) == 1:
                 return [0]
-            own = [None] * len(states) if homes is None else [[home] for home in homes]
+            own = [None] * len(states) if state_indices is None else [[state_index] for state_index in state_indices]
             return [k for k, state in enumerate(states) if self.changed([state], own[k])]
         if None in rows:
             old = [k for k, row in enumerate(rows) if row is not None]
-            again = self.changed([states[k] for k in old], None if homes is None else [homes[k] for k in old])
+            again = self.changed(
+                [states[k] for k in old], None if state_indices is None else [state_indices[k] for k in old]
+            )
             return sorted({*range(len(rows))} - {*old} | {old[k] for k in again})
         everything = rows == self.order
         moments, *seen = [x if everything else _of(x, rows, n) for x, n in self._known()]
         there = [x() for x in moments]
-        if (homes is None or rows == homes) and all(map(is_, found[0], there)) and list(found[1:]) == seen:
+        if (
+            (state_indices is None or rows == state_indices)
+            and all(map(is_, found[0], there))
+            and list(found[1:]) == seen
+        ):
             return []
         pairs: list[tuple[Any, Any]] = [
             (list(map(is_, found[0], there)), [True] * len(there)),
             *zip(found[1:], seen, strict=True),
         ]
         widths = [n for _, n in self._known()]
-        if homes is not None:
-            pairs, widths = [*pairs, (rows, homes)], [*widths, 1]
+        if state_indices is not None:
+            pairs, widths = [*pairs, (rows, state_indices)], [*widths, 1]
         changed: set[int] = set()
         for (now, before), n in zip(pairs, widths, strict=True):
             parts = zip(*[iter(now)] * n, strict=True), zip(*[iter(before)] * n, strict=True)
@@ -203,9 +209,9 @@ class Store:
         for k, row in enumerate(rows):
             self.versions[(row - 1) * width : row * width] = found[k * width : (k + 1) * width]
 
-    def state(self, home: Tensor) -> State:
-        """The tables for the step functions; ``home`` int64 says which rows."""
-        return State._make([*self.columns, home])
+    def state(self, state_index: Tensor) -> State:
+        """The tables for the step functions; ``state_index`` int64 says which rows."""
+        return State._make([*self.columns, state_index])
 
 
 # Hundreds of states are looked at in every step: the loops of these functions are those of ``map``.
@@ -227,7 +233,7 @@ def _moments(entries: list[Tensor]) -> list[Tensor]:
 
 def _memory(entries: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
     """The addresses of the states' entries, and the moments' sizes and versions."""
-    tensors = own_parts(entries)
+    tensors = local_tensors(entries)
     moments = _moments(tensors)
     return addresses(tensors), list(map(Tensor.numel, moments)), _versions(moments)
 

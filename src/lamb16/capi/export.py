@@ -24,7 +24,7 @@ from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, Spec, describe, input
 from lamb16.entries import TABLES, init_state
 from lamb16.hyper import numbers_of
 from lamb16.step import fp8, inductor, update
-from lamb16.step.blocks import FLOATS, INTEGERS, Factors, Inputs, Outputs, State, Sums, Tree, in_place
+from lamb16.step.blocks import FLOATS, INTEGERS, Factors, Inputs, Outputs, Stages, State, Sums, in_place
 from lamb16.step.blocks import Block as StepBlock
 from lamb16.step.floats import MAGNITUDE
 
@@ -67,7 +67,7 @@ class ExportedStep(torch.nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.spec, self.width = spec, len(spec.parts)
+        self.spec, self.width = spec, len(spec.arrays)
         sizes = [math.prod(shape) for shape in spec.shapes]
         self.blocks = blocks(spec.shapes)
         self.order = [i for block in self.blocks for i in block.tensors]  # of the tensors in results and factors
@@ -100,7 +100,7 @@ class ExportedStep(torch.nn.Module):
 
         hyper = torch.stack([lr.expand(count) if name == "lr" else full(x) for name, x in self.numbers.items()], 1)
         each = torch.arange(count, device=device)[:, None]
-        one_row = Tree(each, torch.ones_like(each), each[0], each, torch.ones_like(each), each[0])
+        one_row = Stages(each, torch.ones_like(each), each[0], each, torch.ones_like(each), each[0])
         # As in store.py a row comes before those of the tensors, for what is not to be written.
         tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (scales, counters, sums)]
         state = State._make([x for table in tables for x in table] + [torch.tensor(self.order, device=device) + 1])

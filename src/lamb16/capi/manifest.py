@@ -64,7 +64,9 @@ class Spec(NamedTuple):
 def inputs(spec: Spec) -> list[Input]:
     """What a step takes, in order: the inputs of each tensor, then the tables and two numbers."""
     shapes = spec.shapes
-    found = [Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in spec.parts.items()]
+    found = [
+        Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in spec.arrays.items()
+    ]
     found += [Input(name, dtype, (len(shapes), len(TABLES[dtype]))) for name, dtype in TABLE_INPUTS.items()]
     return [*found, Input("lr", torch.float64, (1,)), Input("grad_factor", torch.float64, (1,))]
 

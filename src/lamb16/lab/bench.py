@@ -22,21 +22,21 @@ import torch
 from torch.optim import AdamW
 
 from lamb16 import Lamb, Lamb16, PublishedLamb16
-from lamb16.lab import contenders, memory, releasing, timing
+from lamb16.lab import memory, registry, releasing, timing
 from lamb16.lab.errors import CommandError
 from lamb16.lab.shapes import SETS, Shape
 from lamb16.lab.study import report
 from lamb16.lab.timing import Factory, Row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-YARDSTICK = "AdamW fused"
+BASELINE = "AdamW fused"
 COPY = "copy"
 COMMON: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
 COMPILED = "Lamb16 compiled"
 OWN: dict[str, Factory] = {
     COMPILED: lambda params: Lamb16(params, **COMMON),
     "Lamb16 eager": lambda params: Lamb16(params, **COMMON, compile=False),
-    YARDSTICK: lambda params: AdamW(params, **COMMON, fused=True),
+    BASELINE: lambda params: AdamW(params, **COMMON, fused=True),
     "AdamW foreach": lambda params: AdamW(params, **COMMON, foreach=True),
     "Lamb (FP32, loop)": lambda params: Lamb(params, **COMMON),
     "PublishedLamb16": lambda params: PublishedLamb16(params, **COMMON),
@@ -51,7 +51,7 @@ COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shap
 
 
 def _peer(name: str) -> Factory:
-    return lambda params: contenders.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
+    return lambda params: registry.build(name, [(str(i), p) for i, p in enumerate(params)], **COMMON)
 
 
 def measure(
@@ -61,9 +61,9 @@ def measure(
     rounds: int,
     factories: dict[str, Factory] | None = None,
 ) -> list[Row]:
-    """:func:`timing.measure` with the yardstick and the copy; the factories default to :data:`OWN`."""
-    factories = OWN if factories is None else {YARDSTICK: OWN[YARDSTICK]} | factories
-    return timing.measure(shapes, dtype, device, rounds, factories, YARDSTICK, COPY, COMPILED)
+    """:func:`timing.measure` with the baseline and the copy; the factories default to :data:`OWN`."""
+    factories = OWN if factories is None else {BASELINE: OWN[BASELINE]} | factories
+    return timing.measure(shapes, dtype, device, rounds, factories, BASELINE, COPY, COMPILED)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     if args.memory:
         return _run_memory(args, device)
-    factories = OWN | ({contenders.CONTENDERS[name].label: _peer(name) for name in PEERS} if args.peers else {})
+    factories = OWN | ({registry.REGISTRY[name].label: _peer(name) for name in PEERS} if args.peers else {})
     written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
     for name in args.shapes:
         shapes, numel, told = _set(name)
@@ -171,9 +171,9 @@ def _run_memory(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def size_row(numel: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
-    """Nanoseconds per parameter of Lamb16 and of the yardstick on one tensor, and the median of their ratios."""
+    """Nanoseconds per parameter of Lamb16 and of the baseline on one tensor, and the median of their ratios."""
     rows = {row["name"]: row for row in measure([(numel,)], dtype, device, rounds, {COMPILED: OWN[COMPILED]})}
-    own, other = rows[COMPILED], rows[YARDSTICK]
+    own, other = rows[COMPILED], rows[BASELINE]
     times = {"ns_per_param": own["ns_per_param"], "adamw_ns_per_param": other["ns_per_param"]}
     return {"numel": numel, **times, "to_adamw": own["to_adamw"]}
 
@@ -259,13 +259,13 @@ def size_table(rows: list[Row]) -> str:
     """The rows of :func:`size_row` as Markdown."""
     forms = {"numel": "{:,}", "ns_per_param": "{:.2f}", "adamw_ns_per_param": "{:.2f}", "to_adamw": "{:.2f}"}
     cells = [[form.format(row[key]) for key, form in forms.items()] for row in rows]
-    return report.table(["elements", "ns per parameter", f"{YARDSTICK}, ns per parameter", "ratio"], cells)
+    return report.table(["elements", "ns per parameter", f"{BASELINE}, ns per parameter", "ratio"], cells)
 
 
 def plot_sizes(rows: list[Row], path: Path) -> None:
     """Nanoseconds per parameter against the size of the one tensor."""
     with report.figure(path, 1) as (axes,):
-        for key, label, colour in (("ns_per_param", COMPILED, "lamb16"), ("adamw_ns_per_param", YARDSTICK, "adamw")):
+        for key, label, colour in (("ns_per_param", COMPILED, "lamb16"), ("adamw_ns_per_param", BASELINE, "adamw")):
             lines = [row["numel"] for row in rows], [row[key] for row in rows]
             axes.plot(*lines, marker="o", markersize=3, label=label, color=report.COLOURS[colour])
         axes.set(xlabel="elements of the tensor", ylabel="ns per parameter", xscale="log", yscale="log")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 import lamb16
-from lamb16.lab import contenders, timing
+from lamb16.lab import registry, timing
 from lamb16.lab.shapes import Shape
 from lamb16.lab.study import report
 from lamb16.lab.timing import Row
@@ -73,7 +73,7 @@ def _lamb16(**options: Any) -> Callable[[Named], Optimizer]:
 
 
 def _peer(name: str, **options: Any) -> Callable[[Named], Optimizer]:
-    return lambda named: contenders.build(name, named, **COMMON, **options)
+    return lambda named: registry.build(name, named, **COMMON, **options)
 
 
 def _adamw(named: Named) -> Optimizer:

@@ -87,37 +87,37 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     rounds: int,
-    contenders: dict[str, Factory],
-    yardstick: str,
+    factories: dict[str, Factory],
+    baseline: str,
     copy: str,
     captured: str,
 ) -> list[Row]:
-    """One row a contender: first step, median and range of a step, its ratio to ``yardstick``, state, peak memory.
+    """One row a optimizer: first step, median and range of a step, its ratio to ``baseline``, state, peak memory.
 
-    The ratio is named ``to_adamw``: the yardstick is fused AdamW. A row named ``copy`` is the copy of :func:`copy_of`.
-    A contender that cannot take a step gets a row with the reason as ``error`` and no figures. On CUDA the contender
+    The ratio is named ``to_adamw``: the baseline is fused AdamW. A row named ``copy`` is the copy of :func:`copy_of`.
+    A optimizer that cannot take a step gets a row with the reason as ``error`` and no figures. On CUDA the optimizer
     named ``captured``, if it is one of them, is measured once more as a CUDA graph.
     """
     params = make_params(shapes, dtype, device)
     numel, size = sum(p.numel() for p in params), sum(p.numel() * p.element_size() for p in params)
     calls: dict[str, Callable[[], Any]] = {copy: copy_of(numel, device)}
     rows: dict[str, Row] = {copy: {"name": copy}}
-    for name, factory in contenders.items():
+    for name, factory in factories.items():
         print(f"  {name}: first step ...", file=sys.stderr)
         try:
             rows[name], calls[name] = _first_step(name, factory(params), size, device)
         except Exception as error:
-            if name == yardstick:
+            if name == baseline:
                 raise
             rows[name] = {"name": name, "error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
     if device.type == "cuda" and captured in calls:
-        name, replay = as_graph(contenders, captured, params)
+        name, replay = as_graph(factories, captured, params)
         rows[name], calls[name] = {"name": name}, replay
     times = side_by_side(calls, device, rounds)
     for name, seconds in times.items():
         rows[name] |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
         rows[name]["ns_per_param"] = rows[name]["median_s"] / numel * 1e9
-        for key, other in (("to_adamw", yardstick), ("to_copy", copy)):
+        for key, other in (("to_adamw", baseline), ("to_copy", copy)):
             rows[name][key] = statistics.median(a / b for a, b in zip(seconds, times[other], strict=True))
     return list(rows.values())
 
@@ -136,13 +136,13 @@ def _first_step(
 
 
 def as_graph(
-    contenders: dict[str, Factory],
+    factories: dict[str, Factory],
     name: str,
     params: list[nn.Parameter],
     capture: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
 ) -> tuple[str, Callable[[], Any]]:
-    """The step of the contender of this name as a CUDA graph: what it is called in tables, and the replay."""
-    return f"{name}, CUDA graph", (capture or _cuda_graph)(contenders[name](params).step)
+    """The step of the optimizer of this name as a CUDA graph: what it is called in tables, and the replay."""
+    return f"{name}, CUDA graph", (capture or _cuda_graph)(factories[name](params).step)
 
 
 def _cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamb16.hyper import Hyper
-from lamb16.lab import contenders
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import registry
 from lamb16.lab.data import DATASETS, ImageData, load
 from lamb16.lab.errors import CommandError
 from lamb16.lab.logs import SAMPLES_PER_EPOCH, TensorBoardLog
 from lamb16.lab.model import build_model
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.workers import ALONE, Workers
 from lamb16.sharding.layout import is_sharded
 
-OPTIMIZERS = tuple(CONTENDERS)
+OPTIMIZERS = tuple(REGISTRY)
 SCHEDULES = ("constant", "linear", "cosine", "linear-step")
 # Options that only Lamb16 has, and what they are.
 LAMB16_ONLY = {
@@ -34,7 +34,7 @@ LAMB16_ONLY = {
     "caution": "update only where the momentum has the gradient's sign",
     "max_grad_norm": "scale all gradients down to this norm",
 }
-DEFAULT_LR = {name: contender.default_lr for name, contender in CONTENDERS.items()}
+DEFAULT_LR = {name: info.default_lr for name, info in REGISTRY.items()}
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5, "fashion-mnist": 5}
 SHARDED = ("lamb16", "adam")  # the optimizers for --distributed
 FINAL_LR = 0.01  # of the first learning rate, at the last step of a linear or cosine schedule
@@ -182,7 +182,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     given = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"compile": not config.eager, "seed": config.seed}
-    return contenders.build(
+    return registry.build(
         config.optimizer, model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, **options
     )
 

@@ -86,7 +86,7 @@ def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
     return like_param(param, grad)
 
 
-def spread_of(param: Tensor) -> Any:
+def sharding_of(param: Tensor) -> Any:
     """What to compare to see whether two tensors are spread alike."""
     if not is_sharded(param):
         return None

@@ -38,12 +38,12 @@ class Reduction:
         devices = {p.device: None for p in params if is_sharded(p) and layout(p).groups}
         return [cls([p for p in params if p.device == device]) for device in devices]
 
-    def bind(self, plans: Sequence[Plan]) -> Bound:
+    def bind(self, plans: Sequence[Plan]) -> BoundReduction:
         """The reduction for these plans, of which it takes those of its device."""
-        return Bound(self, [plan for plan in plans if plan.kind.device == self.device], len(plans))
+        return BoundReduction(self, [plan for plan in plans if plan.kind.device == self.device], len(plans))
 
 
-class Bound:
+class BoundReduction:
     """A :class:`Reduction` and the plans of a step."""
 
     def __init__(self, reduction: Reduction, plans: Sequence[Plan], count: int) -> None:
@@ -69,7 +69,7 @@ class Bound:
         found = [plan.whole_largest for plan in self.plans]
         states = self._states()
         parts = [
-            torch.stack([g[: len(s.home)], *(x[s.home].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
+            torch.stack([g[: len(s.state_index)], *(x[s.state_index].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
             for g, s in zip(found, states, strict=True)
         ]
         maxima = self._filled(parts, 3, torch.int32)
@@ -81,7 +81,7 @@ class Bound:
             return told[:2] != own[:2], bool(told[2])
         for g, s, rows in zip(found, states, self.rows, strict=True):
             g[: len(rows)] = maxima[rows, 0]
-            s.max_m[s.home], s.max_v[s.home] = (maxima[rows, k].view(torch.float32) for k in (1, 2))
+            s.max_m[s.state_index], s.max_v[s.state_index] = (maxima[rows, k].view(torch.float32) for k in (1, 2))
         if self.exact:
             self._checksums()
         return False, False
@@ -99,7 +99,7 @@ class Bound:
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
-        own = [x[: len(plan.homes)] for x, plan in zip(sums, self.plans, strict=True)]
+        own = [x[: len(plan.state_indices)] for x, plan in zip(sums, self.plans, strict=True)]
         table = self._filled(own, 2, torch.int64)[:-1]
         self.table.sum(table)
         for x, rows in zip(own, self.rows, strict=True):
@@ -110,23 +110,25 @@ class Bound:
         states, parts = self._states(), []
         for plan, s in zip(self.plans, states, strict=True):
             # Without caution the last one stays: the first of the ranks gives it.
-            first = plan.shards.first_rank[: len(s.home)]
+            first = plan.shards.first_rank[: len(s.state_index)]
             shares = 1, 1, 1 if plan.kind.caution else first, 1 if plan.kind.exact else first
             sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum
-            parts.append(torch.stack([x[s.home] * share for x, share in zip(sums, shares, strict=True)], 1))
+            parts.append(torch.stack([x[s.state_index] * share for x, share in zip(sums, shares, strict=True)], 1))
         width = 4 if self.exact else 3
         table = self._filled([x[:, :width] for x in parts], width, torch.int64)[:-1]
         self.table.sum(table)
         for s, rows in zip(states, self.rows, strict=True):
-            s.weight_sum[s.home], s.update_sum[s.home], s.mask_count[s.home] = table[rows, :3].unbind(1)
+            s.weight_sum[s.state_index], s.update_sum[s.state_index], s.mask_count[s.state_index] = table[
+                rows, :3
+            ].unbind(1)
             if self.exact:
-                s.checksum[s.home] = table[rows, 3] & MODULO
+                s.checksum[s.state_index] = table[rows, 3] & MODULO
 
     def _states(self) -> list[State]:
-        return [plan.store.state(plan.home[: len(plan.homes)]) for plan in self.plans]
+        return [plan.store.state(plan.state_index[: len(plan.state_indices)]) for plan in self.plans]
 
 
-def meet(reductions: Sequence[Bound], signature: int, error: Exception | None) -> None:
+def meet(reductions: Sequence[BoundReduction], signature: int, error: Exception | None) -> None:
     """Begin a step with the other ranks, of which all must be here; raises on all of them if one cannot take it.
 
     Raises:
@@ -149,7 +151,10 @@ def signature(plans: Sequence[Plan]) -> int:
             (int(salt), tuple(p.shape), plan.kind[3:])
             for plan in plans
             for salt, p, place in zip(
-                plan.store.state(plan.home).salt[plan.home].tolist(), plan.params, plan.layouts, strict=False
+                plan.store.state(plan.state_index).salt[plan.state_index].tolist(),
+                plan.params,
+                plan.layouts,
+                strict=False,
             )
             if place.groups
         ]

@@ -1,6 +1,6 @@
 """What the functions of ``update.py`` are handed: blocks of weights, gradients and moments, and tables beside them.
 
-A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PIECE` elements
+A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PACKED_ROW` elements
 packed one per row: ``rows.py`` cuts.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from . import fp8
 
 ROW = fp8.COLUMNS  # of a large tensor's block
-PIECE_BITS = 8
-PIECE = 1 << PIECE_BITS  # elements of a packed piece
+PACKED_ROW_BITS = 8
+PACKED_ROW = 1 << PACKED_ROW_BITS  # elements of a packed piece
 
 
 class Block(NamedTuple):
@@ -44,7 +44,7 @@ def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
     return Block(p, g, m, v, p, m, v, *(places or (None,) * 3), *remainder, *remainder)
 
 
-class Spread(NamedTuple):
+class IndexMap(NamedTuple):
     """Where the elements of a shard lie in a tensor that is split along inner dimensions, see ``global_index``."""
 
     inverses: Tensor  # [2] or [tensors, 2] float64
@@ -122,10 +122,10 @@ class State(NamedTuple):
     update_sum: Tensor
     mask_count: Tensor
     checksum: Tensor  # modulo 2^32
-    home: Tensor  # int64 [tensors]: the slot of each
+    state_index: Tensor  # int64 [tensors]: the slot of each
 
 
-class Tree(NamedTuple):
+class Stages(NamedTuple):
     """How rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
 
     start: Tensor  # [chunks, 1]: first row
@@ -140,7 +140,7 @@ class Inputs(NamedTuple):
     """What ``scale`` needs besides the state."""
 
     largest: Tensor  # int32 [rows]: bits of max|g|
-    tree: Tree
+    stages: Stages
     hyper: Tensor  # float64 [tensors, NUMBERS]
     numel: Tensor  # float64 [tensors], of whole tensors
     base: Tensor  # int32 [tensors]: index of a shard's first element

@@ -19,10 +19,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import cpu_copying, update
-from .blocks import PIECE, Block
+from .blocks import PACKED_ROW, Block
 from .graph_code import Call, compile_once
 from .kinds import Graph, Kind
-from .packing import AddressPacking, ForeachPacking, Packing, TablePacking, Tail
+from .packing import AddressPacking, ForeachPacking, PackedRows, Packing, TablePacking
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,11 @@ class Executor(Protocol):
     """What runs the step functions of an optimizer; a tool may hand in one of its own as ``Lamb16(compile=...)``."""
 
     def packing(
-        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+        self,
+        packed_rows: Sequence[PackedRows],
+        block: Block,
+        shapes: Sequence[Sequence[int]],
+        moments: Sequence[torch.dtype],
     ) -> Packing:
         """What copies packed tensors into a block and back; arguments as of :class:`ForeachPacking`."""
 
@@ -46,10 +50,14 @@ class Eager:
     """Runs the functions as they are."""
 
     def packing(
-        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+        self,
+        packed_rows: Sequence[PackedRows],
+        block: Block,
+        shapes: Sequence[Sequence[int]],
+        moments: Sequence[torch.dtype],
     ) -> Packing:
         """By torch's own functions."""
-        return ForeachPacking(tails, block, shapes, moments)
+        return ForeachPacking(packed_rows, block, shapes, moments)
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Nothing to do."""
@@ -63,13 +71,21 @@ class Compiled:
     """Runs compiled graphs, which all optimizers of the process share."""
 
     def packing(
-        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+        self,
+        packed_rows: Sequence[PackedRows],
+        block: Block,
+        shapes: Sequence[Sequence[int]],
+        moments: Sequence[torch.dtype],
     ) -> Packing:
         """By tables of addresses, with Triton on CUDA and C++ on the CPU."""
         if block.p.device.type == "cuda":
-            return TablePacking(tails, block, launch_copy)
+            return TablePacking(packed_rows, block, launch_copy)
         copy = cpu_copying.kernel() if block.p.device.type == "cpu" else None
-        return ForeachPacking(tails, block, shapes, moments) if copy is None else AddressPacking(tails, block, copy)
+        return (
+            ForeachPacking(packed_rows, block, shapes, moments)
+            if copy is None
+            else AddressPacking(packed_rows, block, copy)
+        )
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
@@ -87,11 +103,11 @@ class Compiled:
 
 def launch_copy(*arguments: Any) -> None:
     """Launch the kernel of ``cuda_copying.py``, see :class:`TablePacking`."""
-    from .cuda_copying import copy_pieces  # Triton is there where CUDA is
+    from .cuda_copying import copy_packed_rows  # Triton is there where CUDA is
 
     *tensors, exact, unpack = arguments
     with torch.cuda.device(tensors[0].device):
-        copy_pieces[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PIECE=PIECE)
+        copy_packed_rows[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PACKED_ROW=PACKED_ROW)
 
 
 @functools.cache

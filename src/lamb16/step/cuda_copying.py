@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def copy_pieces(
+def copy_packed_rows(
     table_p,
     table_g,
     table_m,
@@ -19,17 +19,17 @@ def copy_pieces(
     length,
     EXACT: tl.constexpr,
     UNPACK: tl.constexpr,
-    PIECE: tl.constexpr,
+    PACKED_ROW: tl.constexpr,
 ):
-    """Copy one piece (a row of PIECE elements) of weights, gradients and codes into the packed buffer, or back.
+    """Copy one piece (a row of PACKED_ROW elements) of weights, gradients and codes into the packed buffer, or back.
 
-    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` and ``r`` [rows, PIECE] the
+    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` and ``r`` [rows, PACKED_ROW] the
     buffer, ``length`` [rows] int32 how much of a row is used. Gradients are not copied back, remainders only if EXACT.
     """
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, PIECE)
+    lane = tl.arange(0, PACKED_ROW)
     inside = lane < tl.load(length + row)
-    packed = row * PIECE + lane
+    packed = row * PACKED_ROW + lane
     own_p = tl.load(table_p + row).to(p.dtype) + lane
     own_g = tl.load(table_g + row).to(g.dtype) + lane
     own_m = tl.load(table_m + row).to(m.dtype) + lane

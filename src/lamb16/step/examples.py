@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import update
-from .blocks import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, State, Sums, Tree
+from .blocks import FLOATS, INTEGERS, PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, State, Sums
 from .kinds import Graph, Kind
 
 
@@ -24,7 +24,7 @@ def random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         x.fill_(-1)
     for block in blocks:
         if block.length is not None:
-            block.length.fill_(PIECE - 56)
+            block.length.fill_(PACKED_ROW - 56)
     in_place = [
         block._replace(new_p=block.p, new_m=block.m, new_v=block.v, new_remainder=block.remainder) for block in blocks
     ]
@@ -48,7 +48,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     count = 1 if graph.packed else count
     tensors, slots, chunks, rows = 6, 7, 11, 3
     sizes = [rows + 2 * k for k in range(count)]
-    if device.type != "cpu" and not (graph.packed or graph.spread or kind.caution):
+    if device.type != "cpu" and not (graph.packed or graph.global_index or kind.caution):
         # By the first tensor Inductor sees that there are many rows, and gives a row to one warp in place of eight:
         # half the instructions per element. The other forms would need more registers than a thread can have.
         sizes[0] = 1025
@@ -79,7 +79,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         return torch.zeros((), dtype=dtype, device=device)
 
     def block(size: int) -> Block:
-        width = PIECE if graph.packed else ROW
+        width = PACKED_ROW if graph.packed else ROW
         p, g, m, v, *remainder = (dynamic(size, width, dtype=dtype) for dtype in kind.dtypes)
         new_p, new_m, new_v, *new = (dynamic(size, width, dtype=x.dtype) for x in (p, m, v, *remainder))
         places = [dynamic(size, dtype=torch.int64), *(dynamic(size, 1, dtype=torch.int32) for _ in range(2))]
@@ -98,20 +98,22 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     if graph.function == "update":
         tables = [[row_or_table(k, x) for _ in sizes] for k, x in ((FLOATS, torch.float32), (INTEGERS, torch.int32))]
         places = None
-        if graph.spread:
-            places = [Spread(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
+        if graph.global_index:
+            places = [IndexMap(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
         blocks, found = [block(n) for n in sizes], [sums(n) for n in sizes]
         return blocks, *tables, update.make_columns(device), found, places, kind.rounding == "stochastic"
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
-    tree = Tree(
+    stages = Stages(
         dynamic(chunks, 1, dtype=int64), dynamic(chunks, 1, dtype=int64), dynamic(13, dtype=int64),
         dynamic(tensors, 1, dtype=int64), dynamic(tensors, 1, dtype=int64), dynamic(17, dtype=int64),
     )  # fmt: skip
-    home = dynamic(tensors, dtype=int64)
-    state = State._make([*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 4, int64), home])
+    state_index = dynamic(tensors, dtype=int64)
+    state = State._make(
+        [*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 4, int64), state_index]
+    )
     if graph.function == "scale":
         inputs = Inputs(
-            unaligned(19, int32), tree, dynamic(tensors, len(NUMBERS), dtype=torch.float64),
+            unaligned(19, int32), stages, dynamic(tensors, len(NUMBERS), dtype=torch.float64),
             dynamic(tensors, dtype=torch.float64), dynamic(tensors, dtype=int32),
             number(torch.float64), number(float32), unaligned(19, int32) if kind.exact else None,
         )  # fmt: skip
@@ -120,4 +122,4 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
             dynamic(tensors, dtype=torch.bool), number(int64),
         )  # fmt: skip
         return inputs, state, outputs, kind.float8
-    return sums(19), tree, dynamic(tensors, dtype=torch.bool), dynamic(tensors, dtype=int64), state, kind.float8
+    return sums(19), stages, dynamic(tensors, dtype=torch.bool), dynamic(tensors, dtype=int64), state, kind.float8

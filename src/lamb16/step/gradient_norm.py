@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sharding.reduction import Bound
+from ..sharding.reduction import BoundReduction
 from .floats import INF_BITS, UNIT, sqrt64
 from .plan import Plan
 
 
 def clip(
-    plans: Sequence[Plan], reductions: Sequence[Bound], max_norm: float, inverse_scale: Tensor | None
+    plans: Sequence[Plan], reductions: Sequence[BoundReduction], max_norm: float, inverse_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The norm of the finite gradients of all plans, and the factor for them; float64, 0-d, nothing is read back.
 

@@ -35,7 +35,7 @@ class Code:
         flat = flatten(arguments)
         inputs = list(self.tensors(flat))
         for k in self.numbers:
-            inputs[k] = self.origins[k].take(flat)
+            inputs[k] = self.origins[k].value(flat)
         if self.boxed:
             self.function(inputs)
         else:

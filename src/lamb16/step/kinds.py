@@ -70,5 +70,5 @@ GRAPHS = (
     Graph("inspect", squares=True), Graph("inspect", packed=True, squares=True),
     Graph("scale"), Graph("fold"),
     Graph("update"), Graph("update", packed=True),
-    Graph("update", spread=True), Graph("update", packed=True, spread=True),
+    Graph("update", global_index=True), Graph("update", packed=True, global_index=True),
 )  # fmt: skip

@@ -71,5 +71,5 @@ def make_plan(
         slices[-1] = (group, slices[-1][1], i + 1)
     params = [p for p, _ in pairs]
     read = [states[p] for p in params if id(p) in changed]
-    homes = store.adopt([states[p] for p in params], read, states.values())
-    return Plan(kind, params, homes, store, slices, executor)
+    state_indices = store.adopt([states[p] for p in params], read, states.values())
+    return Plan(kind, params, state_indices, store, slices, executor)

@@ -4,7 +4,7 @@ Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients, code
 a launch for every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps
 copy by tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is
 packed of p, g, the two moments and, if there are, the remainders of the weights, or where that is: lists with one for
-each tail.
+each packed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..store import addresses
-from .blocks import PIECE, Block
+from .blocks import PACKED_ROW, Block
 from .cpu_copying import PACK, UNPACK
 
 
-class Tail(NamedTuple):
+class PackedRows(NamedTuple):
     """What is packed of a tensor: its elements from ``start`` on, in the packed rows from ``row`` on."""
 
     tensor: int
@@ -32,7 +32,7 @@ class Tail(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return -(-self.length // PIECE)
+        return -(-self.length // PACKED_ROW)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its elements in the contiguous tensor; the tensor itself where these are all."""
@@ -40,8 +40,8 @@ class Tail(NamedTuple):
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(tensor, first element, length) of each of its rows."""
-        starts = range(self.start, self.start + self.length, PIECE)
-        return [(self.tensor, start, min(PIECE, self.start + self.length - start)) for start in starts]
+        starts = range(self.start, self.start + self.length, PACKED_ROW)
+        return [(self.tensor, start, min(PACKED_ROW, self.start + self.length - start)) for start in starts]
 
 
 def memory(block: Block) -> list[Tensor]:
@@ -51,7 +51,7 @@ def memory(block: Block) -> list[Tensor]:
 
 
 class Packing(Protocol):
-    """Copies the tails of some tensors into a block and back."""
+    """Copies the packed_rows of some tensors into a block and back."""
 
     pads: bool  # whether the block's padding becomes 0
 
@@ -71,27 +71,31 @@ class ForeachPacking:
     pads = True
 
     def __init__(
-        self, tails: Sequence[Tail], block: Block, shapes: Sequence[Sequence[int]], moments: Sequence[torch.dtype]
+        self,
+        packed_rows: Sequence[PackedRows],
+        block: Block,
+        shapes: Sequence[Sequence[int]],
+        moments: Sequence[torch.dtype],
     ) -> None:
-        """``block`` has the packed p, g and codes, [rows, PIECE]; shapes are those of the tails' parts.
+        """``block`` has the packed p, g and codes, [rows, PACKED_ROW]; shapes are those of the packed_rows' parts.
 
         The dtypes are those of the states' moments.
         """
-        self.tails, self.block, first = tails, memory(block), tails[0].row
+        self.packed_rows, self.block, first = packed_rows, memory(block), packed_rows[0].row
         p, g, m, v, *remainder = self.block
         flat = [x.view(-1) for x in (p, g, m.view(moments[0]), v.view(moments[1]), *remainder)]
-        places = [slice((t.row - first) * PIECE, (t.row - first) * PIECE + t.length) for t in tails]
+        places = [slice((t.row - first) * PACKED_ROW, (t.row - first) * PACKED_ROW + t.length) for t in packed_rows]
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
-    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> ForeachPacking:
-        """For the ``kept`` ones among the tails, which are now ``tails``."""
+    def part(self, kept: Sequence[int], packed_rows: Sequence[PackedRows]) -> ForeachPacking:
+        """For the ``kept`` ones among the packed_rows, which are now ``packed_rows``."""
         found = copy(self)
-        found.tails, found.rows = tails, [[x[k] for k in kept] for x in self.rows]
+        found.packed_rows, found.rows = packed_rows, [[x[k] for k in kept] for x in self.rows]
         return found
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """Of every tail a view."""
-        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
+        """Of every packed a view."""
+        return [[packed.of(x[packed.tensor]) for packed in self.packed_rows] for x in tensors]
 
     def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
         """As in :class:`Packing`."""
@@ -110,26 +114,28 @@ class AddressPacking:
 
     pads = True
 
-    def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
+    def __init__(self, packed_rows: Sequence[PackedRows], block: Block, launch: Callable[..., None]) -> None:
         """``block`` as for :class:`ForeachPacking`; ``launch`` is the function of ``cpu_copying.py``."""
-        self.buffers, self.launch, self.first = memory(block), launch, tails[0].row
-        self._note(tails)
+        self.buffers, self.launch, self.first = memory(block), launch, packed_rows[0].row
+        self._note(packed_rows)
 
-    def _note(self, tails: Sequence[Tail]) -> None:
-        self.tails, owners = tails, [tail.tensor for tail in tails]
+    def _note(self, packed_rows: Sequence[PackedRows]) -> None:
+        self.packed_rows, owners = packed_rows, [packed.tensor for packed in packed_rows]
         self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
-        self.places = torch.tensor([(tail.start, tail.length, tail.row - self.first) for tail in tails], device="cpu")
+        self.places = torch.tensor(
+            [(packed.start, packed.length, packed.row - self.first) for packed in packed_rows], device="cpu"
+        )
         self.addresses: list[list[int]] = [[] for _ in self.buffers]
         self.tables: list[Tensor] = [self.places for _ in self.buffers]
 
-    def part(self, kept: Sequence[int], tails: Sequence[Tail]) -> AddressPacking:
+    def part(self, kept: Sequence[int], packed_rows: Sequence[PackedRows]) -> AddressPacking:
         """As in :class:`ForeachPacking`."""
         found = copy(self)
-        found._note(tails)
+        found._note(packed_rows)
         return found
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
-        """Where the tensors begin that tails belong to; they are to be kept until all is copied."""
+        """Where the tensors begin that packed_rows belong to; they are to be kept until all is copied."""
         return [addresses(self.owned(x)[:-1]) for x in tensors]
 
     def pack(self, parts: Sequence[list[int]], kinds: Sequence[int]) -> None:
@@ -146,7 +152,7 @@ class AddressPacking:
 
     def _copy(self, k: int, task: int) -> None:
         buffer, size = self.buffers[k], self.buffers[k].element_size()
-        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PIECE * size, task)
+        self.launch(self.tables[k], self.places, buffer, len(self.places), size, PACKED_ROW * size, task)
 
 
 class TablePacking:
@@ -154,19 +160,19 @@ class TablePacking:
 
     pads = False
 
-    def __init__(self, tails: Sequence[Tail], block: Block, launch: Callable[..., None]) -> None:
+    def __init__(self, packed_rows: Sequence[PackedRows], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda_copying.py``."""
-        self.tails, self.block, self.device, self.launch = tails, memory(block), block.p.device, launch
-        pieces = [(i, j, n) for i, tail in enumerate(tails) for j, (_, _, n) in enumerate(tail.pieces())]
-        self.owner, self.step = [i for i, _, _ in pieces], [PIECE * j for _, j, _ in pieces]
+        self.packed_rows, self.block, self.device, self.launch = packed_rows, memory(block), block.p.device, launch
+        pieces = [(i, j, n) for i, packed in enumerate(packed_rows) for j, (_, _, n) in enumerate(packed.pieces())]
+        self.owner, self.step = [i for i, _, _ in pieces], [PACKED_ROW * j for _, j, _ in pieces]
         self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
         self.addresses: list[list[int]] = [[] for _ in self.block]
         self.tables: list[Tensor] = [self.length for _ in self.block]
         self.kept: list[Tensor] = []
 
     def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """Of every tail a view."""
-        return [[tail.of(x[tail.tensor]) for tail in self.tails] for x in tensors]
+        """Of every packed a view."""
+        return [[packed.of(x[packed.tensor]) for packed in self.packed_rows] for x in tensors]
 
     def _note(self, k: int, parts: Sequence[Tensor]) -> None:
         """Bring the table of one kind of tensors up to date."""

@@ -49,19 +49,19 @@ class Part(Plan):
         self.batches = [part for batch in whole.batches if (part := _part(batch, place))]
         self.report = torch.zeros_like(whole.report)  # two parts may follow each other before they are read
         self.outputs = [*whole.outputs[:2], list(self.report.unbind(1))]
-        self.homes = []
-        self.place(chosen(whole.homes))
+        self.state_indices = []
+        self.place(chosen(whole.state_indices))
 
-    def place(self, homes: list[int]) -> None:
+    def place(self, state_indices: list[int]) -> None:
         """As in :class:`Plan`; of tensors that are left out the padding."""
-        if homes != self.homes:
-            self.homes = homes
-            everywhere = list(self.whole.homes)
-            for k, home in zip(self.own, homes, strict=True):
-                everywhere[k] = home
+        if state_indices != self.state_indices:
+            self.state_indices = state_indices
+            everywhere = list(self.whole.state_indices)
+            for k, state_index in zip(self.own, state_indices, strict=True):
+                everywhere[k] = state_index
             self.whole.place(everywhere)
-            self.home = torch.zeros_like(self.whole.home)
-            self.home[self.own] = torch.tensor(homes)
+            self.state_index = torch.zeros_like(self.whole.state_index)
+            self.state_index[self.own] = torch.tensor(state_indices)
 
     def inspect(self, grads: Sequence[Tensor], states: Sequence[dict[str, Any]]) -> None:
         """As in :class:`Plan`."""
@@ -79,8 +79,8 @@ def _part(batch: Batch, place: dict[int, int]) -> Batch | None:
     """What is left of a batch, of the tensors that are now in these places."""
     packing = batch.packing
     assert isinstance(packing, (AddressPacking, ForeachPacking))
-    kept = [k for k, tail in enumerate(packing.tails) if tail.tensor in place]
+    kept = [k for k, packed in enumerate(packing.packed_rows) if packed.tensor in place]
     if not kept:
         return None
-    tails = [packing.tails[k]._replace(tensor=place[packing.tails[k].tensor]) for k in kept]
-    return batch._replace(packing=packing.part(kept, tails), dirty=True)
+    packed_rows = [packing.packed_rows[k]._replace(tensor=place[packing.packed_rows[k].tensor]) for k in kept]
+    return batch._replace(packing=packing.part(kept, packed_rows), dirty=True)

@@ -12,17 +12,17 @@ from torch import Tensor
 from ..entries import MOMENTS
 from ..hyper import MOMENT_DTYPES
 from ..remainder import REMAINDER, has_remainder
-from ..sharding.layout import layout, local, spread_of
+from ..sharding.layout import layout, local, sharding_of
 from ..store import Store, addresses
 from ..wrapped import PLAIN
 from . import update
-from .blocks import FLOATS, INTEGERS, PIECE, ROW, Block, Inputs, Outputs, Spread, Sums, Tree, in_place
+from .blocks import FLOATS, INTEGERS, PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, Sums, in_place
 from .compiled import Executor
 from .fp8 import as_int32
 from .kinds import Graph, Kind
 from .packing import Packing, memory
 from .rows import Rows, cut
-from .tables import HyperTable, Shards, is_spread
+from .tables import HyperTable, Shards, needs_index_map
 
 BATCH = 64  # packed rows that are stepped together, at least
 
@@ -30,15 +30,15 @@ BATCH = 64  # packed rows that are stepped together, at least
 def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
     """The graphs of a step over these parameters; ValueError for a tensor that is too large for them."""
     shards = [local(p) for p in params]
-    large, tails = cut([x.numel() for x in shards])
+    large, packed_rows = cut([x.numel() for x in shards])
     if kind.device.type != "cpu" and any(rows * ROW >= 1 << 31 for _, rows in large):
         shapes = [tuple(shards[i].shape) for i, rows in large if rows * ROW >= 1 << 31]
         raise ValueError(
             f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
             "32 bits: split it, or pass compile=False"
         )
-    spread = any(is_spread(layout(p)) for p in params)
-    forms = [packed for packed, blocks in ((False, large), (True, tails)) if blocks]
+    spread = any(needs_index_map(layout(p)) for p in params)
+    forms = [packed for packed, blocks in ((False, large), (True, packed_rows)) if blocks]
     found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, spread) for packed in forms]
     return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
 
@@ -55,7 +55,7 @@ class Plan:
         self,
         kind: Kind,
         params: Sequence[Tensor],
-        homes: list[int],
+        state_indices: list[int],
         store: Store,
         groups: Sequence[tuple[dict[str, Any], int, int]],
         executor: Executor,
@@ -69,8 +69,8 @@ class Plan:
         weights = self._weights()
         self.memory = self._memory()
         device, count = kind.device, max(len(params), 2)  # graphs are compiled for two or more of everything
-        self.homes: list[int] = []
-        self.place(homes)
+        self.state_indices: list[int] = []
+        self.place(state_indices)
         self.rows = Rows(kind, [w.numel() for w in weights])
         self.hyper = HyperTable(groups, count, device)
         self.shards = Shards(self.layouts, count, device)
@@ -96,7 +96,7 @@ class Plan:
         read = [self.largest] if self.checksum is None else [self.largest, self.checksum]
         self.row_read = [[x[part] for x in read] for part in rows.slices]
         self.row_sums = [self.sums.rows(part) for part in rows.slices]
-        self.scaled_from = self.largest, self.checksum, rows.tree
+        self.scaled_from = self.largest, self.checksum, rows.stages
 
         self.batches = self._batches(weights, zeros)
         # Zeros stay zeros: one block for all of them.
@@ -104,9 +104,9 @@ class Plan:
         owners = [i for i, _ in rows.large]
         self.row_floats = [self.floats[i] for i in owners] + [zeros(FLOATS)] * rows.spare
         self.row_integers = [self.integers[i] for i in owners] + [zeros(INTEGERS, dtype=torch.int32)] * rows.spare
-        if self.shards.spread is not None:
-            places = [Spread(*(x[i] for x in self.shards.spread)) for i in [*owners, *[count - 1] * rows.spare]]
-            self.places: list[Spread] | None = places
+        if self.shards.index_maps is not None:
+            places = [IndexMap(*(x[i] for x in self.shards.index_maps)) for i in [*owners, *[count - 1] * rows.spare]]
+            self.places: list[IndexMap] | None = places
         else:
             self.places = None
         self.calls, self.readings = (
@@ -120,36 +120,46 @@ class Plan:
         on_cpu, dtypes = kind.device.type == "cpu", kind.dtypes
         most = rows.packed
         if on_cpu:
-            largest = max(sum(w.numel() for w in weights) // 300, sum(tail.length for tail in rows.tails) * 3 // 5)
-            most = max(BATCH, largest * dtypes[0].itemsize // (PIECE * sum(dtype.itemsize for dtype in dtypes)))
+            largest = max(
+                sum(w.numel() for w in weights) // 300, sum(packed.length for packed in rows.packed_rows) * 3 // 5
+            )
+            most = max(BATCH, largest * dtypes[0].itemsize // (PACKED_ROW * sum(dtype.itemsize for dtype in dtypes)))
         first = [0]  # packed rows of the batches; a block has at least two
-        for tail in rows.tails:
-            if tail.row + tail.rows - first[-1] > most and tail.row > first[-1] + 1 and rows.packed - tail.row > 1:
-                first.append(tail.row)
-        parts = [slice(a, b) for a, b in zip(first, [*first[1:], rows.packed], strict=True)] if rows.tails else []
-        buffers = [zeros(max((x.stop - x.start for x in parts), default=0), PIECE, dtype=dtype) for dtype in dtypes]
+        for packed in rows.packed_rows:
+            if (
+                packed.row + packed.rows - first[-1] > most
+                and packed.row > first[-1] + 1
+                and rows.packed - packed.row > 1
+            ):
+                first.append(packed.row)
+        parts = [slice(a, b) for a, b in zip(first, [*first[1:], rows.packed], strict=True)] if rows.packed_rows else []
+        buffers = [
+            zeros(max((x.stop - x.start for x in parts), default=0), PACKED_ROW, dtype=dtype) for dtype in dtypes
+        ]
         moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:4]
         begin, pieces, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.pieces(kind.device), []
         for part in parts:
             block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in pieces])
-            own = [k for k, tail in enumerate(rows.tails) if part.start <= tail.row < part.stop]
-            tails, where = rows.tails[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
-            shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in tails]
-            packing, dirty = executor.packing(tails, block, shapes, moments), len(parts) > 1
+            own = [k for k, packed in enumerate(rows.packed_rows) if part.start <= packed.row < part.stop]
+            packed_rows, where = rows.packed_rows[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
+            shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in packed_rows]
+            packing, dirty = executor.packing(packed_rows, block, shapes, moments), len(parts) > 1
             read = [x[where] for x in (self.largest, self.checksum) if x is not None]
             found.append(Batch(packing, block, read, self.sums.rows(where), dirty and not packing.pads))
         return found
 
-    def place(self, homes: list[int]) -> None:
+    def place(self, state_indices: list[int]) -> None:
         """Note which rows of the store the states have."""
-        if homes != self.homes:
-            self.homes = homes
-            self.home = torch.tensor(homes + [0] * (2 - len(homes)), device=self.kind.device)  # as count
+        if state_indices != self.state_indices:
+            self.state_indices = state_indices
+            self.state_index = torch.tensor(
+                state_indices + [0] * (2 - len(state_indices)), device=self.kind.device
+            )  # as count
 
     def touched(self, states: Sequence[Any]) -> list[Tensor]:
         """The parameters of which the state is missing, does not fit, was changed or is in another row."""
         there = [k for k, state in enumerate(states) if state]
-        changed = self.store.changed([states[k] for k in there], [self.homes[k] for k in there])
+        changed = self.store.changed([states[k] for k in there], [self.state_indices[k] for k in there])
         missing = [k for k, state in enumerate(states) if not state]
         return [self.params[k] for k in (*(there[k] for k in changed), *missing, *self.misfits(states))]
 
@@ -166,7 +176,7 @@ class Plan:
         weights = self._weights()
         kinds = Tensor.size, Tensor.stride, attrgetter("dtype")
         found = [addresses(weights), list(map(type, self.params)), *(list(map(what, weights)) for what in kinds)]
-        return found if self.plain else [*found, list(map(spread_of, self.params))]
+        return found if self.plain else [*found, list(map(sharding_of, self.params))]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -215,32 +225,32 @@ class Plan:
         """
         if self.scaled_from[0] is not self.largest:
             return self.scaled_from[0]
-        found = update.largest_of(self.largest, self.rows.tree)
-        checksum = None if self.checksum is None else as_int32(update.sum_of(self.checksum, self.rows.tree))
-        count = len(self.home)
+        found = update.largest_of(self.largest, self.rows.stages)
+        checksum = None if self.checksum is None else as_int32(update.sum_of(self.checksum, self.rows.stages))
+        count = len(self.state_index)
         columns = torch.arange(2, device=self.kind.device)
         ones = torch.ones(count, 1, dtype=torch.int64, device=self.kind.device)
         each = torch.arange(count, device=self.kind.device)[:, None]
-        self.scaled_from = found, checksum, Tree(each, ones, columns, each, ones, columns)
+        self.scaled_from = found, checksum, Stages(each, ones, columns, each, ones, columns)
         return found
 
     def squared_gradients(self, unit: Tensor) -> Tensor:
         """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.step.update.inspect`."""
         high, low = self.sums.weights, self.sums.updates  # free until the update
         self._inspect([[x.weights, x.updates] for x in self.row_sums], unit)
-        return torch.stack([update.sum_of(x, self.rows.tree) for x in (high, low)], 1)
+        return torch.stack([update.sum_of(x, self.rows.stages) for x in (high, low)], 1)
 
     def scale(self, skipped: Tensor, found_inf: Tensor | None, inverse_scale: Tensor | None) -> None:
         """Factors, scales and step counts; the state is changed."""
         k = self.kind
-        largest, checksum, tree = self.scaled_from
+        largest, checksum, stages = self.scaled_from
         inputs = Inputs(
-            largest, tree, self.hyper.fill(), self.shards.numel, self.shards.base,
+            largest, stages, self.hyper.fill(), self.shards.numel, self.shards.base,
             self.one if inverse_scale is None else inverse_scale.to(k.device, torch.float64).view(()),
             self.no_inf if found_inf is None else found_inf.to(k.device, torch.float32).view(()), checksum,
         )  # fmt: skip
         outputs = Outputs(self.outputs[0], self.outputs[1], self.outputs[2], self.counted, skipped)
-        self.executor.run(Graph("scale"), k, inputs, self.store.state(self.home), outputs, k.float8)
+        self.executor.run(Graph("scale"), k, inputs, self.store.state(self.state_index), outputs, k.float8)
 
     def update(self) -> None:
         """The step: weights and moments are changed; then the sums that the next one needs."""
@@ -248,10 +258,10 @@ class Plan:
         for k in reversed(self.calls):  # the last gradients are still in the cache
             places = None if self.places is None else self.places[k]
             run(
-                Graph("update", spread=spread), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
+                Graph("update", global_index=spread), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
                 self.columns, self.row_sums[k], places, stochastic,
             )  # fmt: skip
-        places = None if self.shards.spread is None else [self.shards.spread]
+        places = None if self.shards.index_maps is None else [self.shards.index_maps]
         for batch, parts in zip(self.batches, self.parts, strict=True):
             batch.pack(parts, [0, *range(2, len(parts))] if len(self.batches) == 1 else range(len(parts)))
             run(
@@ -265,21 +275,21 @@ class Plan:
         written += [] if self.plain else list(self.params)
         inference = any(map(Tensor.is_inference, written))
         torch.autograd.graph.increment_version([x for x in written if not x.is_inference()] if inference else written)
-        state = self.store.state(self.home)
-        arguments = self.sums, self.rows.tree, self.counted, self.shards.first_rank, state, self.kind.float8
+        state = self.store.state(self.state_index)
+        arguments = self.sums, self.rows.stages, self.counted, self.shards.first_rank, state, self.kind.float8
         run(Graph("fold"), self.kind, *arguments)
-        self.store.stepped(self.homes, self.moments)
+        self.store.stepped(self.state_indices, self.moments)
 
     @property
     def reports(self) -> Tensor:
         """Weight norm, update norm and trust ratio of every parameter in the last step, float64 [tensors, 3]."""
         return self.report[: len(self.ids)].clone()
 
-    def let_go(self) -> None:
+    def drop_tensors(self) -> None:
         """Forget parameters, gradients, moments, remainders and copies of weights."""
         self.params = []
         self.blocks, self.tensors, self.parts, self.copies, self.moments = [], [], [], [], []
-        self.scaled_from = self.largest, self.checksum, self.rows.tree
+        self.scaled_from = self.largest, self.checksum, self.rows.stages
 
 
 class Batch(NamedTuple):

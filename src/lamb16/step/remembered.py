@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..sharding.reduction import Bound
+from ..sharding.reduction import BoundReduction
 from .gradients import Gradients
 from .parts import Part, divisible
 from .plan import Plan
@@ -20,7 +20,7 @@ class Cached(NamedTuple):
     """What a step over one set of parameters needs."""
 
     plans: list[Plan]
-    reductions: list[Bound]
+    reductions: list[BoundReduction]
     signature: int
     weights: set[int]  # where the weights begin
     setting: Any = None  # what must be equal in steps of parts of these plans

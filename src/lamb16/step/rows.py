@@ -13,24 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import ROW, Tree
+from .blocks import ROW, Stages
 from .kinds import Kind
-from .packing import Tail
+from .packing import PackedRows
 
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
 
 
-def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[Tail]]:
+def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[PackedRows]]:
     """Large blocks as (tensor, rows), and what is packed, of tensors with these numbers of elements."""
-    large, tails, row = [], [], 0
+    large, packed_rows, row = [], [], 0
     for i, n in enumerate(sizes):
         rows = n // ROW if n >= 2 * ROW else 0
         if rows:
             large.append((i, rows))
         if n > rows * ROW:
-            tails.append(Tail(i, rows * ROW, n - rows * ROW, row))
-            row += tails[-1].rows
-    return large, tails
+            packed_rows.append(PackedRows(i, rows * ROW, n - rows * ROW, row))
+            row += packed_rows[-1].rows
+    return large, packed_rows
 
 
 class Rows:
@@ -38,10 +38,10 @@ class Rows:
 
     def __init__(self, kind: Kind, sizes: Sequence[int]) -> None:
         device = kind.device
-        self.large, self.tails = cut(sizes)
+        self.large, self.packed_rows = cut(sizes)
         self.spare = -len(self.large) % kind.reading_group
         heights = [rows for _, rows in self.large] + [2] * self.spare
-        packed = sum(tail.rows for tail in self.tails)
+        packed = sum(packed.rows for packed in self.packed_rows)
         packed = max(packed, 2) if packed else 0  # graphs are compiled for two or more of everything
         heights += [packed] * bool(packed)
         self.slices = [slice(end - n, end) for end, n in zip(_cumulated(heights), heights, strict=True)]
@@ -51,17 +51,17 @@ class Rows:
         ranges: list[list[tuple[int, int]]] = [[] for _ in sizes]
         for (i, n), rows in zip(self.large, self.slices, strict=False):
             ranges[i].append((rows.start, n))
-        for tail in self.tails:
-            ranges[tail.tensor].append((self.slices[-1].start + tail.row, tail.rows))
+        for packed in self.packed_rows:
+            ranges[packed.tensor].append((self.slices[-1].start + packed.row, packed.rows))
         chunks = [[(a + k, min(CHUNK, n - k)) for a, n in own for k in range(0, n, CHUNK)] for own in ranges]
         counts = [len(own) for own in chunks]
         flat = [chunk for own in chunks for chunk in own]
         first = [end - n if n else 0 for end, n in zip(_cumulated(counts), counts, strict=True)]
-        self.tree = _tree(flat, list(zip(first, counts, strict=True)), device)
+        self.stages = _stages(flat, list(zip(first, counts, strict=True)), device)
 
     def pieces(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of every packed row its tensor [rows] int64, first element and length, [rows, 1] int32."""
-        pieces = [piece for tail in self.tails for piece in tail.pieces()]
+        pieces = [piece for packed in self.packed_rows for piece in packed.pieces()]
         table = torch.tensor(pieces + [(0, 0, 0)] * (self.packed - len(pieces)), device=device).view(-1, 3)
         return table[:, 0].contiguous(), table[:, 1:2].int().contiguous(), table[:, 2:].int().contiguous()
 
@@ -74,7 +74,7 @@ def _cumulated(numbers: Sequence[int]) -> list[int]:
     return found
 
 
-def _tree(chunks: list[tuple[int, int]], tensors: list[tuple[int, int]], device: torch.device) -> Tree:
+def _stages(chunks: list[tuple[int, int]], tensors: list[tuple[int, int]], device: torch.device) -> Stages:
     """From (first, count) of rows and of chunks; two or more of everything."""
     columns: list[Tensor] = []
     for pairs in (chunks, tensors):
@@ -82,4 +82,4 @@ def _tree(chunks: list[tuple[int, int]], tensors: list[tuple[int, int]], device:
         table = torch.tensor(padded, device=device)
         width = max(2, *(n for _, n in padded))
         columns += [table[:, :1].contiguous(), table[:, 1:].contiguous(), torch.arange(width, device=device)]
-    return Tree(*columns)
+    return Stages(*columns)

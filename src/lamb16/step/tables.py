@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hyper import NAMES, NUMBERS, check_hyperparameters, numbers_of
 from ..sharding.layout import MAX_JUMPS, Layout
-from .blocks import ROW, Spread
+from .blocks import ROW, IndexMap
 
 
 class HyperTable:
@@ -68,11 +68,13 @@ class Shards:
         self.first_rank = torch.ones(count, dtype=torch.int64, device=device)
         self.first_rank[: len(layouts)] = torch.tensor([int(x.first) for x in layouts])
         self.spread = None
-        if any(map(is_spread, layouts)):
+        if any(map(needs_index_map, layouts)):
             inverses = table([[1 / run for run, _ in x.jumps] for x in layouts], torch.float64)
-            self.spread = Spread(inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32))
+            self.spread = IndexMap(
+                inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32)
+            )
 
 
-def is_spread(where: Layout) -> bool:
+def needs_index_map(where: Layout) -> bool:
     """Whether the elements of a shard's rows are not those of rows of the whole tensor."""
     return bool(where.jumps or where.base % ROW)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import fp8
-from .blocks import PIECE, PIECE_BITS, ROW, Block, Factors, Inputs, Outputs, Spread, State, Sums, Tree
+from .blocks import PACKED_ROW, PACKED_ROW_BITS, ROW, Block, Factors, IndexMap, Inputs, Outputs, Stages, State, Sums
 from .floats import (
     EIGHT_BITS,
     INF_BITS,
@@ -78,18 +78,18 @@ def chosen(x: Tensor, start: Tensor, length: Tensor, columns: Tensor) -> tuple[T
     return x[torch.where(inside, start + columns, start)], inside
 
 
-def largest_of(x: Tensor, tree: Tree) -> Tensor:
+def largest_of(x: Tensor, stages: Stages) -> Tensor:
     """The largest of every tensor's rows; elements that are read twice do not matter. 0 for a tensor without rows."""
-    chunks = chosen(x, tree.start, tree.length, tree.columns)[0].amax(1)
-    found, inside = chosen(chunks, tree.first, tree.chunks, tree.chunk_columns)
+    chunks = chosen(x, stages.start, stages.length, stages.columns)[0].amax(1)
+    found, inside = chosen(chunks, stages.first, stages.chunks, stages.chunk_columns)
     return torch.where(inside, found, 0).amax(1)
 
 
-def sum_of(x: Tensor, tree: Tree) -> Tensor:
+def sum_of(x: Tensor, stages: Stages) -> Tensor:
     """The sum over every tensor's rows, int64."""
     for start, length, columns in (
-        (tree.start, tree.length, tree.columns),
-        (tree.first, tree.chunks, tree.chunk_columns),
+        (stages.start, stages.length, stages.columns),
+        (stages.first, stages.chunks, stages.chunk_columns),
     ):
         found, inside = chosen(x, start, length, columns)
         x = torch.where(inside, found, 0).sum(1, dtype=torch.int64)
@@ -123,12 +123,12 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     """
     h = dict(zip(NUMBERS, inputs.hyper.unbind(1), strict=True))
     beta1, beta2, lr = h["beta1"], h["beta2"], h["lr"]
-    old_m, old_v, max_m, max_v = (x[state.home] for x in state[:4])
-    step, weight_sum, update_sum = (x[state.home] for x in (state.step, state.weight_sum, state.update_sum))
+    old_m, old_v, max_m, max_v = (x[state.state_index] for x in state[:4])
+    step, weight_sum, update_sum = (x[state.state_index] for x in (state.step, state.weight_sum, state.update_sum))
 
     sign = torch.where(h["maximize"] != 0, -1.0, 1.0).double()
     grad_factor = (sign * inputs.inverse_scale).float()
-    g = largest_of(inputs.largest, inputs.tree).view(torch.float32) * grad_factor.abs()
+    g = largest_of(inputs.largest, inputs.stages).view(torch.float32) * grad_factor.abs()
     new_m, new_v = (1 - beta1).float(), (1 - beta2).float()
     if float8:
         max_m, max_v = max_m * old_m, max_v * old_v
@@ -145,14 +145,14 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     c1, c2, c3 = (torch.where(corrected, 1 - x, 1.0) for x in (beta1**t, beta2**t, beta1 ** (t + 1)))
     a = torch.where(nesterov, beta1 / c3, 1 / c1)
     b = torch.where(nesterov, (1 - beta1) / c1, 0.0)
-    share = inputs.numel / torch.maximum(state.mask_count[state.home].double(), inputs.numel / 1000)
+    share = inputs.numel / torch.maximum(state.mask_count[state.state_index].double(), inputs.numel / 1000)
 
     norms = weight_sum.double() / update_sum.double()
     ratio = torch.clamp((sqrt64(norms) * h["trust_lr"] / lr.abs()) ** h["trust_scale"], max=h["trust_clip"])
 
     join = torch.full_like(step, -1)
     if inputs.checksum is not None:
-        same = checksum_of(inputs.checksum, inputs.tree) == state.checksum[state.home]
+        same = checksum_of(inputs.checksum, inputs.stages) == state.checksum[state.state_index]
         join = torch.where(same, join, 0)
 
     active = Factors(
@@ -161,7 +161,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
         (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
         h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
-        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.home], inputs.base, torch.full_like(step, -1), join,
+        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.state_index], inputs.base, torch.full_like(step, -1), join,
     )  # fmt: skip
     # With gradients of zero codes decode, and encode, to themselves: -0 (zero times -1) keeps the sign of a zero.
     one = torch.ones_like(old_m)
@@ -174,34 +174,34 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     for column, x in zip(outputs.report, (*roots, ratio), strict=True):
         column.copy_(x)
     outputs.counted.copy_(counted)
-    outputs.skipped.add_((skip & (state.home != 0)).sum())
-    state.scale_m[state.home] = torch.where(skip, old_m, fresh_m)
-    state.scale_v[state.home] = torch.where(skip, old_v, fresh_v)
-    state.step[state.home] = step + counted.int()
+    outputs.skipped.add_((skip & (state.state_index != 0)).sum())
+    state.scale_m[state.state_index] = torch.where(skip, old_m, fresh_m)
+    state.scale_v[state.state_index] = torch.where(skip, old_v, fresh_v)
+    state.step[state.state_index] = step + counted.int()
     # Where decay alone moves the weights, which is no step to count, they are to be rounded by other words each time.
     decays = (lr != 0) & (h["weight_decay"] != 0) & torch.logical_not(skip | counted)
-    state.salt[state.home] = state.salt[state.home] + decays.int()
+    state.salt[state.state_index] = state.salt[state.state_index] + decays.int()
 
 
-def fold(rows: Sums, tree: Tree, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
+def fold(rows: Sums, stages: Stages, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
     """After :func:`update`: what the next step needs of every tensor, in the state.
 
     ``counted`` as :func:`scale` left it: other tensors keep what they have. Sums of shards are still to be added up
     over the ranks: where nothing is new, one of these (``first_rank`` 1, others 0; int64 [tensors]) gives the old sum.
     """
-    home = state.home
-    peaks = [largest_of(x, tree) for x in rows[:2]]
+    state_index = state.state_index
+    peaks = [largest_of(x, stages) for x in rows[:2]]
     formats = (E4M3, E5M2)
     peaks = [fp8.decode(x, f) if float8 else x.view(torch.float32) for x, f in zip(peaks, formats, strict=True)]
     for column, peak in zip((state.max_m, state.max_v), peaks, strict=True):
-        column[torch.where(counted, home, 0)] = peak
+        column[torch.where(counted, state_index, 0)] = peak
     sums = [(state.weight_sum, rows.weights), (state.update_sum, rows.updates)]
     if rows.agree is not None:
         sums.append((state.mask_count, rows.agree))
     if rows.checksum is not None:  # of the weights as they are now, whatever has become of them
-        state.checksum[home] = checksum_of(rows.checksum, tree)
+        state.checksum[state_index] = checksum_of(rows.checksum, stages)
     for column, x in sums:
-        column[torch.where(counted | (first_rank == 0), home, 0)] = torch.where(counted, sum_of(x, tree), 0)
+        column[torch.where(counted | (first_rank == 0), state_index, 0)] = torch.where(counted, sum_of(x, stages), 0)
 
 
 # -- reading everything once --------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def update(
     integers: list[Tensor],
     columns: Tensor,
     sums: list[Sums],
-    spread: list[Spread] | None,
+    spread: list[IndexMap] | None,
     stochastic: bool,
 ) -> None:
     """One step over each block, in place; weights with 16 bits are rounded to nearest if not ``stochastic``.
@@ -231,7 +231,7 @@ def update(
             row = (start >> fp8.COLUMN_BITS) + (f.base >> fp8.COLUMN_BITS)
             hashes = columns[0]
             if block.start is not None:
-                hashes = hashes.view(-1, PIECE)[(block.start[:, 0] >> PIECE_BITS) & (ROW // PIECE - 1)]
+                hashes = hashes.view(-1, PACKED_ROW)[(block.start[:, 0] >> PACKED_ROW_BITS) & (ROW // PACKED_ROW - 1)]
             words = fp8.mix(hashes, fp8.hash32((row & fp8.LAST_ROW) + f.salt))
         else:
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
@@ -302,9 +302,9 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
     return weights
 
 
-def checksum_of(rows: Tensor, tree: Tree) -> Tensor:
+def checksum_of(rows: Tensor, stages: Stages) -> Tensor:
     """The checksum of every tensor's weights, int64."""
-    return sum_of(rows, tree) & 0xFFFFFFFF
+    return sum_of(rows, stages) & 0xFFFFFFFF
 
 
 def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tensor:
@@ -316,7 +316,7 @@ def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tenso
     return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
 
 
-def global_index(index: Tensor, spread: Spread, tensor: Tensor | None) -> Tensor:
+def global_index(index: Tensor, spread: IndexMap, tensor: Tensor | None) -> Tensor:
     """Where local elements lie in a whole tensor that is split along inner dimensions, int32, modulo 2^32.
 
     After every run of so many local elements that many elements of other ranks are jumped over: ``jumps`` [2, ...]
@@ -325,7 +325,7 @@ def global_index(index: Tensor, spread: Spread, tensor: Tensor | None) -> Tensor
     ``spread`` each row of elements belongs to.
     """
     if tensor is not None:
-        spread = Spread(*(x[tensor].T[:, :, None] for x in spread))
+        spread = IndexMap(*(x[tensor].T[:, :, None] for x in spread))
     middle = index.double() + 0.5
     for inverse, jump in zip(spread.inverses, spread.jumps, strict=True):
         index = index + (middle * inverse).to(torch.int32) * jump

@@ -51,7 +51,7 @@ class Generated:
     def arguments(self, arguments: Any) -> list[Any]:
         """The arguments of ``call`` for those of the step function."""
         flat = examples.flatten(arguments)
-        return [origin.take(flat) for origin in self.origins]
+        return [origin.value(flat) for origin in self.origins]
 
 
 def kind(param_dtype: torch.dtype = torch.float32, float8: bool = True, caution: bool = False) -> Kind:

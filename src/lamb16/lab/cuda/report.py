@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
-from lamb16.step.blocks import PIECE, Block
+from lamb16.step.blocks import PACKED_ROW, Block
 from lamb16.step.kinds import Graph, Kind
-from lamb16.step.packing import TablePacking, Tail
+from lamb16.step.packing import PackedRows, TablePacking
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
@@ -94,12 +94,12 @@ class Code:
     def copying(self, unpack: bool) -> Binary:
         """The copying kernel, to be called within :func:`fake.device`."""
         if unpack not in self._copying:
-            from lamb16.step.cuda_copying import copy_pieces
+            from lamb16.step.cuda_copying import copy_packed_rows
 
             types = ["*i64"] * 5 + ["*fp32", "*fp32", "*u8", "*u8", "*u8", "*i32"]
-            signature = dict(zip(copy_pieces.arg_names, [*types, *["constexpr"] * 3], strict=True))
-            constants = {"EXACT": False, "UNPACK": unpack, "PIECE": PIECE}
-            self._copying[unpack] = assemble(copy_pieces, signature, constants, self.capability)
+            signature = dict(zip(copy_packed_rows.arg_names, [*types, *["constexpr"] * 3], strict=True))
+            constants = {"EXACT": False, "UNPACK": unpack, "PACKED_ROW": PACKED_ROW}
+            self._copying[unpack] = assemble(copy_packed_rows, signature, constants, self.capability)
         return self._copying[unpack]
 
     def slots(self, kernel: Kernel | None, launch: Launch) -> Slots:
@@ -121,9 +121,9 @@ class Recorder:
         self.copied: list[Eager] = []
         self.used: dict[str, Program] = {}
 
-    def packing(self, tails: Sequence[Tail], block: Block, *_: Any) -> TablePacking:
+    def packing(self, packed_rows: Sequence[PackedRows], block: Block, *_: Any) -> TablePacking:
         """As on CUDA."""
-        return TablePacking(tails, block, self.copy)
+        return TablePacking(packed_rows, block, self.copy)
 
     def clear(self) -> None:
         """Forget what was launched."""
@@ -147,7 +147,7 @@ class Recorder:
         self.launches.append((COPIES, copying(tensors, unpack)))
 
 
-class Steps:
+class CountedSteps:
     """A Lamb16 over meta tensors of some shapes whose steps are only counted."""
 
     def __init__(self, code: Code, shapes: Sequence[tuple[int, ...]], **options: Any) -> None:
@@ -171,14 +171,14 @@ def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
     """The launch of the copying kernel: it reads and writes as much as the packed buffer holds."""
     copied = {k: x for k, x in zip("pgmv", tensors[5:9], strict=True) if k != "g" or not unpack}
     moved = {f"{side}_ptr_{k}": x for side in ("in", "out") for k, x in copied.items()}
-    return Launch("copy_pieces", moved | {"UNPACK": unpack})
+    return Launch("copy_packed_rows", moved | {"UNPACK": unpack})
 
 
 def report(code: Code, title: str, shapes: Sequence[tuple[int, ...]]) -> Report:
     """Count one step over parameters of these shapes, and compile every kernel that it launches."""
-    steps = Steps(code, shapes)
-    steps.take()
-    launched = steps.take()
+    steps = CountedSteps(code, shapes)
+    steps.step()
+    launched = steps.step()
     params = sum(p.numel() for p in steps.params)
     moved = sum(launch.bytes_read + launch.bytes_written for _, launch in launched)
     moved += sum(operation.bytes_moved for operation in steps.eager)

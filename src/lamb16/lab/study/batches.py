@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study import mnist, training
 from lamb16.lab.study.mnist import MnistRun
 from lamb16.lab.study.report import COLOURS, figure, grouped, number, table
@@ -52,7 +52,7 @@ def jobs(sizes: Sizes) -> list[Any]:
 
 def rate(optimizer: str, batch: int) -> float:
     """The learning rate for so many images."""
-    return float(CONTENDERS[optimizer].default_lr * (batch / IMAGES) ** 0.5)
+    return float(REGISTRY[optimizer].default_lr * (batch / IMAGES) ** 0.5)
 
 
 def describe(job: Any) -> str:
@@ -107,7 +107,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
 
 
 def _label(name: str) -> str:
-    return CONTENDERS[name].label + (", tuned" if len(FACTORS[name]) > 1 else "")
+    return REGISTRY[name].label + (", tuned" if len(FACTORS[name]) > 1 else "")
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.contenders import label
+from lamb16.lab.registry import label
 from lamb16.lab.study.report import COLOURS, at_an_end, band, figure, grouped, median, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes

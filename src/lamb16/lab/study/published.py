@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from lamb16.lab import bench, contenders, timing
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import bench, registry, timing
 from lamb16.lab.model import TwoLayerCNN
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study import mnist
 from lamb16.lab.study.mnist import MnistRun, describe, execute
 from lamb16.lab.study.report import COLOURS, band, figure, grouped, median, table
@@ -58,7 +58,7 @@ def _settings(sizes: Sizes) -> list[tuple[MnistRun, bool]]:
         for batch, lr, epochs in sizes.published
         for name, factor, all_seeds in OPTIMIZERS
         for schedule in SCHEDULES
-        if contenders.why_unusable(name) is None
+        if registry.why_unusable(name) is None
     ]
     for (batch, lr, epochs), schedule in zip(sizes.published, CHANGED, strict=False):
         run = MnistRun("lamb16", sizes.dataset, batch, lr, epochs, schedule, 0, quick=sizes.quick)
@@ -69,7 +69,7 @@ def _settings(sizes: Sizes) -> list[tuple[MnistRun, bool]]:
 def prepare(results: Results, sizes: Sizes) -> None:
     """Measure step times, unless the file holds them, and note why an optimizer does not work here."""
     names = list(dict.fromkeys(name for name, *_ in OPTIMIZERS))
-    reasons = {name: contenders.why_unusable(name) for name in names}
+    reasons = {name: registry.why_unusable(name) for name in names}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     usable = [name for name in names if reasons[name] is None]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
@@ -77,7 +77,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
     timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
     if results.extra.get("timed") != timed:
         shapes = [tuple(p.shape) for p in TwoLayerCNN().parameters()]
-        factories = {CONTENDERS[name].label: _factory(name, sizes.quick) for name in usable}
+        factories = {REGISTRY[name].label: _factory(name, sizes.quick) for name in usable}
         rows = bench.measure(shapes, torch.float32, torch.device("cpu"), sizes.timed_rounds, factories)
         results.extra["step_times"] = [row for row in rows if row["name"] != bench.COPY]
         results.extra["timed"] = timed
@@ -87,7 +87,7 @@ def prepare(results: Results, sizes: Sizes) -> None:
 def _factory(name: str, eager: bool) -> timing.Factory:
     def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         named = [(str(i), p) for i, p in enumerate(params)]
-        return contenders.build(name, named, lr=1e-4, weight_decay=0.01, compile=not eager)
+        return registry.build(name, named, lr=1e-4, weight_decay=0.01, compile=not eager)
 
     return build
 
@@ -112,7 +112,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         ]
         found["step time"] = table(header, timed)
         if extra["unusable"]:
-            missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
+            missing = [[REGISTRY[name].label, reason] for name, reason in extra["unusable"].items()]
             found["not run"] = table(["optimizer", "why it could not be run"], missing)
     return found
 
@@ -125,7 +125,7 @@ def _what(pair: Pair) -> str:
     """The optimizer with its learning rate, and what was changed of Lamb16."""
     run = pair[0]
     options = [f"{name} {value}" for name, value in mnist.changed(run).items()]
-    text = ", ".join([CONTENDERS[run.optimizer].label, *options, f"lr {run.lr:g}"])
+    text = ", ".join([REGISTRY[run.optimizer].label, *options, f"lr {run.lr:g}"])
     return text.replace("beta1", "β1").replace("caution True", "caution")
 
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab import contenders
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import registry
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
@@ -41,7 +41,7 @@ def jobs(sizes: Sizes) -> list[Run]:
         for seed in size.rate_seeds
         for lr in size.rates
         for name, caution in OPTIMIZERS
-        if contenders.why_unusable(name) is None
+        if registry.why_unusable(name) is None
     ]
 
 
@@ -63,7 +63,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Note why an optimizer does not work here."""
-    reasons = {name: contenders.why_unusable(name) for name, _ in OPTIMIZERS}
+    reasons = {name: registry.why_unusable(name) for name, _ in OPTIMIZERS}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     results.save()
 
@@ -142,10 +142,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         rates = sorted(next(iter(curves.values())))
         found[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [
-                [contenders.label(*optimizer), *(number(curve[lr]) for lr in rates)]
-                for optimizer, curve in curves.items()
-            ],
+            [[registry.label(*optimizer), *(number(curve[lr]) for lr in rates)] for optimizer, curve in curves.items()],
         )
         for optimizer, curve in curves.items():
             at = best[optimizer]
@@ -153,12 +150,12 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             widths = [_width(curve, BASIN * limit) for limit in (own, least)]
             rate, difference = f"{at:.2g}{at_an_end(at, rates)}", 100 * (own / least - 1)
             shown = median_and_range(seeds[task][optimizer][at])
-            name = contenders.label(*optimizer)
+            name = registry.label(*optimizer)
             summary.append([task, name, shown, rate, f"{difference:+.2f}", *widths])
             short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
     header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
-    missing = [[CONTENDERS[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
+    missing = [[REGISTRY[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
     found |= {"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {}
     columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
     return {"basin": table(header, summary), "in short": table(["optimizer", *columns], short.values())} | found
@@ -178,7 +175,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
                     *zip(*points, strict=True),
                     style,
                     markersize=3,
-                    label=contenders.label(*optimizer),
+                    label=registry.label(*optimizer),
                     color=COLOURS[name],
                 )
             least = min(min(curve.values()) for curve in curves.values())

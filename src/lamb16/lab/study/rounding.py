@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from lamb16 import Lamb16
-from lamb16.lab import contenders
-from lamb16.lab.contenders import CONTENDERS
+from lamb16.lab import registry
+from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study.report import band, figure, grouped, number, table
 from lamb16.lab.study.runs import Result, Results, code_of
 from lamb16.lab.study.sizes import Sizes
@@ -87,12 +87,12 @@ def jobs(sizes: Sizes) -> list[Run]:
         for lr in mlp.rates
         for seed in seeds
     ]
-    return [form for form in found if contenders.why_unusable(form.optimizer) is None]
+    return [form for form in found if registry.why_unusable(form.optimizer) is None]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """The table of stalled weights, unless the file holds it, and why an optimizer does not work here."""
-    reasons = {name: contenders.why_unusable(name) for name, *_ in (*FORMS, *MLP_FORMS)}
+    reasons = {name: registry.why_unusable(name) for name, *_ in (*FORMS, *MLP_FORMS)}
     results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
     if results.extra.get("stall code") == code_of("lamb16"):
         return
@@ -120,7 +120,7 @@ def label(form: tuple[str, str, str | None]) -> str:
     """In tables and plots."""
     name, weights, rounding = form
     words = {"autocast": "float32 weights, autocast", "float32": "float32 weights"}.get(weights, "bfloat16")
-    return f"{CONTENDERS[name].label}, {words}" + (f", {rounding}" if rounding else "")
+    return f"{REGISTRY[name].label}, {words}" + (f", {rounding}" if rounding else "")
 
 
 def _form(pair: Pair) -> tuple[str, str, str | None]:
@@ -147,7 +147,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     stall = [[f"{lr:g}", *(number(x, ".4f") for x in moves)] for lr, *moves in extra["stall"]]
     names = ["float32", *(f"bfloat16, {rounding}" for _, rounding in STALLED[1:])]
     found = {"losses": table(header, rows), "small rates": _small_rates(pairs), "stall": table(["lr", *names], stall)}
-    missing = [[CONTENDERS[name].label, reason] for name, reason in extra["unusable"].items()]
+    missing = [[REGISTRY[name].label, reason] for name, reason in extra["unusable"].items()]
     return found | ({"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {})
 
 

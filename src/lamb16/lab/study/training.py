@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lamb16.lab import contenders
+from lamb16.lab import registry
 from lamb16.lab.study.probes import Shadow
 from lamb16.lab.study.runs import Result
 from lamb16.lab.study.tasks import Task, load_task
@@ -120,9 +120,7 @@ def build(run: Run, model: nn.Module) -> Optimizer:
         )
     if run.optimizer == "lamb16":
         options |= own | {"compile": run.steps >= COMPILED_STEPS}
-    return contenders.build(
-        run.optimizer, model.named_parameters(), lr=run.lr, weight_decay=run.weight_decay, **options
-    )
+    return registry.build(run.optimizer, model.named_parameters(), lr=run.lr, weight_decay=run.weight_decay, **options)
 
 
 def _schedule(steps: int, schedule: str) -> Callable[[int], float]:

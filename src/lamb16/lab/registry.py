@@ -21,7 +21,7 @@ MOST_SHAPES = 100  # torchao compiles for every shape, a second or so each
 
 
 @dataclass(frozen=True)
-class Contender:
+class OptimizerInfo:
     """How an optimizer is made; ``module`` must be importable, ``special`` are the options that only it takes."""
 
     label: str
@@ -45,56 +45,58 @@ def _plain(named: Named) -> list[Tensor]:
     return [p for _, p in named]
 
 
-CONTENDERS = {
-    "lamb16": Contender(
+REGISTRY = {
+    "lamb16": OptimizerInfo(
         "Lamb16",
         lamb16.Lamb16,
         0.01,
         special=frozenset({*NAMES, "max_grad_norm", "compile", "seed"}),
     ),
-    "lamb": Contender("LAMB (FP32)", lamb16.Lamb, 0.01),
-    "adam": Contender("Adam", torch.optim.Adam, 0.001),
-    "adamw": Contender("AdamW", torch.optim.AdamW, 0.001),
-    "nadam": Contender("NAdam", _foreign("torch.optim", "NAdam", decoupled_weight_decay=True), 0.001),
-    "adamw-kahan": Contender("AdamW with Kahan summation (optimi)", _foreign("optimi", "AdamW"), 0.001, "optimi"),
-    "published": Contender("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
-    "adamw8bit": Contender(
+    "lamb": OptimizerInfo("LAMB (FP32)", lamb16.Lamb, 0.01),
+    "adam": OptimizerInfo("Adam", torch.optim.Adam, 0.001),
+    "adamw": OptimizerInfo("AdamW", torch.optim.AdamW, 0.001),
+    "nadam": OptimizerInfo("NAdam", _foreign("torch.optim", "NAdam", decoupled_weight_decay=True), 0.001),
+    "adamw-kahan": OptimizerInfo("AdamW with Kahan summation (optimi)", _foreign("optimi", "AdamW"), 0.001, "optimi"),
+    "published": OptimizerInfo("PublishedLamb16", lamb16.PublishedLamb16, 0.01),
+    "adamw8bit": OptimizerInfo(
         "AdamW8bit (torchao)",
         _foreign("torchao.optim", "AdamW8bit"),
         0.001,
         "torchao",
         special=frozenset({"bf16_stochastic_round"}),
     ),
-    "adamwfp8": Contender("AdamWFp8 (torchao)", _foreign("torchao.optim", "AdamWFp8"), 0.001, "torchao"),
-    "adamw4bit": Contender("AdamW4bit (torchao)", _foreign("torchao.optim", "AdamW4bit"), 0.001, "torchao"),
-    "adamw8bit-bnb": Contender(
+    "adamwfp8": OptimizerInfo("AdamWFp8 (torchao)", _foreign("torchao.optim", "AdamWFp8"), 0.001, "torchao"),
+    "adamw4bit": OptimizerInfo("AdamW4bit (torchao)", _foreign("torchao.optim", "AdamW4bit"), 0.001, "torchao"),
+    "adamw8bit-bnb": OptimizerInfo(
         "AdamW8bit (bitsandbytes)", _foreign("bitsandbytes.optim", "AdamW8bit"), 0.001, "bitsandbytes"
     ),
-    "lamb-timm": Contender("LAMB (timm)", _foreign("timm.optim", "Lamb"), 0.01, "timm"),
-    "lamb-timm-cautious": Contender(
+    "lamb-timm": OptimizerInfo("LAMB (timm)", _foreign("timm.optim", "Lamb"), 0.01, "timm"),
+    "lamb-timm-cautious": OptimizerInfo(
         "LAMB (timm), cautious", _foreign("timm.optim", "Lamb", caution=True), 0.01, "timm"
     ),
-    "lamb-po": Contender("LAMB (pytorch_optimizer)", _foreign("pytorch_optimizer", "Lamb"), 0.01, "pytorch_optimizer"),
+    "lamb-po": OptimizerInfo(
+        "LAMB (pytorch_optimizer)", _foreign("pytorch_optimizer", "Lamb"), 0.01, "pytorch_optimizer"
+    ),
 }
 
 
 def label(name: str, caution: bool = False) -> str:
     """The optimizer's name in tables and plots."""
-    return CONTENDERS[name].label + (", caution" if caution else "")
+    return REGISTRY[name].label + (", caution" if caution else "")
 
 
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
     """The optimizer ``name`` over named parameters; of the ``options`` it gets those it takes."""
-    contender, named = CONTENDERS[name], list(named)
+    info, named = REGISTRY[name], list(named)
     shapes = len({p.shape for _, p in named})
-    if contender.module == "torchao" and shapes > MOST_SHAPES:
+    if info.module == "torchao" and shapes > MOST_SHAPES:
         raise CommandError(f"left out: it would compile for each of {shapes} shapes")
-    taken = {key: value for key, value in options.items() if key in contender.special | {"betas"}}
+    accepted = {key: value for key, value in options.items() if key in info.special | {"betas"}}
     try:
-        return contender.build(named, lr=lr, weight_decay=weight_decay, **taken)
+        return info.build(named, lr=lr, weight_decay=weight_decay, **accepted)
     except ImportError as error:
         raise CommandError(
-            f"{contender.label} needs '{contender.module}' ({error}); install it with: pip install 'lamb16[peers]'"
+            f"{info.label} needs '{info.module}' ({error}); install it with: pip install 'lamb16[peers]'"
         ) from error
 
 
