@@ -51,12 +51,12 @@ static inline I enc(V x,I w,int drop,int rebias,int minn){
   I b=_mm512_add_epi32(_mm512_max_epi32(B(x),lifted),_mm512_add_epi32(noise,K((1<<(drop-1))-(rebias<<23))));
   return _mm512_srai_epi32(b,drop);}
 void apply(float*__restrict p,const float*__restrict g,uint8_t*__restrict M,uint8_t*__restrict Vc,const C&c,long n){
-  I lane=_mm512_setr_epi32(0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15);
+  I index=_mm512_setr_epi32(0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15);
   for(long i=0;i<n;i+=16){
     V gg=F(_mm512_and_si512(B(_mm512_mul_ps(_mm512_loadu_ps(g+i),S(c.gf))),K(c.skip))); V w=_mm512_loadu_ps(p+i);
     auto [m,v,a,u]=update(gg,w,M+i,Vc+i,c);
     _mm512_storeu_ps(p+i,_mm512_sub_ps(w,F(_mm512_and_si512(B(_mm512_mul_ps(u,S(c.ss))),K(c.skip)))));
-    I x=_mm512_add_epi32(lane,K((int)i+c.salt));
+    I x=_mm512_add_epi32(index,K((int)i+c.salt));
     x=_mm512_xor_si512(x,_mm512_srli_epi32(x,13)); x=_mm512_mullo_epi32(x,K(0x8A3B8E57));
     x=_mm512_xor_si512(x,_mm512_srli_epi32(x,14)); x=_mm512_mullo_epi32(x,K(0xA2C9DAED));
     x=_mm512_add_epi32(x,K(c.off));

@@ -118,24 +118,24 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """Take the optimizer states out that the checkpoint does not have: those of parameters that were never stepped.
+    """Leave the optimizer states out that the checkpoint does not have: those of parameters that were never stepped.
 
     Raises ValueError if anything else is missing, if there is more in the checkpoint, or if shapes or dtypes differ.
     DCP ignores what is not asked for, and casts.
     """
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-    states, owners = state["optimizer"]["state"], {_owner(key) for key in saved}
+    states, stateful = state["optimizer"]["state"], {_parameter_key(key) for key in saved}
     for name in list(states):
-        if f"optimizer.state.{name}" not in owners:
+        if f"optimizer.state.{name}" not in stateful:
             del states[name]
     _ask_as_saved(state["optimizer"], saved)
     own, _ = flatten_state_dict(state)
     others = {f"optimizer.state.{name}": name for name in state["model"] if name not in states}
     missing = [key for key in own if key not in saved]
     surplus = [key for key in saved if key not in own and key.startswith(("model.", "optimizer."))]
-    left_out = sorted({others[_owner(key)] for key in surplus if _owner(key) in others})
-    surplus = [key for key in surplus if _owner(key) not in others]
+    left_out = sorted({others[_parameter_key(key)] for key in surplus if _parameter_key(key) in others})
+    surplus = [key for key in surplus if _parameter_key(key) not in others]
     unlike = [key for key in own if key in saved and _kind(own[key]) != _kind(saved[key])]
     for keys, fault in ((missing, "has no"), (surplus, "has also"), (unlike, "has another shape or dtype for")):
         if keys:
@@ -151,7 +151,7 @@ def _forget_unsaved(state: dict[str, Any], saved: dict[str, Any], path: Path) ->
 
 
 def _ask_as_saved(own: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Give states the names that they had before version 0.2, and groups the entries that the saved ones have.
+    """Rename states' entries to what they were before version 0.2, and let groups have the entries of the saved ones.
 
     ``load_state_dict`` knows the old names, and derives or keeps what is not there.
     """
@@ -171,7 +171,7 @@ def _ask_as_saved(own: dict[str, Any], saved: dict[str, Any]) -> None:
             group[name] = None
 
 
-def _owner(key: str) -> str:
+def _parameter_key(key: str) -> str:
     """The key of the parameter that an entry of a state belongs to."""
     return key.rpartition(".")[0]
 

@@ -115,7 +115,7 @@ def check_gradient_memory(grad: Tensor, name: str) -> None:
 def check_memory(tensors: Sequence[Tensor], names: Callable[[], Sequence[str]], inference: bool) -> None:
     """Raise ValueError unless every element of these plain tensors, which a step writes to, has memory of its own.
 
-    ``names`` gives what they are called. Tensors without elements are nobody's. ``inference``: whether step is called
+    ``names`` returns what they are called. Tensors without elements are nobody's. ``inference``: whether step is called
     in inference mode.
     """
     if _are_apart(tensors):
@@ -134,7 +134,7 @@ def check_memory(tensors: Sequence[Tensor], names: Callable[[], Sequence[str]], 
         begin, whole = x.data_ptr(), x.is_contiguous()
         end = begin + x.nbytes
         if not whole:
-            reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
             end = begin + x.element_size() * (1 + reach)
         storage = x.untyped_storage()
         if not begin or end > storage.data_ptr() + storage.nbytes():
@@ -181,10 +181,10 @@ def _are_apart(tensors: Sequence[Tensor]) -> bool:
 def _overlaps_itself(x: Tensor) -> bool:
     """Whether two elements are in the same place."""
     reach = 0
-    for step, n in sorted((step, n) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1):
-        if step <= reach:  # not nested, as those of most tensors are
+    for stride, n in sorted((stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride <= reach:  # not nested, as those of most tensors are
             return len(torch.unique(_places(x))) < x.numel()
-        reach += step * (n - 1)
+        reach += stride * (n - 1)
     return False
 
 
@@ -199,8 +199,8 @@ def _share_elements(x: Tensor, y: Tensor) -> bool:
 def _places(x: Tensor) -> Tensor:
     """Where the elements are, counted from the first one, int64 [numel]."""
     places = torch.zeros((), dtype=torch.int64)
-    for n, step in zip(x.shape, x.stride(), strict=True):
-        places = places[..., None] + torch.arange(n) * step
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        places = places[..., None] + torch.arange(n) * stride
     return places.view(-1)
 
 
@@ -251,7 +251,7 @@ def check_state(state: dict[str, Any], param: Tensor, name: str, moment_dtype: s
             )
         if is_sharded(value) and not is_sharded(param):
             raise ValueError(
-                f"Lamb16.load_state_dict: {key} of parameter {name} is spread over ranks (DTensor), the parameter not; "
+                f"Lamb16.load_state_dict: {key} of parameter {name} is sharded (a DTensor), the parameter not; "
                 "gather it first (get_optimizer_state_dict with StateDictOptions(full_state_dict=True))"
             )
         if value.dtype != torch.float32 and _has_nan(local(value), key):
@@ -310,9 +310,9 @@ def _check_scale(value: float, key: str, name: str) -> None:
 def _has_nan(codes: Tensor, key: str) -> bool:
     """Whether fp8 codes of a first (e4m3fn) or second (e5m2) moment hold a NaN or an infinity."""
     largest = torch.zeros((), dtype=torch.uint8, device=codes.device)
-    for part in chunks(codes.reshape(-1).view(torch.uint8)):
-        if part.numel():
-            largest = torch.maximum(largest, (part & 0x7F).max())
+    for chunk in chunks(codes.reshape(-1).view(torch.uint8)):
+        if chunk.numel():
+            largest = torch.maximum(largest, (chunk & 0x7F).max())
     return int(largest) > (0x7E if key == "exp_avg_codes" else 0x7B)
 
 
@@ -339,7 +339,7 @@ def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, An
             )
 
 
-def check_owners(state_dict: dict[str, Any]) -> None:
+def check_unknown_states(state_dict: dict[str, Any]) -> None:
     """Raise ValueError for a state that belongs to no parameter."""
     named = {key for group in state_dict["param_groups"] for key in group["params"]}
     unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in named]

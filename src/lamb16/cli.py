@@ -1,4 +1,4 @@
-"""The `lamb16` command: one subcommand a module of `lab`, each with `add_parser(subparsers)` and `run(args) -> int`.
+"""The `lamb16` command: one subcommand per module of `lab`, each with `add_parser(subparsers)` and `run(args) -> int`.
 
 Nothing of `lab` is imported before the command line is read.
 """

@@ -41,7 +41,7 @@ OVERFLOW = 2.0**127  # of a second moment, as in reference.py
 
 @dataclass
 class Foreign:
-    """A checked state of another optimizer: ``state`` has its moments, whole or spread, as they were found.
+    """A checked state of another optimizer: ``state`` has its moments, whole or sharded, as they were found.
 
     ``largest``: the largest magnitude of each, 0-d float32; of this rank's part until :func:`share`.
     """
@@ -92,7 +92,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
                 "checkpoint belongs to another model"
             )
         if is_sharded(value) and not is_sharded(param):
-            raise ValueError(f"{where} is spread over ranks (DTensor), the parameter not; gather it first")
+            raise ValueError(f"{where} is sharded (a DTensor), the parameter not; gather it first")
         try:
             whole = moment(state, key)
         except Exception as error:
@@ -113,7 +113,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
 
 
 def moment(state: dict[str, Any], key: str) -> Tensor:
-    """A moment as a floating-point tensor, this rank's part of it where it is spread."""
+    """A moment as a floating-point tensor, this rank's part of it where it is sharded."""
     value: Tensor = state[key].to_local() if is_sharded(state[key]) else state[key]
     if key in BITSANDBYTES and value.dtype == torch.uint8:
         return _from_blocks(value, state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"])
@@ -158,7 +158,7 @@ def share(found: Sequence[Foreign]) -> None:
 
 
 def as_lamb16(foreign: Foreign, salt: int, float8: bool) -> dict[str, Any]:
-    """The state by Lamb16's names, without what is derived; codes as uint8, spread as the moments were."""
+    """The state by Lamb16's names, without what is derived; codes as uint8, sharded as the moments were."""
     state: dict[str, Any] = {"step": foreign.step, "salt": fp8.wrapped(salt)}
     names = zip(MOMENTS, SCALARS[:2], foreign.keys, foreign.largest, (E4M3, E5M2), strict=True)
     for name, scale_name, key, largest, fmt in names:
@@ -174,11 +174,11 @@ def _encoded(x: Tensor, inverse: Tensor, fmt: Format) -> Tensor:
     """uint8 codes of x times ``inverse``, to nearest."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     to_nearest = torch.zeros((), dtype=torch.int32, device=x.device)
-    for part, out in zip(chunks(x.reshape(-1)), chunks(codes.view(-1)), strict=True):
-        part = part.float()
-        code = fp8.encode((part * inverse).abs(), to_nearest, fmt)
-        signed = code | (torch.signbit(part).int() << 7)
-        out.copy_(signed if fmt is E4M3 else torch.where(part > 0, code.clamp(min=1), code))
+    for chunk, out in zip(chunks(x.reshape(-1)), chunks(codes.view(-1)), strict=True):
+        chunk = chunk.float()
+        code = fp8.encode((chunk * inverse).abs(), to_nearest, fmt)
+        signed = code | (torch.signbit(chunk).int() << 7)
+        out.copy_(signed if fmt is E4M3 else torch.where(chunk > 0, code.clamp(min=1), code))
     return codes
 
 
@@ -193,14 +193,14 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
             f"Lamb16.load_state_dict: {where} has no betas: this is the state of another optimizer, without Adam's "
             "two moments"
         )
-    taken = {key: saved[key] for key in KEPT if key in saved}
+    shared = {key: saved[key] for key in KEPT if key in saved}
     for key in (key for key in SHARED if key in saved):
         try:
             check_hyperparameters({key: saved[key]}, f".load_state_dict ({where})")
-            taken[key] = saved[key]
+            shared[key] = saved[key]
         except ValueError as error:
             warnings.warn(f"{error}; this optimizer's own is kept", stacklevel=4)
-    return taken
+    return shared
 
 
 def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:

@@ -45,9 +45,9 @@ CHUNK = 1 << 13  # elements that are read at once where something is derived, at
 def init_state(
     param: Tensor, salt: int, float8: bool, moments: Sequence[Tensor] | None = None, exact: bool = False
 ) -> dict[str, Any]:
-    """The state of a parameter before its first step; codes and moments are contiguous and spread as it is.
+    """The state of a parameter before its first step; codes and moments are contiguous and sharded as it is.
 
-    ``moments`` are taken as they are in place of new zeros. The sum of the weights is that of this rank's part.
+    ``moments`` are used as they are in place of new zeros. The sum of the weights is that of this rank's part.
     """
     scales = (E4M3.smallest_scale(), E5M2.smallest_scale()) if float8 else (1.0, 1.0)
     dtypes = MOMENT_DTYPES["float8" if float8 else "float32"]
@@ -162,15 +162,15 @@ def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Tensor:
 def weight_sum(weights: Tensor) -> Tensor:
     """Σ clamp(p², 0.01, 1) in units of 2^-20, 0-d int64."""
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
-    for part in chunks(weights.detach().reshape(-1)):
-        part = part.float()
-        counted = floats.units(part * part, floats.WEIGHT_FLOOR_BITS) - floats.EIGHT_BITS
+    for chunk in chunks(weights.detach().reshape(-1)):
+        chunk = chunk.float()
+        counted = floats.units(chunk * chunk, floats.WEIGHT_FLOOR_BITS) - floats.EIGHT_BITS
         total += counted.sum(dtype=torch.int64)
     return total
 
 
 def chunks(flat: Tensor) -> tuple[Tensor, ...]:
-    """A flat tensor in at most 2,048 parts, so that what is made of one is small beside it."""
+    """A flat tensor in at most 2,048 chunks, so that what is made of one is small beside it."""
     return torch.split(flat, max(CHUNK, flat.numel() >> 11))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_owners, check_state, check_state_dict
+from .checks import check_state, check_state_dict, check_unknown_states
 from .codes import CODES, as_bytes
 from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, unwrapped
 from .entries import ENTRIES, MOMENTS, SCALARS, find_largest, init_state, renamed
@@ -28,7 +28,7 @@ def matched(
     names = parameters.names()
     named = all("param_names" in group for group in parameters.groups)
     found = match(state_dict["param_groups"], names, named, strict)
-    check_owners(state_dict)
+    check_unknown_states(state_dict)
     return names, found, {key: renamed(unwrapped(state)) for key, state in state_dict["state"].items()}
 
 
@@ -68,15 +68,15 @@ def checked_states(
     foreign = {}
     saved_group = {key: group for group in saved for key in group["params"]}
     for key, state in states.items():
-        if key not in found.owners:
+        if key not in found.positions:
             continue
-        k, i = found.owners[key]
+        k, i = found.positions[key]
         p, name = groups[k]["params"][i], names[k][i]
         other = keys_of(state)
         first = state.get((other or MOMENTS)[0]) if isinstance(state, dict) else None
         if not strict and isinstance(first, Tensor) and first.shape != p.shape:
             found.loaded.mismatched_keys.append(name)
-            del found.owners[key]
+            del found.positions[key]
         elif other:
             foreign[key] = check_foreign(state, saved_group[key], p, name)
         else:
@@ -92,8 +92,8 @@ def read_state(
     names: list[list[str]],
     found: Match,
 ) -> dict[Any, Any]:
-    """The saved states keyed by this optimizer's parameters, copied to their devices and spread as they are."""
-    owners = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.owners.items()}
+    """The saved states keyed by this optimizer's parameters, copied to their devices and sharded as they are."""
+    targets = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.positions.items()}
     left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
     state = {
         p: parameters.states[p]
@@ -101,13 +101,13 @@ def read_state(
         for p, name in zip(group["params"], own, strict=True)
         if name in left_out and _fits(parameters.states.get(p, {}), group)
     }
-    known = [key for key in states if key in owners]
+    known = [key for key in states if key in targets]
     loaded: dict[Any, dict[str, Any]] = {}
     for key in known:
-        p, group = owners[key]
+        p, group = targets[key]
         float8, value = group["moment_dtype"] == "float8", states[key]
         if key in foreign:
-            k, i = found.owners[key]
+            k, i = found.positions[key]
             value = as_lamb16(foreign[key], parameters.salt(parameters.groups[k], i), float8)
         exact = is_exact(p, group)
         loaded[key] = init_state(
@@ -122,10 +122,10 @@ def read_state(
             scalar = loaded[key][entry]
             scalar.fill_(float(value[entry]) if scalar.is_floating_point() else int(value[entry]))
         find_largest(loaded[key])
-    add_up({owners[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
+    add_up({targets[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
     for key, value in states.items():
-        if key in owners:
-            p = owners[key][0]
+        if key in targets:
+            p = targets[key][0]
             state[p] = loaded[key] | foreign_entries(value, p.device)
         elif key not in found.keys:  # of no parameter
             state[key] = value

@@ -26,13 +26,13 @@ class Loaded(NamedTuple):
 
 
 class Match(NamedTuple):
-    """``keys``: those of the saved groups' ``params``; ``owners``: group and position here of each that has its like.
+    """``keys``: those of the saved groups' ``params``; ``positions``: group and position here of those that are known.
 
     ``sources``: for every group here the saved group that has the same members, None where there is none.
     """
 
     keys: set[Any]
-    owners: dict[Any, tuple[int, int]]
+    positions: dict[Any, tuple[int, int]]
     sources: list[int | None]
     loaded: Loaded
 
@@ -50,8 +50,7 @@ def match(saved: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], named
         check_groups(saved, [{"params": own} for own in names])
         places = [(k, i) for k, own in enumerate(names) for i in range(len(own))]
         keys = list(chain.from_iterable(group["params"] for group in saved))
-        owners = dict(zip(keys, places, strict=True))
-        return Match(set(keys), owners, [*range(len(saved))], Loaded([], [], [], []))
+        return Match(set(keys), dict(zip(keys, places, strict=True)), [*range(len(saved))], Loaded([], [], [], []))
     here = {name: (k, i) for k, own in enumerate(names) for i, name in enumerate(own)}
     there = {
         name: key
@@ -77,8 +76,8 @@ def match(saved: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], named
             f"which has {len(saved)} groups, this optimizer {len(names)}. Group the parameters alike, or pass "
             "strict=False, which loads the states and keeps such groups' hyperparameters"
         )
-    owners = {key: here[name] for name, key in there.items() if name in here}
-    return Match(set(there.values()), owners, sources, Loaded(missing, unexpected, [], kept))
+    positions = {key: here[name] for name, key in there.items() if name in here}
+    return Match(set(there.values()), positions, sources, Loaded(missing, unexpected, [], kept))
 
 
 def _names(saved: Sequence[dict[str, Any]], here: set[str]) -> list[list[str]] | None:

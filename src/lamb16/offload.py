@@ -61,7 +61,7 @@ def move(states: Mapping[Any, Any], device_of: Callable[[Tensor], torch.device],
 
     Args:
         states: of every parameter its state, which is changed in place; those of other keys are left alone.
-        device_of: gives a parameter's state its device.
+        device_of: the device for a parameter's state.
         detach: copy the scalars in any case: they are views of a :class:`lamb16.store.Store`'s tables.
     """
     copies: list[tuple[dict[str, Any], str, Tensor]] = []

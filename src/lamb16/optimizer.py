@@ -141,8 +141,8 @@ class Lamb16(BetweenSteps):
         seed: int = 0,
         amp_scaling: bool = False,
     ) -> None:
-        given = locals()
-        defaults = {name: given[name] for name in NAMES}
+        arguments = locals()
+        defaults = {name: arguments[name] for name in NAMES}
         check_hyperparameters(defaults)
         check_max_grad_norm(max_grad_norm)
         check_options(compile, seed, amp_scaling)
@@ -221,12 +221,12 @@ class Lamb16(BetweenSteps):
         if self._release is not None:
             self._release.forget()
 
-    def _step(self, grad_scale: Any, found_inf: Any, given: dict[int, Tensor] | None = None) -> list[Plan]:
-        """Step the parameters that have gradients, or those that they are ``given`` for by id; returns their plans."""
+    def _step(self, grad_scale: Any, found_inf: Any, released: dict[int, Tensor] | None = None) -> list[Plan]:
+        """Step the parameters that have gradients, or whose gradients were ``released``, by id; returns their plans."""
         cached_plans = CACHED_PLANS if self._release is None else self._release.cached_plans
         check = partial(self._check, grad_scale, found_inf)
         return self._stepper.step(Request(
-            self._parameters, self.max_grad_norm, self._compile, cached_plans, grad_scale, found_inf, given, check
+            self._parameters, self.max_grad_norm, self._compile, cached_plans, grad_scale, found_inf, released, check
         ))  # fmt: skip
 
     def _check(self, grad_scale: Any, found_inf: Any) -> None:

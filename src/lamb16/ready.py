@@ -88,8 +88,8 @@ def ready_states(
             written += [x if type(x) is Tensor else local(x) for x in map(state.get, keys)]
 
     def names() -> list[str]:
-        owners = [(f"parameter {parameters.name(group, i)}", keys) for group, i, keys in called]
-        return [name for owner, keys in owners for name in (owner, *(f"{key} of {owner}" for key in keys))]
+        params = [(f"parameter {parameters.name(group, i)}", keys) for group, i, keys in called]
+        return [name for param, keys in params for name in (param, *(f"{key} of {param}" for key in keys))]
 
     check_memory(written, names, inference)
     prepare()
@@ -138,7 +138,7 @@ def checked_live_state(parameters: Parameters, p: Tensor, group: dict[str, Any],
         codes = as_fp8(key, state[key]) if float8 else state[key]
         if is_sharded(codes) != is_sharded(p):
             raise ValueError(
-                f"Lamb16: {key} of parameter {name} is not spread over the ranks as the parameter is; load states "
+                f"Lamb16: {key} of parameter {name} is not sharded over the ranks as the parameter is; load states "
                 "with Lamb16.load_state_dict, or with torch.distributed.checkpoint.state_dict"
             )
         if codes.shape != p.shape or local(codes).shape != local(p).shape:
@@ -166,7 +166,7 @@ def checked_live_state(parameters: Parameters, p: Tensor, group: dict[str, Any],
 def repair(
     states: dict[Any, Any], stores: dict[torch.device, Store], live: list[tuple[Tensor, dict[str, Any]]], new: New
 ) -> None:
-    """Give states the entries that they are to hold, and what is derived from them where they have changed."""
+    """Put into states the entries that they are to hold, and what is derived from them where they have changed."""
     changed: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
     for p, repaired in live:
         state = states[p]

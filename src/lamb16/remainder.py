@@ -41,7 +41,7 @@ def has_remainder(param: Tensor, state: dict[str, Any]) -> bool:
 
 
 def no_remainder(param: Tensor) -> Tensor:
-    """Remainders of 0, int16, contiguous and spread as the parameter is."""
+    """Remainders of 0, int16, contiguous and sharded as the parameter is."""
     weights = local(param)
     return like(param, torch.zeros(weights.shape, dtype=torch.int16, device=weights.device))
 
@@ -54,7 +54,7 @@ def as_bytes(remainder: Tensor) -> Tensor:
 
 
 def from_bytes(value: Any) -> Any:
-    """int16 [...] of what :func:`as_bytes` gave; everything else as it is."""
+    """int16 [...] of what :func:`as_bytes` returned; everything else as it is."""
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape[-1:] != (2,):
         return value
     found = local(value).contiguous().view(torch.int16).squeeze(-1)
@@ -67,18 +67,18 @@ def fitted(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
     Raises:
         ValueError: they do not fit the parameter.
     """
-    given: Tensor | None = from_bytes(state.get(REMAINDER))
-    if given is not None and has_remainder(param, state):
-        return given
+    value: Tensor | None = from_bytes(state.get(REMAINDER))
+    if value is not None and has_remainder(param, state):
+        return value
     check_remainder(state, param, name)
     found = no_remainder(param)
-    if given is not None:
-        if local(given).shape != local(param).shape:
+    if value is not None:
+        if local(value).shape != local(param).shape:
             raise ValueError(
-                f"Lamb16: {REMAINDER} of parameter {name} is not spread over the ranks as the parameter is; load "
+                f"Lamb16: {REMAINDER} of parameter {name} is not sharded over the ranks as the parameter is; load "
                 "states with Lamb16.load_state_dict"
             )
-        local(found).copy_(local(given))
+        local(found).copy_(local(value))
     return found
 
 
@@ -110,7 +110,7 @@ def check_remainder(state: dict[str, Any], param: Tensor, name: str, where: str 
         )
     if is_sharded(value) and not is_sharded(param):
         raise ValueError(
-            f"Lamb16{where}: {REMAINDER} of parameter {name} is spread over ranks (DTensor), the parameter not; gather "
+            f"Lamb16{where}: {REMAINDER} of parameter {name} is sharded (a DTensor), the parameter not; gather "
             "it first (.full_tensor())"
         )
 
@@ -167,17 +167,17 @@ def load_weights(params: Mapping[str, tuple[Tensor, dict[str, Any]]], weights: M
     """Set parameters, and the remainders in states that have some, to float32 weights."""
     kept: list[tuple[Tensor, dict[str, Any]]] = []
     for name, (p, state) in params.items():
-        own, given = local(p), like_param(p, weights[name])
+        own, exact = local(p), like_param(p, weights[name])
         if p.dtype != torch.bfloat16 or REMAINDER not in state:
-            own.copy_(given)
+            own.copy_(exact)
             continue
         kept.append((p, state))
-        given = given.to(own.device).reshape(-1)
-        nearest, remainder = torch.empty_like(given, dtype=own.dtype), local(state[REMAINDER]).view(-1)
-        for part, top, rest in zip(*(torch.split(x, CHUNK) for x in (given, nearest, remainder)), strict=True):
-            exact, rounded = floats.split(part)
+        exact = exact.to(own.device).reshape(-1)
+        nearest, remainder = torch.empty_like(exact, dtype=own.dtype), local(state[REMAINDER]).view(-1)
+        for part, top, rest in zip(*(torch.split(x, CHUNK) for x in (exact, nearest, remainder)), strict=True):
+            bits, rounded = floats.split(part)
             top.copy_(rounded)
-            rest.copy_(exact - rounded.view(torch.int32))
+            rest.copy_(bits - rounded.view(torch.int32))
         own.copy_(nearest.view(own.shape))
     for (_, state), value in zip(kept, checksums([p for p, _ in kept]), strict=True):
         state[CHECKSUM].fill_(value)

@@ -33,7 +33,7 @@ class Request(NamedTuple):
     cached_plans: int  # how many sets of parameters with gradients are remembered
     grad_scale: Any
     found_inf: Any
-    given: dict[int, Tensor] | None  # gradients in place of those that the parameters have, by parameters' ids
+    released: dict[int, Tensor] | None  # gradients in place of those that the parameters have, by parameters' ids
     check: Callable[[], None]  # raises for what is refused whatever the gradients are
 
 
@@ -48,7 +48,7 @@ class Stepper:
         self.grad_norm: Tensor | None = None
 
     def step(self, request: Request) -> list[Plan]:
-        """Step the parameters that have gradients, or those that they are given for; returns their plans."""
+        """Step the parameters that have gradients, or whose gradients were released; returns their plans."""
         plans: list[Plan] = []
         try:
             plans = self._run(request)
@@ -108,7 +108,7 @@ class Stepper:
         """
         parameters, inference = request.parameters, torch.is_inference_mode_enabled()
         state, most = parameters.states, request.cached_plans
-        gradients = gather(parameters, request.gradients, request.max_grad_norm is None)
+        gradients = gather(parameters, request.released, request.max_grad_norm is None)
         grads = gradients.grads
         cached = self.plans.find(gradients.key, gradients.params)
         part = None if cached is not None else self.plans.part(gradients, parameters.groups, most)

@@ -210,7 +210,7 @@ class Store:
             self.versions[(row - 1) * width : row * width] = found[k * width : (k + 1) * width]
 
     def state(self, state_index: Tensor) -> State:
-        """The tables for the step functions; ``state_index`` int64 says which rows."""
+        """The tables for the step functions, and the rows ``state_index``, int64."""
         return State._make([*self.columns, state_index])
 
 

@@ -90,12 +90,12 @@ class ExportedStep(torch.nn.Module):
         def full(value: float) -> Tensor:
             return torch.full((count,), value, dtype=torch.float64, device=device)
 
-        parts = [self._block(tensors, block) for block in self.blocks]
+        views = [self._block(tensors, block) for block in self.blocks]
         read = [
             [torch.zeros(len(block.tensors), dtype=torch.int32, device=device) for _ in range(1 + self.spec.exact)]
             for block in self.blocks
         ]
-        update.inspect(parts, read, None)
+        update.inspect(views, read, None)
         largest, *checksums = (self._of_all(list(results)) for results in zip(*read, strict=True))
 
         hyper = torch.stack([lr.expand(count) if name == "lr" else full(x) for name, x in self.numbers.items()], 1)
@@ -104,19 +104,19 @@ class ExportedStep(torch.nn.Module):
         # As in store.py a row comes before those of the tensors, for what is not to be written.
         tables = [[torch.cat([x.new_zeros(1), x]) for x in table.unbind(1)] for table in (scales, counters, sums)]
         state = State._make([x for table in tables for x in table] + [torch.tensor(self.order, device=device) + 1])
-        given = Inputs(
+        inputs = Inputs(
             largest, one_row, hyper, torch.tensor(self.sizes, dtype=torch.float64, device=device),
             columns(1, torch.int32)[0], grad_factor.view(()), torch.zeros((), device=device), *checksums,
         )  # fmt: skip
         floats, integers = columns(FLOATS, torch.float32), columns(INTEGERS, torch.int32)
         counted, skipped = columns(1, torch.bool)[0], torch.zeros((), dtype=torch.int64, device=device)
-        update.scale(given, state, Outputs(floats, integers, columns(3, torch.float64), counted, skipped), True)
+        update.scale(inputs, state, Outputs(floats, integers, columns(3, torch.float64), counted, skipped), True)
 
         factors = stored(torch.stack(floats, 1)), stored(torch.stack(integers, 1))
         found = []
-        for part, block in zip(parts, self.blocks, strict=True):
-            found.append(self._update(part, block, factors))
-            self._write_back(tensors, part, block)
+        for view, block in zip(views, self.blocks, strict=True):
+            found.append(self._update(view, block, factors))
+            self._write_back(tensors, view, block)
         rows = [None if x[0] is None else self._of_all(list(x)) for x in zip(*found, strict=True)]
         ones = torch.ones(count, dtype=torch.int64, device=device)
         update.fold(Sums._make(rows), one_row, counted, ones, state, True)
@@ -134,8 +134,8 @@ class ExportedStep(torch.nn.Module):
         found = [[tensors[self.width * i + k].view(1, -1) for i in block.tensors] for k in range(self.width)]
         return in_place([x[0] if len(x) == 1 else stored(torch.cat(x)) for x in found])
 
-    def _update(self, part: StepBlock, block: Block, factors: tuple[Tensor, Tensor]) -> Sums:
-        """The step over a block, in place; gives its sums, of whole tensors."""
+    def _update(self, view: StepBlock, block: Block, factors: tuple[Tensor, Tensor]) -> Sums:
+        """The step over a block, in place; returns its sums, of whole tensors."""
         f = Factors(*_rows(factors[0], block), *_rows(factors[1], block))
         device = f.salt.device
         words = fp8.element_words(torch.arange(block.numel, dtype=torch.int32, device=device), f.salt)
@@ -146,14 +146,14 @@ class ExportedStep(torch.nn.Module):
         ]
         sums = Sums._make(found)
         magnitude = torch.full((1,), MAGNITUDE, dtype=torch.int32, device=device)
-        update.update_block(part, f, words, magnitude, sums, self.spec.hyper.param_rounding == "stochastic")
+        update.update_block(view, f, words, magnitude, sums, self.spec.hyper.param_rounding == "stochastic")
         return sums
 
-    def _write_back(self, tensors: list[Tensor], part: StepBlock, block: Block) -> None:
+    def _write_back(self, tensors: list[Tensor], view: StepBlock, block: Block) -> None:
         """Copy what is written of a block of small tensors to where it came from."""
         if len(block.tensors) == 1:
             return
-        for k, rows in ((0, part.new_p), (2, part.new_m), (3, part.new_v), (4, part.new_remainder)):
+        for k, rows in ((0, view.new_p), (2, view.new_m), (3, view.new_v), (4, view.new_remainder)):
             for i, row in zip(block.tensors, () if rows is None else stored(rows), strict=rows is not None):
                 tensors[self.width * i + k].view(-1).copy_(row)
 

@@ -54,7 +54,7 @@ class Spec(NamedTuple):
         return self.param_dtype == torch.bfloat16 and self.hyper.param_rounding == "exact"
 
     @property
-    def parts(self) -> dict[str, torch.dtype]:
+    def arrays(self) -> dict[str, torch.dtype]:
         """The inputs of each tensor."""
         found = {"param": self.param_dtype, "grad": self.param_dtype}
         found |= {"exp_avg_codes": torch.uint8, "exp_avg_sq_codes": torch.uint8}
@@ -64,9 +64,8 @@ class Spec(NamedTuple):
 def inputs(spec: Spec) -> list[Input]:
     """What a step takes, in order: the inputs of each tensor, then the tables and two numbers."""
     shapes = spec.shapes
-    found = [
-        Input(f"{part}.{i}", dtype, shape) for i, shape in enumerate(shapes) for part, dtype in spec.arrays.items()
-    ]
+    arrays = spec.arrays.items()
+    found = [Input(f"{name}.{i}", dtype, shape) for i, shape in enumerate(shapes) for name, dtype in arrays]
     found += [Input(name, dtype, (len(shapes), len(TABLES[dtype]))) for name, dtype in TABLE_INPUTS.items()]
     return [*found, Input("lr", torch.float64, (1,)), Input("grad_factor", torch.float64, (1,))]
 

@@ -235,9 +235,9 @@ def sweep_decoders(sweep: Sweep) -> None:
 
 def all_patterns() -> Iterator[tuple[int, Tensor]]:
     """The 2^32 patterns in chunks."""
-    lanes = torch.arange(CHUNK, dtype=torch.int32)
+    offsets = torch.arange(CHUNK, dtype=torch.int32)
     for first in range(0, 1 << 32, CHUNK):
-        yield first, lanes + fp8.wrapped(first)
+        yield first, offsets + fp8.wrapped(first)
 
 
 def sample_patterns() -> Iterator[tuple[int, Tensor]]:
@@ -245,9 +245,9 @@ def sample_patterns() -> Iterator[tuple[int, Tensor]]:
 
     Subnormal, infinite and NaN patterns are those of the lowest and highest exponent.
     """
-    lanes = torch.arange(CHUNK, dtype=torch.int32)
+    offsets = torch.arange(CHUNK, dtype=torch.int32)
     for first in range(0, 1 << 24, CHUNK):
-        position = lanes + first
+        position = offsets + first
         yield first, (position << 8) | (fp8.hash32(position) & 0xFF)
     yield 1 << 24, boundary_patterns()
 

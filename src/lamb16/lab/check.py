@@ -143,8 +143,8 @@ def build_harness(compiler: str | None, folder: Path, harness: Path | None = Non
     # DT_RPATH rather than DT_RUNPATH, because the step's library, which has neither, inherits only the former.
     link = [f"-L{libraries}", f"-Wl,--disable-new-dtags,-rpath,{libraries}", "-Wl,--no-as-needed"]
     link += ["-ltorch_cpu", "-lc10", "-ldl", "-lm"]
-    given = "-DHYPERPARAMETERS(X)=" + " ".join(f"X({name})" for name in capi.CHyper.NAMES)
-    capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS, given], sources, program, link)
+    macro = "-DHYPERPARAMETERS(X)=" + " ".join(f"X({name})" for name in capi.CHyper.NAMES)
+    capi.run_compiler([*capi.find_compiler(compiler), *capi.FLAGS, macro], sources, program, link)
     return program
 
 

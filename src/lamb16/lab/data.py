@@ -125,8 +125,8 @@ def _check_identity(dataset: str, path: Path, test_labels: Tensor) -> None:
 
 def _find_files(dataset: str, folder: str | os.PathLike[str] | None) -> list[Path]:
     """The four files, from the named folder or the cache, downloaded where there is a network."""
-    given = folder or os.environ.get(DATA_VARIABLE)
-    root = Path(given or CACHE).expanduser()
+    chosen = folder or os.environ.get(DATA_VARIABLE)
+    root = Path(chosen or CACHE).expanduser()
     places = _places(dataset, root)
     for place in places:
         files = [_existing(place, stem) for stem in _STEMS]

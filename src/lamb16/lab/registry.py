@@ -22,7 +22,7 @@ MOST_SHAPES = 100  # torchao compiles for every shape, a second or so each
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """How an optimizer is made; ``module`` must be importable, ``special`` are the options that only it takes."""
+    """How an optimizer is made; ``module`` must be importable, ``special`` are the options that only it has."""
 
     label: str
     build: Callable[..., Optimizer]
@@ -86,7 +86,7 @@ def label(name: str, caution: bool = False) -> str:
 
 
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
-    """The optimizer ``name`` over named parameters; of the ``options`` it gets those it takes."""
+    """The optimizer ``name`` over named parameters; of the ``options`` it gets those that it has."""
     info, named = REGISTRY[name], list(named)
     shapes = len({p.shape for _, p in named})
     if info.module == "torchao" and shapes > MOST_SHAPES:

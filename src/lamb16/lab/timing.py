@@ -92,10 +92,10 @@ def measure(
     copy: str,
     captured: str,
 ) -> list[Row]:
-    """One row a optimizer: first step, median and range of a step, its ratio to ``baseline``, state, peak memory.
+    """One row per optimizer: first step, median and range of a step, its ratio to ``baseline``, state, peak memory.
 
     The ratio is named ``to_adamw``: the baseline is fused AdamW. A row named ``copy`` is the copy of :func:`copy_of`.
-    A optimizer that cannot take a step gets a row with the reason as ``error`` and no figures. On CUDA the optimizer
+    An optimizer that cannot take a step gets a row with the reason as ``error`` and no figures. On CUDA the optimizer
     named ``captured``, if it is one of them, is measured once more as a CUDA graph.
     """
     params = make_params(shapes, dtype, device)
@@ -195,7 +195,7 @@ class Stopwatch:
         packing = self.inner.packing(*arguments)
         if isinstance(packing, (AddressPacking, TablePacking)):
             launch = packing.launch
-            packing.launch = lambda *given: self._add("copy", lambda: launch(*given))
+            packing.launch = lambda *arguments: self._add("copy", lambda: launch(*arguments))
         return packing
 
     def prepare(self, graph: Graph, kind: Kind) -> None:

@@ -124,12 +124,12 @@ def _add_output_options(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `lamb16 train`."""
-    given = vars(args)
-    settings = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+    options = vars(args)
+    settings = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     config = TrainConfig(**settings).completed()
-    json_file: Path | None = given.get("json")
+    json_file: Path | None = options.get("json")
     if json_file and not json_file.absolute().parent.is_dir():  # better said now than after the training
         raise CommandError(f"cannot write {json_file}: there is no folder {json_file.absolute().parent}")
     with started_by_torchrun(config.device) if config.distributed else contextlib.nullcontext(ALONE) as workers:
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             train(config, data, workers=workers)
             return 0
         with (
-            _open_log(config, given.get("log_dir"), "no_log" in given) as log,
+            _open_log(config, options.get("log_dir"), "no_log" in options) as log,
             _progress(config, data) as (report, on_step),
         ):
             result = train(config, data, log=log, report=report, on_step=on_step, workers=workers)

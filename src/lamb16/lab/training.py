@@ -102,10 +102,10 @@ class TrainConfig:
                 raise CommandError(f"{option(f.name)} must be {f.metadata['wanted']}, not {value}")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             raise CommandError(f"--max-grad-norm must be a positive number, not {self.max_grad_norm}")
-        given = {option(name, getattr(self, name)): getattr(self, name) is not None for name in LAMB16_ONLY}
-        given["--schedule linear-step"] = self.schedule == "linear-step"
-        for name, is_given in given.items():
-            if is_given and self.optimizer != "lamb16":
+        used = {option(name, getattr(self, name)): getattr(self, name) is not None for name in LAMB16_ONLY}
+        used["--schedule linear-step"] = self.schedule == "linear-step"
+        for name, is_used in used.items():
+            if is_used and self.optimizer != "lamb16":
                 raise CommandError(f"{name} is for --optimizer lamb16 only, not for {self.optimizer}")
         if self.schedule == "linear-step" and (self.trust_scale or 0) >= 1:
             raise CommandError(f"--schedule linear-step needs --trust-scale below 1, not {self.trust_scale}")
@@ -179,8 +179,8 @@ def steps_per_epoch(config: TrainConfig, data: ImageData) -> int:
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over the named parameters of `model`."""
     config = config.completed()
-    given = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
-    options = {name: value for name, value in given.items() if value is not None}
+    values = {name: getattr(config, name) for name in ("betas", *LAMB16_ONLY)}
+    options = {name: value for name, value in values.items() if value is not None}
     options |= {"compile": not config.eager, "seed": config.seed}
     return registry.build(
         config.optimizer, model.named_parameters(), lr=config.lr, weight_decay=config.weight_decay, **options
@@ -260,7 +260,7 @@ def _train_epoch(
     after_step: Callable[[int], None],
     workers: Workers,
 ) -> float:
-    """One step a batch (of indices into the training images); returns the mean loss.
+    """One step per batch (of indices into the training images); returns the mean loss.
 
     Each of several workers sums over its part of the batch and FSDP2 takes the mean over the workers: with the factor
     here, the gradient is that of the whole batch's mean loss.

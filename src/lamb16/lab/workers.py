@@ -31,7 +31,7 @@ class Workers:
         return number
 
     def shard(self, model: nn.Module, device: str) -> nn.Module:
-        """Spread the parameters over all processes (FSDP2), layer by layer."""
+        """Shard the parameters over all processes (FSDP2), layer by layer."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

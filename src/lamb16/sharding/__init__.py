@@ -1,4 +1,4 @@
-"""Parameters spread over a mesh (DTensor): which elements a rank holds, and what the ranks tell each other.
+"""Parameters sharded over a mesh (DTensor): which elements a rank holds, and what the ranks tell each other.
 
 A rank's shard is stepped like any tensor, with two differences: its rounding words are those of its elements' places
 in the whole tensor (:class:`lamb16.sharding.layout.Layout`), and before the update the ranks that share a tensor reduce

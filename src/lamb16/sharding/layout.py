@@ -1,4 +1,4 @@
-"""Where the shards of parameters that are spread over a mesh (DTensor) lie: which elements a rank holds."""
+"""Where the shards of parameters on a mesh (DTensor) lie: which elements a rank holds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def placement(tensor: Tensor) -> Any:
 
 @torch.no_grad()
 def like(param: Tensor, shard: Tensor, *trailing: int) -> Tensor:
-    """``shard``, this rank's part, as a tensor spread like ``param``; itself where that is a plain tensor.
+    """``shard``, this rank's part, as a tensor sharded like ``param``; itself where that is a plain tensor.
 
     It has ``param``'s dimensions, and ``trailing`` ones after these.
     """
@@ -56,9 +56,9 @@ def like(param: Tensor, shard: Tensor, *trailing: int) -> Tensor:
 
 
 def like_param(param: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of ``tensor``, which is whole (the same on every rank) or spread in any way, as of ``param``.
+    """This rank's part of ``tensor``, which is whole (the same on every rank) or sharded in any way, as of ``param``.
 
-    A collective where the two are spread differently. ``tensor`` has ``param``'s dimensions, and maybe more after
+    A collective where the two are sharded differently. ``tensor`` has ``param``'s dimensions, and maybe more after
     these; fp8 and int16 must come as uint8.
     """
     if not is_sharded(param):
@@ -78,16 +78,16 @@ def local_gradient(param: Tensor, grad: Tensor, name: str) -> Tensor:
         RuntimeError: one of the two is a DTensor and the other is not.
     """
     if is_sharded(param) != is_sharded(grad):
-        kinds = ["a DTensor" if is_sharded(x) else "a plain tensor" for x in (param, grad)]
+        found = ["a DTensor" if is_sharded(x) else "a plain tensor" for x in (param, grad)]
         raise RuntimeError(
-            f"Lamb16: parameter {name} is {kinds[0]}, but its gradient is {kinds[1]}; make both of one kind "
+            f"Lamb16: parameter {name} is {found[0]}, but its gradient is {found[1]}; make both of one kind "
             "(torch.distributed.tensor.distribute_tensor, or .full_tensor())"
         )
     return like_param(param, grad)
 
 
 def sharding_of(param: Tensor) -> Any:
-    """What to compare to see whether two tensors are spread alike."""
+    """What to compare to see whether two tensors are sharded alike."""
     if not is_sharded(param):
         return None
     return param.shape, param.placements, id(param.device_mesh)  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def layout(param: Tensor) -> Layout:
 
 
 def check_layout(param: Tensor, name: str) -> None:
-    """Raise ValueError for a parameter that is spread in a way that cannot be stepped; alike on every rank."""
+    """Raise ValueError for a parameter that is sharded in a way that cannot be stepped; alike on every rank."""
     if not is_sharded(param):
         return
     placements = param.placements  # type: ignore[attr-defined]

@@ -109,7 +109,7 @@ class BoundReduction:
         """Make the sums in the state those of whole tensors."""
         states, parts = self._states(), []
         for plan, s in zip(self.plans, states, strict=True):
-            # Without caution the last one stays: the first of the ranks gives it.
+            # Without caution the last one stays: the first of the ranks adds it.
             first = plan.shards.first_rank[: len(s.state_index)]
             shares = 1, 1, 1 if plan.kind.caution else first, 1 if plan.kind.exact else first
             sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum

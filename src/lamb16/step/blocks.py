@@ -1,7 +1,7 @@
 """What the functions of ``update.py`` are handed: blocks of weights, gradients and moments, and tables beside them.
 
-A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or many pieces of at most :data:`PACKED_ROW` elements
-packed one per row: ``rows.py`` cuts.
+A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or *packed rows* of many tensors, of
+:data:`PACKED_ROW` elements each: ``rows.py`` cuts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from . import fp8
 
 ROW = fp8.COLUMNS  # of a large tensor's block
 PACKED_ROW_BITS = 8
-PACKED_ROW = 1 << PACKED_ROW_BITS  # elements of a packed piece
+PACKED_ROW = 1 << PACKED_ROW_BITS  # elements of a packed row
 
 
 class Block(NamedTuple):
-    """What a call of ``inspect`` or ``update`` works on; all of a parameter that is spread here is its shard.
+    """What a call of ``inspect`` or ``update`` works on; all of a parameter that is sharded here is its shard.
 
-    A large tensor has no ``tensor``, ``start`` and ``length``: its rows are full and follow each other.
+    A large tensor has no ``tensor_index``, ``start`` and ``length``: its rows are full and follow each other.
     """
 
     p: Tensor  # [rows, columns] weights
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     new_p: Tensor  # the same memory once more: what is written to
     new_m: Tensor
     new_v: Tensor
-    tensor: Tensor | None = None  # [rows] int64: which row of the factor tables
+    tensor_index: Tensor | None = None  # [rows] int64: which row of the factor tables
     start: Tensor | None = None  # [rows, 1] int32: index of each row's first element
     length: Tensor | None = None  # [rows, 1] int32: elements of each row that count
     remainder: Tensor | None = None  # [rows, columns] int16: of bfloat16 weights that are kept exactly
@@ -45,7 +45,7 @@ def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
 
 
 class IndexMap(NamedTuple):
-    """Where the elements of a shard lie in a tensor that is split along inner dimensions, see ``global_index``."""
+    """From indices in a shard to global ones, where a tensor is split along inner dimensions; see ``global_index``."""
 
     inverses: Tensor  # [2] or [tensors, 2] float64
     jumps: Tensor  # [2] or [tensors, 2] int32
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, make: Callable[[], Tensor], caution: bool, exact: bool) -> Sums:
-        """Each of what ``make`` gives."""
+        """Each as ``make`` returns it."""
         there = (True, True, True, True, caution, exact)
         return cls._make(make() if found else None for found in there)
 
@@ -73,7 +73,7 @@ class Sums(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed pieces."""
+    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed rows."""
 
     # float32
     grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
@@ -110,23 +110,23 @@ FLOATS = len(Factors._fields) - INTEGERS
 
 
 class State(NamedTuple):
-    """The scalar state of all tensors, by columns, and which rows are meant."""
+    """The scalar state of all tensors, by columns, and the state indices of those that are meant."""
 
-    scale_m: Tensor  # float32 [slots]
+    scale_m: Tensor  # float32 [states]
     scale_v: Tensor
     max_m: Tensor
     max_v: Tensor
-    step: Tensor  # int32 [slots]
+    step: Tensor  # int32 [states]
     salt: Tensor
-    weight_sum: Tensor  # int64 [slots], of whole tensors
+    weight_sum: Tensor  # int64 [states], of whole tensors
     update_sum: Tensor
     mask_count: Tensor
     checksum: Tensor  # modulo 2^32
-    state_index: Tensor  # int64 [tensors]: the slot of each
+    state_index: Tensor  # int64 [tensors]: the row of each in the columns; 0 is padding
 
 
 class Stages(NamedTuple):
-    """How rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
+    """How results of rows are reduced to tensors: rows to chunks of neighbours, chunks to tensors; int64."""
 
     start: Tensor  # [chunks, 1]: first row
     length: Tensor  # [chunks, 1]

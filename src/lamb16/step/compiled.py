@@ -1,6 +1,6 @@
 """The step functions of ``update.py``, run eagerly or as compiled graphs: the executors.
 
-A *graph* is a step function for large or for packed blocks, of unsplit or of split tensors. A *kind* is what a graph is
+A *graph* is a step function for large or for packed blocks, with global indices or without. A *kind* is what a graph is
 specialised on: device type, dtypes, how the moments are stored, caution. Everything else (sizes, number of tensors,
 hyperparameters, step counts) is dynamic, so each graph is compiled once per process. It is compiled on small example
 inputs before it ever touches real tensors: a compiler that fails leaves no half-made step. On CPUs code that an earlier

@@ -15,16 +15,16 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Of packed i the first element, the number of elements and the first packed row, of `row` bytes each, are in `places`.
+# Of tensor i the first packed element, how many there are and the first packed row, of `row` bytes, are in `places`.
 SOURCE = """
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 enum { PACK, UNPACK, LARGEST };
-extern "C" void kernel(const int64_t* addresses, const int64_t* places, uint8_t* buffer, const int64_t packed_rows,
+extern "C" void kernel(const int64_t* addresses, const int64_t* places, uint8_t* buffer, const int64_t tensors,
                        const int64_t size, const int64_t row, const int64_t task) {
-    #pragma omp parallel for if(packed_rows > 63)
-    for (int64_t i = 0; i < packed_rows; i++) {
+    #pragma omp parallel for if(tensors > 63)
+    for (int64_t i = 0; i < tensors; i++) {
         const int64_t* place = places + 3 * i;
         const int64_t bytes = place[1] * size, padding = (row - bytes % row) % row;
         uint8_t* own = reinterpret_cast<uint8_t*>(addresses[i]) + place[0] * size;

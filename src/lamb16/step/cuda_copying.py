@@ -1,4 +1,4 @@
-"""The one hand-written kernel: copying packed pieces by a table of addresses. It computes nothing."""
+"""The one hand-written kernel: copying packed rows by a table of addresses. It computes nothing."""
 
 import triton
 import triton.language as tl
@@ -21,29 +21,30 @@ def copy_packed_rows(
     UNPACK: tl.constexpr,
     PACKED_ROW: tl.constexpr,
 ):
-    """Copy one piece (a row of PACKED_ROW elements) of weights, gradients and codes into the packed buffer, or back.
+    """Copy one packed row of weights, gradients and codes into the buffer, or back.
 
-    ``table_*`` [rows] int64 are the addresses of the pieces, ``p``, ``g``, ``m``, ``v`` and ``r`` [rows, PACKED_ROW] the
-    buffer, ``length`` [rows] int32 how much of a row is used. Gradients are not copied back, remainders only if EXACT.
+    ``table_*`` [rows] int64 are the addresses of what the rows hold, ``p``, ``g``, ``m``, ``v`` and ``r``
+    [rows, PACKED_ROW] the buffer, ``length`` [rows] int32 how much of a row is not padding. Gradients are not copied
+    back, remainders only if EXACT.
     """
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, PACKED_ROW)
-    inside = lane < tl.load(length + row)
-    packed = row * PACKED_ROW + lane
-    own_p = tl.load(table_p + row).to(p.dtype) + lane
-    own_g = tl.load(table_g + row).to(g.dtype) + lane
-    own_m = tl.load(table_m + row).to(m.dtype) + lane
-    own_v = tl.load(table_v + row).to(v.dtype) + lane
+    column = tl.arange(0, PACKED_ROW)
+    inside = column < tl.load(length + row)
+    packed = row * PACKED_ROW + column
+    own_p = tl.load(table_p + row).to(p.dtype) + column
+    own_g = tl.load(table_g + row).to(g.dtype) + column
+    own_m = tl.load(table_m + row).to(m.dtype) + column
+    own_v = tl.load(table_v + row).to(v.dtype) + column
     if UNPACK:
         tl.store(own_p, tl.load(p + packed, inside), inside)
         tl.store(own_m, tl.load(m + packed, inside), inside)
         tl.store(own_v, tl.load(v + packed, inside), inside)
         if EXACT:
-            tl.store(tl.load(table_r + row).to(r.dtype) + lane, tl.load(r + packed, inside), inside)
+            tl.store(tl.load(table_r + row).to(r.dtype) + column, tl.load(r + packed, inside), inside)
     else:
         tl.store(p + packed, tl.load(own_p, inside), inside)
         tl.store(g + packed, tl.load(own_g, inside), inside)
         tl.store(m + packed, tl.load(own_m, inside), inside)
         tl.store(v + packed, tl.load(own_v, inside), inside)
         if EXACT:
-            tl.store(r + packed, tl.load(tl.load(table_r + row).to(r.dtype) + lane, inside), inside)
+            tl.store(r + packed, tl.load(tl.load(table_r + row).to(r.dtype) + column, inside), inside)

@@ -46,7 +46,7 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
     """Arguments of the right kinds, every varying size different from every other and marked dynamic."""
     device, count = kind.device, kind.reading_group if graph.function == "inspect" else kind.group
     count = 1 if graph.packed else count
-    tensors, slots, chunks, rows = 6, 7, 11, 3
+    tensors, states, chunks, rows = 6, 7, 11, 3
     sizes = [rows + 2 * k for k in range(count)]
     if device.type != "cpu" and not (graph.packed or graph.global_index or kind.caution):
         # By the first tensor Inductor sees that there are many rows, and gives a row to one warp in place of eight:
@@ -89,28 +89,27 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         return Sums.of(lambda: unaligned(size, torch.int32), kind.caution, kind.exact)
 
     if graph.function == "inspect":
-        unit = torch.zeros(2, dtype=torch.float32, device=device) if graph.squares else None
+        rescale = torch.zeros(2, dtype=torch.float32, device=device) if graph.squares else None
         return (
             [block(n) for n in sizes],
             [[unaligned(n, torch.int32) for _ in range(1 + (graph.squares or kind.exact))] for n in sizes],
-            unit,
+            rescale,
         )
     if graph.function == "update":
         tables = [[row_or_table(k, x) for _ in sizes] for k, x in ((FLOATS, torch.float32), (INTEGERS, torch.int32))]
-        places = None
+        index_maps = None
         if graph.global_index:
-            places = [IndexMap(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
+            index_maps = [IndexMap(row_or_table(2, torch.float64), row_or_table(2, torch.int32)) for _ in sizes]
         blocks, found = [block(n) for n in sizes], [sums(n) for n in sizes]
-        return blocks, *tables, update.make_columns(device), found, places, kind.rounding == "stochastic"
+        return blocks, *tables, update.make_columns(device), found, index_maps, kind.rounding == "stochastic"
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
     stages = Stages(
         dynamic(chunks, 1, dtype=int64), dynamic(chunks, 1, dtype=int64), dynamic(13, dtype=int64),
         dynamic(tensors, 1, dtype=int64), dynamic(tensors, 1, dtype=int64), dynamic(17, dtype=int64),
     )  # fmt: skip
     state_index = dynamic(tensors, dtype=int64)
-    state = State._make(
-        [*columns(slots, 4, float32), *columns(slots, 2, int32), *columns(slots, 4, int64), state_index]
-    )
+    table = [*columns(states, 4, float32), *columns(states, 2, int32), *columns(states, 4, int64)]
+    state = State._make([*table, state_index])
     if graph.function == "scale":
         inputs = Inputs(
             unaligned(19, int32), stages, dynamic(tensors, len(NUMBERS), dtype=torch.float64),

@@ -32,8 +32,8 @@ def clip(
             top = torch.maximum(top, shared.to(device))
     exponent = (top >> 23).clamp(min=1) - 126  # 2^exponent is above the largest
     half = exponent >> 1
-    unit = torch.stack([(127 - half) << 23, (127 - (exponent - half)) << 23]).to(torch.int32).view(torch.float32)
-    sums = {id(plan): plan.squared_gradients(unit.to(plan.kind.device)) for plan in plans}
+    rescale = torch.stack([(127 - half) << 23, (127 - (exponent - half)) << 23]).to(torch.int32).view(torch.float32)
+    sums = {id(plan): plan.squared_gradients(rescale.to(plan.kind.device)) for plan in plans}
     for reduction in reductions:
         reduction.squares([sums[id(plan)] for plan in reduction.plans])
     total = sum((sums[id(plan)] * x[:, None]).sum(0).to(device) for plan, x in zip(plans, finite, strict=True))

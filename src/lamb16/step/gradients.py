@@ -20,7 +20,7 @@ GRAD, DTYPE, LAYOUT = map(attrgetter, ("grad", "dtype", "layout"))
 class Gradients(NamedTuple):
     """Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it."""
 
-    grads: dict[int, Tensor]  # this rank's parts
+    grads: dict[int, Tensor]  # this rank's shards of them
     params: dict[int, Tensor]
     key: tuple[Any, ...]  # equal where the same plans will do
     setting: list[Any]  # what must be equal in steps of parts of these plans
@@ -32,8 +32,8 @@ class Gradients(NamedTuple):
         return {id(p): (id(group), grads[id(p)].dtype) for group in groups for p in group["params"] if id(p) in grads}
 
 
-def gather(parameters: Parameters, given: dict[int, Tensor] | None, unclipped: bool) -> Gradients:
-    """The gradients that the parameters have, or that they are ``given`` by id."""
+def gather(parameters: Parameters, released: dict[int, Tensor] | None, unclipped: bool) -> Gradients:
+    """The gradients that the parameters have, or those that were ``released``, by parameters' ids."""
     grads: dict[int, Tensor] = {}
     params_of: dict[int, Tensor] = {}
     setting: list[Any] = [torch.is_inference_mode_enabled(), unclipped]
@@ -43,7 +43,7 @@ def gather(parameters: Parameters, given: dict[int, Tensor] | None, unclipped: b
         setting += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
         key += setting[-4:]
         every = group["params"]
-        found = list(map(GRAD, every) if given is None else map(given.get, map(id, every)))
+        found = list(map(GRAD, every) if released is None else map(released.get, map(id, every)))
         pairs = [(p, g) for p, g in zip(every, found, strict=True) if g is not None]
         params, own = [p for p, _ in pairs], [g for _, g in pairs]
         if fake or not _are_plain(params, own):
@@ -53,7 +53,7 @@ def gather(parameters: Parameters, given: dict[int, Tensor] | None, unclipped: b
         params_of.update(zip(ids, params, strict=True))
         key += ids
         key += map(DTYPE, own)
-    if given is not None and len(grads) < len(given):
+    if released is not None and len(grads) < len(released):
         raise RuntimeError(
             "Lamb16: a parameter whose gradients are released has left the optimizer's groups; remove() the "
             "release before you take parameters out"

@@ -103,7 +103,7 @@ def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: b
     # A function is compiled in several forms: what differs between them is not to become dynamic.
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch.compile(function, fullgraph=True, backend=backend)(*arguments)
-    return found[0] if found else lambda given: function(*given)  # torch.compiler.set_stance, TORCHDYNAMO_DISABLE
+    return found[0] if found else lambda inputs: function(*inputs)  # torch.compiler.set_stance, TORCHDYNAMO_DISABLE
 
 
 @contextlib.contextmanager
@@ -119,9 +119,9 @@ def generated_calls() -> Iterator[list[tuple[Callable[..., Any], list[Any], Any]
     original = CompiledFxGraph.__call__
 
     def call(self: Any, inputs: Any) -> Any:
-        given = list(inputs)
+        arguments = list(inputs)
         returned = original(self, inputs)
-        calls.append((self, given, returned))
+        calls.append((self, arguments, returned))
         return returned
 
     with mock.patch.object(CompiledFxGraph, "__call__", call):
@@ -160,7 +160,7 @@ class Origin(NamedTuple):
                         return cls(i, what, dim)
         raise ValueError(f"no argument is, or has the size or stride {received}")
 
-    def take(self, flat: list[Any]) -> Any:
+    def value(self, flat: list[Any]) -> Any:
         """The argument for these flattened arguments."""
         x = flat[self.position]
         if self.what == "tensor":

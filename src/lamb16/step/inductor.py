@@ -6,9 +6,10 @@
    are the inputs' memory once more, so the one loop reads each element before it writes it; were it not one loop,
    reductions would see what is new. ``graph_code.py`` therefore tries the code before it is used, and does without the
    help if it is wrong.
-2. **Lanes.** ``Tensor.view(dtype)`` between float32 and int32, a load of fewer bytes than a register has, and int32 to
-   uint8 are generated for CPUs as arrays copied lane by lane. :func:`cpu_code` makes them what they are: nothing, one
-   instruction, and a few. A loop with int16 in it has no vectors at all, until :func:`vector_casts` knows the type.
+2. **Casts.** ``Tensor.view(dtype)`` between float32 and int32, a load of fewer bytes than a register has, and int32 to
+   uint8 are generated for CPUs as arrays copied element by element. :func:`cpu_code` makes them what they are:
+   nothing, one instruction, and a few. A loop with int16 in it has no vectors at all, until :func:`vector_casts` knows
+   the type.
 3. **Invariants.** What does not change along a row is loaded and broadcast again for each vector, since the compiler
    must fear that a store of bytes changes it. :func:`cpu_code` moves such lines in front of the loop.
 4. **Stores in place.** The exported step stores into its inputs. What is computed from these and needed later, here by

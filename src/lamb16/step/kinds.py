@@ -44,13 +44,14 @@ class Graph(NamedTuple):
 
     function: str
     packed: bool = False
-    spread: bool = False  # update: of tensors that are split along inner dimensions
+    global_index: bool = False  # update: of tensors that are split along inner dimensions
     squares: bool = False  # inspect: the sums of squares
 
     @property
     def name(self) -> str:
         """The function and, in words, its form."""
-        return " ".join([self.function, *(form for form in self._fields[1:] if getattr(self, form))])
+        forms = [form.replace("_", " ") for form in self._fields[1:] if getattr(self, form)]
+        return " ".join([self.function, *forms])
 
     def kind(self, kind: Kind) -> Kind:
         """Without what makes no difference to this function."""

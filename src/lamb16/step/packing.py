@@ -2,9 +2,9 @@
 
 Eager steps have a ``torch._foreach_copy_`` for each of weights, gradients, codes and remainders. On CUDA that would be
 a launch for every 64 tensors of each, and on the CPU longer than all else that is done for tiny tensors: compiled steps
-copy by tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Parts* are what is
-packed of p, g, the two moments and, if there are, the remainders of the weights, or where that is: lists with one for
-each packed.
+copy by tables of addresses, on the CPU with a call for each of these, on CUDA with one for all. *Operands* are p, g,
+the two moments and, if there are, the remainders of the weights; the *sources* of each are what is packed of it, or
+where that is: a list with one for each tensor that has packed rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .cpu_copying import PACK, UNPACK
 class PackedRows(NamedTuple):
     """What is packed of a tensor: its elements from ``start`` on, in the packed rows from ``row`` on."""
 
-    tensor: int
+    tensor_index: int
     start: int
     length: int
     row: int
@@ -38,30 +38,30 @@ class PackedRows(NamedTuple):
         """Its elements in the contiguous tensor; the tensor itself where these are all."""
         return tensor if self.start == 0 else tensor.view(-1)[self.start : self.start + self.length]
 
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """(tensor, first element, length) of each of its rows."""
+    def places(self) -> list[tuple[int, int, int]]:
+        """(tensor index, first element, length) of each row."""
         starts = range(self.start, self.start + self.length, PACKED_ROW)
-        return [(self.tensor, start, min(PACKED_ROW, self.start + self.length - start)) for start in starts]
+        return [(self.tensor_index, start, min(PACKED_ROW, self.start + self.length - start)) for start in starts]
 
 
 def memory(block: Block) -> list[Tensor]:
-    """The buffers of a block of packed rows, in the order of the parts."""
+    """The buffers of a block of packed rows, in the order of the operands."""
     found = block.p, block.g, block.m, block.v, block.remainder
     return [x for x in found if x is not None]
 
 
 class Packing(Protocol):
-    """Copies the packed_rows of some tensors into a block and back."""
+    """Copies what is packed of some tensors into a block and back."""
 
     pads: bool  # whether the block's padding becomes 0
 
-    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Any]]:
-        """What is packed of these contiguous p, g, moments and remainders, each a list of all tensors of the plan."""
+    def sources(self, tensors: Sequence[list[Tensor]]) -> list[list[Any]]:
+        """The sources for these contiguous p, g, moments and remainders, each a list of all tensors of the plan."""
 
-    def pack(self, parts: Sequence[list[Any]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
+    def pack(self, sources: Sequence[list[Any]], operands: Sequence[int]) -> None:
+        """Copy these operands into the buffer: 0 for p, 1 for g, 2 and 3 for the moments, 4 for remainders."""
 
-    def unpack(self, parts: Sequence[list[Any]]) -> None:
+    def unpack(self, sources: Sequence[list[Any]]) -> None:
         """Copy all but the gradients back."""
 
 
@@ -77,7 +77,7 @@ class ForeachPacking:
         shapes: Sequence[Sequence[int]],
         moments: Sequence[torch.dtype],
     ) -> None:
-        """``block`` has the packed p, g and codes, [rows, PACKED_ROW]; shapes are those of the packed_rows' parts.
+        """``block`` has the packed p, g and codes, [rows, PACKED_ROW]; shapes are those of the sources.
 
         The dtypes are those of the states' moments.
         """
@@ -88,29 +88,29 @@ class ForeachPacking:
         self.rows = [[x[place].view(shape) for place, shape in zip(places, shapes, strict=True)] for x in flat]
 
     def part(self, kept: Sequence[int], packed_rows: Sequence[PackedRows]) -> ForeachPacking:
-        """For the ``kept`` ones among the packed_rows, which are now ``packed_rows``."""
+        """For the ``kept`` ones among the tensors, whose rows are now ``packed_rows``."""
         found = copy(self)
         found.packed_rows, found.rows = packed_rows, [[x[k] for k in kept] for x in self.rows]
         return found
 
-    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """Of every packed a view."""
-        return [[packed.of(x[packed.tensor]) for packed in self.packed_rows] for x in tensors]
+    def sources(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """A view for every tensor that has packed rows."""
+        return [[packed.of(x[packed.tensor_index]) for packed in self.packed_rows] for x in tensors]
 
-    def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
+    def pack(self, sources: Sequence[list[Tensor]], operands: Sequence[int]) -> None:
         """As in :class:`Packing`."""
-        torch._foreach_zero_([self.block[k] for k in kinds])
-        for k in kinds:
-            torch._foreach_copy_(self.rows[k], parts[k])
+        torch._foreach_zero_([self.block[k] for k in operands])
+        for k in operands:
+            torch._foreach_copy_(self.rows[k], sources[k])
 
-    def unpack(self, parts: Sequence[list[Tensor]]) -> None:
+    def unpack(self, sources: Sequence[list[Tensor]]) -> None:
         """As in :class:`Packing`."""
-        for k in (0, *range(2, len(parts))):
-            torch._foreach_copy_(parts[k], self.rows[k])
+        for k in (0, *range(2, len(sources))):
+            torch._foreach_copy_(sources[k], self.rows[k])
 
 
 class AddressPacking:
-    """Copies on the CPU with a call for each kind of part; the tables are renewed when an address has changed."""
+    """Copies on the CPU with a call for each operand; the tables are renewed when an address has changed."""
 
     pads = True
 
@@ -120,8 +120,8 @@ class AddressPacking:
         self._note(packed_rows)
 
     def _note(self, packed_rows: Sequence[PackedRows]) -> None:
-        self.packed_rows, owners = packed_rows, [packed.tensor for packed in packed_rows]
-        self.owned: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*owners, owners[0])
+        self.packed_rows, indices = packed_rows, [packed.tensor_index for packed in packed_rows]
+        self.chosen: Callable[[list[Tensor]], Sequence[Tensor]] = itemgetter(*indices, indices[0])
         self.places = torch.tensor(
             [(packed.start, packed.length, packed.row - self.first) for packed in packed_rows], device="cpu"
         )
@@ -134,20 +134,20 @@ class AddressPacking:
         found._note(packed_rows)
         return found
 
-    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
-        """Where the tensors begin that packed_rows belong to; they are to be kept until all is copied."""
-        return [addresses(self.owned(x)[:-1]) for x in tensors]
+    def sources(self, tensors: Sequence[list[Tensor]]) -> list[list[int]]:
+        """Where the tensors begin that have packed rows; they are to be kept until all is copied."""
+        return [addresses(self.chosen(x)[:-1]) for x in tensors]
 
-    def pack(self, parts: Sequence[list[int]], kinds: Sequence[int]) -> None:
+    def pack(self, sources: Sequence[list[int]], operands: Sequence[int]) -> None:
         """As in :class:`Packing`."""
-        for k in kinds:
-            if parts[k] != self.addresses[k]:
-                self.addresses[k], self.tables[k] = parts[k], torch.tensor(parts[k], device="cpu")
+        for k in operands:
+            if sources[k] != self.addresses[k]:
+                self.addresses[k], self.tables[k] = sources[k], torch.tensor(sources[k], device="cpu")
             self._copy(k, PACK)
 
-    def unpack(self, parts: Sequence[list[int]]) -> None:
+    def unpack(self, sources: Sequence[list[int]]) -> None:
         """As in :class:`Packing`, to where it was packed from."""
-        for k in (0, *range(2, len(parts))):
+        for k in (0, *range(2, len(sources))):
             self._copy(k, UNPACK)
 
     def _copy(self, k: int, task: int) -> None:
@@ -163,22 +163,22 @@ class TablePacking:
     def __init__(self, packed_rows: Sequence[PackedRows], block: Block, launch: Callable[..., None]) -> None:
         """As for :class:`ForeachPacking`; ``launch`` calls the kernel of ``cuda_copying.py``."""
         self.packed_rows, self.block, self.device, self.launch = packed_rows, memory(block), block.p.device, launch
-        pieces = [(i, j, n) for i, packed in enumerate(packed_rows) for j, (_, _, n) in enumerate(packed.pieces())]
-        self.owner, self.step = [i for i, _, _ in pieces], [PACKED_ROW * j for _, j, _ in pieces]
-        self.length = torch.tensor([n for _, _, n in pieces], dtype=torch.int32, device=self.device)
+        rows = [(i, j, n) for i, packed in enumerate(packed_rows) for j, (_, _, n) in enumerate(packed.places())]
+        self.source_index, self.offset = [i for i, _, _ in rows], [PACKED_ROW * j for _, j, _ in rows]
+        self.length = torch.tensor([n for _, _, n in rows], dtype=torch.int32, device=self.device)
         self.addresses: list[list[int]] = [[] for _ in self.block]
         self.tables: list[Tensor] = [self.length for _ in self.block]
         self.kept: list[Tensor] = []
 
-    def parts(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """Of every packed a view."""
-        return [[packed.of(x[packed.tensor]) for packed in self.packed_rows] for x in tensors]
+    def sources(self, tensors: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """A view for every tensor that has packed rows."""
+        return [[packed.of(x[packed.tensor_index]) for packed in self.packed_rows] for x in tensors]
 
-    def _note(self, k: int, parts: Sequence[Tensor]) -> None:
-        """Bring the table of one kind of tensors up to date."""
-        size = parts[0].element_size()
-        first = [x.data_ptr() for x in parts]
-        addresses = [first[i] + size * start for i, start in zip(self.owner, self.step, strict=True)]
+    def _note(self, k: int, sources: Sequence[Tensor]) -> None:
+        """Bring the table of one operand up to date."""
+        size = sources[0].element_size()
+        first = [x.data_ptr() for x in sources]
+        addresses = [first[i] + size * start for i, start in zip(self.source_index, self.offset, strict=True)]
         if addresses != self.addresses[k]:
             table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             table = table.pin_memory() if self.device.type == "cuda" else table
@@ -190,16 +190,16 @@ class TablePacking:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept += tables
 
-    def pack(self, parts: Sequence[list[Tensor]], kinds: Sequence[int]) -> None:
-        """As in :class:`Packing`, but that one launch copies all kinds, when it is the gradients' turn."""
-        if 1 not in kinds:
+    def pack(self, sources: Sequence[list[Tensor]], operands: Sequence[int]) -> None:
+        """As in :class:`Packing`, but that one launch copies all operands, when it is the gradients' turn."""
+        if 1 not in operands:
             return
-        for k, tensors in enumerate(parts):
+        for k, tensors in enumerate(sources):
             self._note(k, tensors)
         self._keep(*self.tables)
         self._launch(False)
 
-    def unpack(self, parts: Sequence[list[Tensor]]) -> None:
+    def unpack(self, sources: Sequence[list[Tensor]]) -> None:
         """As in :class:`Packing`."""
         self._launch(True)
 

@@ -34,19 +34,19 @@ class Part(Plan):
         self.__dict__.update(vars(whole))
         self.whole = whole
         self.own = [k for k, key in enumerate(whole.ids) if key in ids]
-        place = {k: n for n, k in enumerate(self.own)}
+        index = {k: n for n, k in enumerate(self.own)}  # tensor indices of the whole plan -> those of this one
 
         def chosen(x: Sequence[Any], kept: Sequence[int] = self.own) -> list[Any]:
             return [x[k] for k in kept]
 
         self.ids, self.layouts, self.memory = chosen(whole.ids), chosen(whole.layouts), list(map(chosen, whole.memory))
-        large = [j for j, (i, _) in enumerate(whole.rows.large) if i in place]
+        large = [j for j, (i, _) in enumerate(whole.rows.large) if i in index]
         self.rows = copy(whole.rows)
-        self.rows.large = [(place[i], rows) for i, rows in chosen(whole.rows.large, large)]
+        self.rows.large = [(index[i], rows) for i, rows in chosen(whole.rows.large, large)]
         self.row_read, self.row_sums = chosen(whole.row_read, large), chosen(whole.row_sums, large)
         self.row_floats, self.row_integers = chosen(whole.row_floats, large), chosen(whole.row_integers, large)
         self.calls = self.readings = [slice(k, k + 1) for k in range(len(large))]
-        self.batches = [part for batch in whole.batches if (part := _part(batch, place))]
+        self.batches = [part for batch in whole.batches if (part := _part(batch, index))]
         self.report = torch.zeros_like(whole.report)  # two parts may follow each other before they are read
         self.outputs = [*whole.outputs[:2], list(self.report.unbind(1))]
         self.state_indices = []
@@ -75,12 +75,13 @@ class Part(Plan):
         return self.report[self.own]
 
 
-def _part(batch: Batch, place: dict[int, int]) -> Batch | None:
-    """What is left of a batch, of the tensors that are now in these places."""
+def _part(batch: Batch, index: dict[int, int]) -> Batch | None:
+    """What is left of a batch, of the tensors that have these indices now."""
     packing = batch.packing
     assert isinstance(packing, (AddressPacking, ForeachPacking))
-    kept = [k for k, packed in enumerate(packing.packed_rows) if packed.tensor in place]
+    kept = [k for k, packed in enumerate(packing.packed_rows) if packed.tensor_index in index]
     if not kept:
         return None
-    packed_rows = [packing.packed_rows[k]._replace(tensor=place[packing.packed_rows[k].tensor]) for k in kept]
+    own = [packing.packed_rows[k] for k in kept]
+    packed_rows = [packed._replace(tensor_index=index[packed.tensor_index]) for packed in own]
     return batch._replace(packing=packing.part(kept, packed_rows), dirty=True)

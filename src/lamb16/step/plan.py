@@ -37,17 +37,17 @@ def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
             f"Lamb16: a parameter of shape {shapes[0]} has 2^31 elements or more; compiled steps on a GPU count with "
             "32 bits: split it, or pass compile=False"
         )
-    spread = any(needs_index_map(layout(p)) for p in params)
+    mapped = any(needs_index_map(layout(p)) for p in params)
     forms = [packed for packed, blocks in ((False, large), (True, packed_rows)) if blocks]
-    found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, spread) for packed in forms]
+    found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, mapped) for packed in forms]
     return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
 
 
 class Plan:
     """The blocks and tables of one step over one list of parameters of one :class:`Kind`.
 
-    The list is sorted by parameter group, so that a group is a slice of the tables. Of parameters that are spread over
-    a mesh the plan sees this rank's shards; what the ranks tell each other
+    The list is sorted by parameter group, so that a group is a slice of the tables. Of parameters that are sharded
+    over a mesh the plan sees this rank's shards; what the ranks tell each other
     (:class:`lamb16.sharding.reduction.Reduction`) comes after :meth:`inspect` and after :meth:`update`.
     """
 
@@ -89,7 +89,7 @@ class Plan:
         self.no_inf, self.one = zeros(), torch.ones((), dtype=torch.float64, device=device)
         self.columns = update.make_columns(device)
 
-        # What is found in every row, and of every block a slice of it.
+        # Results of every row, by its result index, and of every block a slice of them.
         self.largest = zeros(rows.count, dtype=torch.int32)
         self.sums = Sums.of(lambda: zeros(rows.count, dtype=torch.int32), self.kind.caution, self.kind.exact)
         self.checksum = zeros(rows.count, dtype=torch.int32) if self.kind.exact else None
@@ -100,17 +100,18 @@ class Plan:
 
         self.batches = self._batches(weights, zeros)
         # Zeros stay zeros: one block for all of them.
-        self.spare = [in_place([zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes])] * rows.spare
-        owners = [i for i, _ in rows.large]
-        self.row_floats = [self.floats[i] for i in owners] + [zeros(FLOATS)] * rows.spare
-        self.row_integers = [self.integers[i] for i in owners] + [zeros(INTEGERS, dtype=torch.int32)] * rows.spare
+        self.padding = [in_place([zeros(2, ROW, dtype=dtype) for dtype in self.kind.dtypes])] * rows.padding
+        indices = [i for i, _ in rows.large]
+        self.row_floats = [self.floats[i] for i in indices] + [zeros(FLOATS)] * rows.padding
+        self.row_integers = [self.integers[i] for i in indices] + [zeros(INTEGERS, dtype=torch.int32)] * rows.padding
         if self.shards.index_maps is not None:
-            places = [IndexMap(*(x[i] for x in self.shards.index_maps)) for i in [*owners, *[count - 1] * rows.spare]]
-            self.places: list[IndexMap] | None = places
+            padded = [*indices, *[count - 1] * rows.padding]
+            maps = [IndexMap(*(x[i] for x in self.shards.index_maps)) for i in padded]
+            self.index_maps: list[IndexMap] | None = maps
         else:
-            self.places = None
+            self.index_maps = None
         self.calls, self.readings = (
-            [slice(k, k + group) for k in range(0, len(owners), group)]
+            [slice(k, k + group) for k in range(0, len(indices), group)]
             for group in (self.kind.group, self.kind.reading_group)
         )
 
@@ -118,43 +119,39 @@ class Plan:
         """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
         kind, rows, executor = self.kind, self.rows, self.executor
         on_cpu, dtypes = kind.device.type == "cpu", kind.dtypes
-        most = rows.packed
+        most = rows.packed_count
         if on_cpu:
-            largest = max(
-                sum(w.numel() for w in weights) // 300, sum(packed.length for packed in rows.packed_rows) * 3 // 5
-            )
+            elements = sum(packed.length for packed in rows.packed_rows)
+            largest = max(sum(w.numel() for w in weights) // 300, elements * 3 // 5)
             most = max(BATCH, largest * dtypes[0].itemsize // (PACKED_ROW * sum(dtype.itemsize for dtype in dtypes)))
         first = [0]  # packed rows of the batches; a block has at least two
         for packed in rows.packed_rows:
-            if (
-                packed.row + packed.rows - first[-1] > most
-                and packed.row > first[-1] + 1
-                and rows.packed - packed.row > 1
-            ):
-                first.append(packed.row)
-        parts = [slice(a, b) for a, b in zip(first, [*first[1:], rows.packed], strict=True)] if rows.packed_rows else []
-        buffers = [
-            zeros(max((x.stop - x.start for x in parts), default=0), PACKED_ROW, dtype=dtype) for dtype in dtypes
-        ]
+            row, end = packed.row, packed.row + packed.rows
+            if end - first[-1] > most and row > first[-1] + 1 and rows.packed_count - row > 1:
+                first.append(row)
+        ends = [*first[1:], rows.packed_count]
+        parts = [slice(a, b) for a, b in zip(first, ends, strict=True)] if rows.packed_rows else []
+        most = max((x.stop - x.start for x in parts), default=0)
+        buffers = [zeros(most, PACKED_ROW, dtype=dtype) for dtype in dtypes]
         moments = MOMENT_DTYPES["float8"] if kind.float8 and on_cpu else dtypes[2:4]
-        begin, pieces, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.pieces(kind.device), []
+        begin, places, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.places(kind.device), []
         for part in parts:
-            block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in pieces])
+            block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in places])
             own = [k for k, packed in enumerate(rows.packed_rows) if part.start <= packed.row < part.stop]
-            packed_rows, where = rows.packed_rows[own[0] : own[-1] + 1], slice(begin + part.start, begin + part.stop)
-            shapes = [weights[t.tensor].shape if t.start == 0 else (t.length,) for t in packed_rows]
+            packed_rows = rows.packed_rows[own[0] : own[-1] + 1]
+            result_indices = slice(begin + part.start, begin + part.stop)
+            shapes = [weights[x.tensor_index].shape if x.start == 0 else (x.length,) for x in packed_rows]
             packing, dirty = executor.packing(packed_rows, block, shapes, moments), len(parts) > 1
-            read = [x[where] for x in (self.largest, self.checksum) if x is not None]
-            found.append(Batch(packing, block, read, self.sums.rows(where), dirty and not packing.pads))
+            read = [x[result_indices] for x in (self.largest, self.checksum) if x is not None]
+            found.append(Batch(packing, block, read, self.sums.rows(result_indices), dirty and not packing.pads))
         return found
 
     def place(self, state_indices: list[int]) -> None:
-        """Note which rows of the store the states have."""
+        """Note the states' indices, which are rows of the store."""
         if state_indices != self.state_indices:
             self.state_indices = state_indices
-            self.state_index = torch.tensor(
-                state_indices + [0] * (2 - len(state_indices)), device=self.kind.device
-            )  # as count
+            padded = state_indices + [0] * (2 - len(state_indices))  # to the count of __init__
+            self.state_index = torch.tensor(padded, device=self.kind.device)
 
     def touched(self, states: Sequence[Any]) -> list[Tensor]:
         """The parameters of which the state is missing, does not fit, was changed or is in another row."""
@@ -174,8 +171,8 @@ class Plan:
 
     def _memory(self) -> list[Any]:
         weights = self._weights()
-        kinds = Tensor.size, Tensor.stride, attrgetter("dtype")
-        found = [addresses(weights), list(map(type, self.params)), *(list(map(what, weights)) for what in kinds)]
+        properties = Tensor.size, Tensor.stride, attrgetter("dtype")
+        found = [addresses(weights), list(map(type, self.params)), *(list(map(what, weights)) for what in properties)]
         return found if self.plain else [*found, list(map(sharding_of, self.params))]
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -199,22 +196,22 @@ class Plan:
         self.moments = moments
         remainders = [[local(state[REMAINDER]) for state in states]] if self.kind.exact else []
         tensors = [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *moments, *remainders]
-        self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.spare
+        self.blocks = [_block(rows, [x[i] for x in tensors]) for i, rows in self.rows.large] + self.padding
         if self.kind.device.type != "cpu":
             tensors[2:4] = [list(map(as_bytes, x)) for x in moments]
-        self.tensors, self.parts = tensors, [batch.packing.parts(tensors) for batch in self.batches]
+        self.tensors, self.sources = tensors, [batch.packing.sources(tensors) for batch in self.batches]
         self._inspect(self.row_read, None)
 
-    def _inspect(self, results: list[list[Tensor]], unit: Tensor | None) -> None:
-        squares = unit is not None
+    def _inspect(self, results: list[list[Tensor]], rescale: Tensor | None) -> None:
+        squares = rescale is not None
         packed = Graph("inspect", packed=True, squares=squares)
-        for batch, parts in zip(self.batches, self.parts, strict=True):
-            if unit is None or len(self.batches) > 1:
-                batch.pack(parts, [0, 1] if self.kind.exact else [1])
-            found = batch.read if unit is None else [batch.sums.weights, batch.sums.updates]
-            self.executor.run(packed, self.kind, [batch.block], [found], unit)
+        for batch, sources in zip(self.batches, self.sources, strict=True):
+            if rescale is None or len(self.batches) > 1:
+                batch.pack(sources, [0, 1] if self.kind.exact else [1])
+            found = batch.read if rescale is None else [batch.sums.weights, batch.sums.updates]
+            self.executor.run(packed, self.kind, [batch.block], [found], rescale)
         for k in self.readings:
-            self.executor.run(Graph("inspect", squares=squares), self.kind, self.blocks[k], results[k], unit)
+            self.executor.run(Graph("inspect", squares=squares), self.kind, self.blocks[k], results[k], rescale)
 
     @property
     def whole_largest(self) -> Tensor:
@@ -234,10 +231,10 @@ class Plan:
         self.scaled_from = found, checksum, Stages(each, ones, columns, each, ones, columns)
         return found
 
-    def squared_gradients(self, unit: Tensor) -> Tensor:
+    def squared_gradients(self, rescale: Tensor) -> Tensor:
         """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.step.update.inspect`."""
         high, low = self.sums.weights, self.sums.updates  # free until the update
-        self._inspect([[x.weights, x.updates] for x in self.row_sums], unit)
+        self._inspect([[x.weights, x.updates] for x in self.row_sums], rescale)
         return torch.stack([update.sum_of(x, self.rows.stages) for x in (high, low)], 1)
 
     def scale(self, skipped: Tensor, found_inf: Tensor | None, inverse_scale: Tensor | None) -> None:
@@ -254,21 +251,22 @@ class Plan:
 
     def update(self) -> None:
         """The step: weights and moments are changed; then the sums that the next one needs."""
-        run, spread, stochastic = self.executor.run, self.places is not None, self.kind.rounding == "stochastic"
+        run, mapped, stochastic = self.executor.run, self.index_maps is not None, self.kind.rounding == "stochastic"
         for k in reversed(self.calls):  # the last gradients are still in the cache
-            places = None if self.places is None else self.places[k]
+            maps = None if self.index_maps is None else self.index_maps[k]
             run(
-                Graph("update", global_index=spread), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
-                self.columns, self.row_sums[k], places, stochastic,
+                Graph("update", False, mapped), self.kind, self.blocks[k], self.row_floats[k], self.row_integers[k],
+                self.columns, self.row_sums[k], maps, stochastic,
             )  # fmt: skip
-        places = None if self.shards.index_maps is None else [self.shards.index_maps]
-        for batch, parts in zip(self.batches, self.parts, strict=True):
-            batch.pack(parts, [0, *range(2, len(parts))] if len(self.batches) == 1 else range(len(parts)))
+        maps = None if self.shards.index_maps is None else [self.shards.index_maps]
+        for batch, sources in zip(self.batches, self.sources, strict=True):
+            operands = range(len(sources))
+            batch.pack(sources, [k for k in operands if k != 1] if len(self.batches) == 1 else operands)
             run(
-                Graph("update", True, spread), self.kind, [batch.block], [self.floats], [self.integers],
-                self.columns, [batch.sums], places, stochastic,
+                Graph("update", True, mapped), self.kind, [batch.block], [self.floats], [self.integers],
+                self.columns, [batch.sums], maps, stochastic,
             )  # fmt: skip
-            batch.packing.unpack(parts)
+            batch.packing.unpack(sources)
         for w, c in self.copies:
             w.copy_(c)
         written = [x for k, own in enumerate(self.tensors) if k != 1 for x in own]
@@ -288,12 +286,12 @@ class Plan:
     def drop_tensors(self) -> None:
         """Forget parameters, gradients, moments, remainders and copies of weights."""
         self.params = []
-        self.blocks, self.tensors, self.parts, self.copies, self.moments = [], [], [], [], []
+        self.blocks, self.tensors, self.sources, self.copies, self.moments = [], [], [], [], []
         self.scaled_from = self.largest, self.checksum, self.rows.stages
 
 
 class Batch(NamedTuple):
-    """Some of the packed tensors, and their rows of what is found in every row."""
+    """Some of the packed tensors, and the results of their rows."""
 
     packing: Packing
     block: Block
@@ -301,12 +299,12 @@ class Batch(NamedTuple):
     sums: Sums
     dirty: bool  # whether others leave something in the padding
 
-    def pack(self, parts: list[list[Any]], kinds: Sequence[int]) -> None:
-        """Copy these kinds of parts into the buffer, where the padding is 0."""
+    def pack(self, sources: list[list[Any]], operands: Sequence[int]) -> None:
+        """Copy these operands into the buffer, where the padding is 0."""
         if self.dirty:
             buffers = memory(self.block)
-            torch._foreach_zero_([buffers[k] for k in kinds])
-        self.packing.pack(parts, kinds)
+            torch._foreach_zero_([buffers[k] for k in operands])
+        self.packing.pack(sources, operands)
 
 
 def as_bytes(codes: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""How parameters are cut into the rows of blocks, and how what is found in rows becomes one number per tensor.
+"""How parameters are cut into the rows of blocks, and how results of rows are reduced to one number per tensor.
 
 A parameter of n elements is seen as a flat array. Its first n // 1024 rows of 1024 elements are a *large* block, if
 there are at least two rows; what is left is copied into a packed block and back after the step. There it takes as many
-rows of 256 elements as it needs. So a handful of compiled graphs serve every model, and hundreds of tiny tensors cost
-one call.
+packed rows of 256 elements as it needs. So a handful of compiled graphs serve every model, and hundreds of tiny tensors
+cost one call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 256  # rows that are reduced together on the way from rows to tensors
 
 
 def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[PackedRows]]:
-    """Large blocks as (tensor, rows), and what is packed, of tensors with these numbers of elements."""
+    """Large blocks as (tensor index, rows), and what is packed, of tensors with these numbers of elements."""
     large, packed_rows, row = [], [], 0
     for i, n in enumerate(sizes):
         rows = n // ROW if n >= 2 * ROW else 0
@@ -34,35 +34,35 @@ def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[PackedRows]]:
 
 
 class Rows:
-    """The rows of a plan's blocks: those of large tensors, of what fills their last group up, then the packed ones."""
+    """The rows of a plan's blocks: those of large tensors, of padding of their last group, then the packed ones."""
 
     def __init__(self, kind: Kind, sizes: Sequence[int]) -> None:
         device = kind.device
         self.large, self.packed_rows = cut(sizes)
-        self.spare = -len(self.large) % kind.reading_group
-        heights = [rows for _, rows in self.large] + [2] * self.spare
-        packed = sum(packed.rows for packed in self.packed_rows)
-        packed = max(packed, 2) if packed else 0  # graphs are compiled for two or more of everything
-        heights += [packed] * bool(packed)
+        self.padding = -len(self.large) % kind.reading_group
+        heights = [rows for _, rows in self.large] + [2] * self.padding
+        packed_count = sum(packed.rows for packed in self.packed_rows)
+        packed_count = max(packed_count, 2) if packed_count else 0  # graphs are compiled for two or more of everything
+        heights += [packed_count] * bool(packed_count)
         self.slices = [slice(end - n, end) for end, n in zip(_cumulated(heights), heights, strict=True)]
-        self.count, self.packed = max(sum(heights), 2), packed
+        self.count, self.packed_count = max(sum(heights), 2), packed_count
 
         # Chunks of neighbouring rows, those of a tensor one after the other.
         ranges: list[list[tuple[int, int]]] = [[] for _ in sizes]
         for (i, n), rows in zip(self.large, self.slices, strict=False):
             ranges[i].append((rows.start, n))
         for packed in self.packed_rows:
-            ranges[packed.tensor].append((self.slices[-1].start + packed.row, packed.rows))
+            ranges[packed.tensor_index].append((self.slices[-1].start + packed.row, packed.rows))
         chunks = [[(a + k, min(CHUNK, n - k)) for a, n in own for k in range(0, n, CHUNK)] for own in ranges]
         counts = [len(own) for own in chunks]
         flat = [chunk for own in chunks for chunk in own]
         first = [end - n if n else 0 for end, n in zip(_cumulated(counts), counts, strict=True)]
         self.stages = _stages(flat, list(zip(first, counts, strict=True)), device)
 
-    def pieces(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every packed row its tensor [rows] int64, first element and length, [rows, 1] int32."""
-        pieces = [piece for packed in self.packed_rows for piece in packed.pieces()]
-        table = torch.tensor(pieces + [(0, 0, 0)] * (self.packed - len(pieces)), device=device).view(-1, 3)
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every packed row its tensor index [rows] int64, first element and length, [rows, 1] int32."""
+        places = [place for packed in self.packed_rows for place in packed.places()]
+        table = torch.tensor(places + [(0, 0, 0)] * (self.packed_count - len(places)), device=device).view(-1, 3)
         return table[:, 0].contiguous(), table[:, 1:2].int().contiguous(), table[:, 2:].int().contiguous()
 
 

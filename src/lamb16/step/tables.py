@@ -67,10 +67,10 @@ class Shards:
         self.base = table([[x.base % 2**32] for x in layouts], torch.int32, 1)[:, 0].contiguous()
         self.first_rank = torch.ones(count, dtype=torch.int64, device=device)
         self.first_rank[: len(layouts)] = torch.tensor([int(x.first) for x in layouts])
-        self.spread = None
+        self.index_maps = None
         if any(map(needs_index_map, layouts)):
             inverses = table([[1 / run for run, _ in x.jumps] for x in layouts], torch.float64)
-            self.spread = IndexMap(
+            self.index_maps = IndexMap(
                 inverses, table([[jump % 2**32 for _, jump in x.jumps] for x in layouts], torch.int32)
             )
 

@@ -47,21 +47,21 @@ GOLDEN = 0x9E3779B9 - (1 << 32)
 # -- reading the gradients ----------------------------------------------------------------------------------------
 
 
-def inspect(blocks: list[Block], results: list[list[Tensor]], unit: Tensor | None) -> None:
+def inspect(blocks: list[Block], results: list[list[Tensor]], rescale: Tensor | None) -> None:
     """Reduce the gradients of every row of each block; the ``results`` of a block are int32 [rows].
 
-    Without a ``unit`` there is one, the bits of max|g|. With it, float32 [2], two powers of two whose product brings
+    Without ``rescale`` there is one, the bits of max|g|. With it, float32 [2], two powers of two whose product brings
     every gradient below 1, there are two: the sum of the squares of the products in units of 2^-20, and that of what
-    these leave in units of 2^-40. A second result without a ``unit`` is the checksum of the weights.
+    these leave in units of 2^-40. A second result without ``rescale`` is the checksum of the weights.
     """
     for block, result in zip(blocks, results, strict=True):
         g = block.g.float()
-        if unit is None:
+        if rescale is None:
             result[0].copy_(bits(g).amax(1))
             if len(result) > 1:
                 result[1].copy_(hashes_of(block.p.float()).sum(1, dtype=torch.int32))
             continue
-        x = g * unit[0] * unit[1]
+        x = g * rescale[0] * rescale[1]
         square = torch.clamp(bits(x * x), max=ONE_BITS).view(torch.float32)
         rounded = square + 8.0
         rest = (square - (rounded - 8.0)) * 2.0**20
@@ -69,7 +69,7 @@ def inspect(blocks: list[Block], results: list[list[Tensor]], unit: Tensor | Non
         result[1].copy_(((rest + 12.0).view(torch.int32) - TWELVE_BITS).sum(1, dtype=torch.int32))
 
 
-# -- rows to tensors ----------------------------------------------------------------------------------------------
+# -- two-stage reduction: rows to tensors ---------------------------------------------------------------------------
 
 
 def chosen(x: Tensor, start: Tensor, length: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,9 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     """
     h = dict(zip(NUMBERS, inputs.hyper.unbind(1), strict=True))
     beta1, beta2, lr = h["beta1"], h["beta2"], h["lr"]
-    old_m, old_v, max_m, max_v = (x[state.state_index] for x in state[:4])
-    step, weight_sum, update_sum = (x[state.state_index] for x in (state.step, state.weight_sum, state.update_sum))
+    state_index = state.state_index
+    old_m, old_v, max_m, max_v = (x[state_index] for x in state[:4])
+    step, weight_sum, update_sum = (x[state_index] for x in (state.step, state.weight_sum, state.update_sum))
 
     sign = torch.where(h["maximize"] != 0, -1.0, 1.0).double()
     grad_factor = (sign * inputs.inverse_scale).float()
@@ -145,14 +146,14 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     c1, c2, c3 = (torch.where(corrected, 1 - x, 1.0) for x in (beta1**t, beta2**t, beta1 ** (t + 1)))
     a = torch.where(nesterov, beta1 / c3, 1 / c1)
     b = torch.where(nesterov, (1 - beta1) / c1, 0.0)
-    share = inputs.numel / torch.maximum(state.mask_count[state.state_index].double(), inputs.numel / 1000)
+    share = inputs.numel / torch.maximum(state.mask_count[state_index].double(), inputs.numel / 1000)
 
     norms = weight_sum.double() / update_sum.double()
     ratio = torch.clamp((sqrt64(norms) * h["trust_lr"] / lr.abs()) ** h["trust_scale"], max=h["trust_clip"])
 
     join = torch.full_like(step, -1)
     if inputs.checksum is not None:
-        same = checksum_of(inputs.checksum, inputs.stages) == state.checksum[state.state_index]
+        same = checksum_of(inputs.checksum, inputs.stages) == state.checksum[state_index]
         join = torch.where(same, join, 0)
 
     active = Factors(
@@ -161,9 +162,9 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
         (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
         h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
-        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state.state_index], inputs.base, torch.full_like(step, -1), join,
+        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state_index], inputs.base, torch.full_like(step, -1), join,
     )  # fmt: skip
-    # With gradients of zero codes decode, and encode, to themselves: -0 (zero times -1) keeps the sign of a zero.
+    # Frozen: with gradients of zero codes decode, and encode, to themselves. -0 (zero times -1) keeps a zero's sign.
     one = torch.ones_like(old_m)
     frozen = active._replace(
         decode_m=one, decode_v=one, new_m=-one, encode_m=one, encode_v=one, keep=torch.zeros_like(step)
@@ -174,20 +175,20 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     for column, x in zip(outputs.report, (*roots, ratio), strict=True):
         column.copy_(x)
     outputs.counted.copy_(counted)
-    outputs.skipped.add_((skip & (state.state_index != 0)).sum())
-    state.scale_m[state.state_index] = torch.where(skip, old_m, fresh_m)
-    state.scale_v[state.state_index] = torch.where(skip, old_v, fresh_v)
-    state.step[state.state_index] = step + counted.int()
+    outputs.skipped.add_((skip & (state_index != 0)).sum())
+    state.scale_m[state_index] = torch.where(skip, old_m, fresh_m)
+    state.scale_v[state_index] = torch.where(skip, old_v, fresh_v)
+    state.step[state_index] = step + counted.int()
     # Where decay alone moves the weights, which is no step to count, they are to be rounded by other words each time.
     decays = (lr != 0) & (h["weight_decay"] != 0) & torch.logical_not(skip | counted)
-    state.salt[state.state_index] = state.salt[state.state_index] + decays.int()
+    state.salt[state_index] = state.salt[state_index] + decays.int()
 
 
 def fold(rows: Sums, stages: Stages, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:
     """After :func:`update`: what the next step needs of every tensor, in the state.
 
-    ``counted`` as :func:`scale` left it: other tensors keep what they have. Sums of shards are still to be added up
-    over the ranks: where nothing is new, one of these (``first_rank`` 1, others 0; int64 [tensors]) gives the old sum.
+    ``counted`` as :func:`scale` left it: other tensors keep what they have. Sums of shards are added up over the
+    ranks later: where nothing is new, one of these (``first_rank`` 1, others 0; int64 [tensors]) has the old sum.
     """
     state_index = state.state_index
     peaks = [largest_of(x, stages) for x in rows[:2]]
@@ -213,21 +214,21 @@ def update(
     integers: list[Tensor],
     columns: Tensor,
     sums: list[Sums],
-    spread: list[IndexMap] | None,
+    index_maps: list[IndexMap] | None,
     stochastic: bool,
 ) -> None:
     """One step over each block, in place; weights with 16 bits are rounded to nearest if not ``stochastic``.
 
     ``floats`` and ``integers`` are rows of the factor tables, one of each per block; for packed rows the tables.
-    ``columns`` are what :func:`make_columns` makes. Without ``spread`` shards begin with a row of the whole tensor, and
-    packed rows with a quarter of one. Writes every row's ``sums``.
+    ``columns`` are what :func:`make_columns` makes. Without ``index_maps`` shards begin with a row of the whole tensor,
+    and packed rows with a quarter of one. Writes every row's ``sums``.
     """
     for k, block in enumerate(blocks):
-        f = Factors.of(*(x[k] if block.tensor is None else x[k][block.tensor] for x in (floats, integers)))
+        f = Factors.of(*(x[k] if block.tensor_index is None else x[k][block.tensor_index] for x in (floats, integers)))
         width = block.p.shape[1]
         rows = torch.arange(block.p.shape[0], dtype=torch.int32, device=columns.device)[:, None]
         start = rows * ROW if block.start is None else block.start
-        if spread is None:
+        if index_maps is None:
             row = (start >> fp8.COLUMN_BITS) + (f.base >> fp8.COLUMN_BITS)
             hashes = columns[0]
             if block.start is not None:
@@ -235,7 +236,7 @@ def update(
             words = fp8.mix(hashes, fp8.hash32((row & fp8.LAST_ROW) + f.salt))
         else:
             index = torch.arange(width, dtype=torch.int32, device=columns.device) + start
-            words = fp8.element_words(global_index(index, spread[k], block.tensor) + f.base, f.salt)
+            words = fp8.element_words(global_index(index, index_maps[k], block.tensor_index) + f.base, f.salt)
         magnitude = columns[1, :width] if columns.device.type == "cpu" else None
         update_block(block, f, words, magnitude, sums[k], stochastic)
 
@@ -245,7 +246,7 @@ def update_block(
 ) -> None:
     """The rule over one block; ``words`` are the rounding words but for ``f.offset``, of the block's shape.
 
-    ``magnitude`` has the block's columns, each MAGNITUDE: this gives all three stores loops of the same shape on CPUs.
+    ``magnitude`` has the block's columns, each MAGNITUDE: so all three stores have loops of the same shape on CPUs.
     """
     weights = block.p.float()
     if block.remainder is not None:
@@ -316,18 +317,18 @@ def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tenso
     return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
 
 
-def global_index(index: Tensor, spread: IndexMap, tensor: Tensor | None) -> Tensor:
-    """Where local elements lie in a whole tensor that is split along inner dimensions, int32, modulo 2^32.
+def global_index(index: Tensor, index_map: IndexMap, tensor_index: Tensor | None) -> Tensor:
+    """The global indices of local elements of a tensor that is split along inner dimensions, int32, modulo 2^32.
 
     After every run of so many local elements that many elements of other ranks are jumped over: ``jumps`` [2, ...]
     int32 and the runs' ``inverses`` [2, ...] float64, 0 where there is no such run. The division is exact: the half
-    keeps it from the integers by more than float64's error, for up to 2^31 elements. ``tensor`` says which row of
-    ``spread`` each row of elements belongs to.
+    keeps it from the integers by more than float64's error, for up to 2^31 elements. ``tensor_index`` says
+    which row of ``index_map`` each row of elements belongs to.
     """
-    if tensor is not None:
-        spread = IndexMap(*(x[tensor].T[:, :, None] for x in spread))
+    if tensor_index is not None:
+        index_map = IndexMap(*(x[tensor_index].T[:, :, None] for x in index_map))
     middle = index.double() + 0.5
-    for inverse, jump in zip(spread.inverses, spread.jumps, strict=True):
+    for inverse, jump in zip(index_map.inverses, index_map.jumps, strict=True):
         index = index + (middle * inverse).to(torch.int32) * jump
     return index
 

@@ -161,9 +161,9 @@ def device(capability: int) -> Iterator[None]:
     for answer in answers:
         answer.cache_clear()
     with contextlib.ExitStack() as stack:
-        for owner, values in stubs.items():
+        for target, values in stubs.items():
             for key, value in values.items():
-                stack.enter_context(mock.patch.object(owner, key, value))
+                stack.enter_context(mock.patch.object(target, key, value))
         # Folding constants would compute them on the device.
         options = {"fx_graph_cache": False, "compile_threads": 1, "joint_graph_constant_folding": False}
         stack.enter_context(torch._inductor.config.patch(options))

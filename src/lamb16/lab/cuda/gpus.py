@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from .sass import OTHER, PIPES
 
-ISSUE = 128  # lanes that one multiprocessor issues per clock: four schedulers, one warp instruction of 32 lanes each
+ISSUE = 128  # issue slots of one multiprocessor per clock: four schedulers, one instruction of a warp (32 threads) each
 ADAMW_BYTES = 28  # per parameter: fused AdamW reads p, g, m and v and writes p, m and v, float32
 LAMB16_BYTES = 20  # per parameter: g twice, p read and written, two codes read and written
 
-# Lanes (results of a thread) that one multiprocessor executes per clock, by compute capability.
+# Results (one per thread and instruction) of one multiprocessor per clock, by compute capability.
 # From the table "Throughput of Native Arithmetic Instructions" of the CUDA C++ Programming Guide 12.6,
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#arithmetic-instructions-throughput-native-arithmetic-instructions:
 #   fp32        32-bit floating-point add, multiply, multiply-add
@@ -59,7 +59,7 @@ class GPU:
 
     @property
     def rates(self) -> dict[str, int]:
-        """Lanes per multiprocessor and clock, by pipe."""
+        """Results per multiprocessor and clock, by pipe."""
         return RATES[self.capability]
 
 
@@ -99,13 +99,13 @@ class Work:
 
 def times(work: Work, gpu: GPU) -> dict[str, float]:
     """Seconds per parameter that each resource of the GPU needs: "bytes", "issue", and the pipes by name."""
-    lanes = gpu.multiprocessors * gpu.clock
-    found = {"bytes": work.moved / gpu.bandwidth, "issue": work.total / (ISSUE * lanes)}
+    clocks = gpu.multiprocessors * gpu.clock
+    found = {"bytes": work.moved / gpu.bandwidth, "issue": work.total / (ISSUE * clocks)}
     for pipe, rate in gpu.rates.items():
         slots = work.slots.get(pipe, 0.0)
         if pipe == "fp32":
             slots += work.slots.get("multiply", 0.0) + 2 * work.slots.get("packed", 0.0)
-        found[pipe] = slots / (rate * lanes)
+        found[pipe] = slots / (rate * clocks)
     return found
 
 

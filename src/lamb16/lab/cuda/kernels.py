@@ -71,7 +71,7 @@ class Binary:
 
 @dataclass(frozen=True)
 class Slots:
-    """Issue slots of a launch, in lanes: a warp instruction has 32.
+    """Issue slots of a launch, counted per thread: a warp instruction has 32.
 
     ``exact``: whether the way of every block is known. Otherwise all take the longest, and loops may count too often.
     """

@@ -158,7 +158,7 @@ class CountedSteps:
         self.optimizer = Lamb16(self.params, lr=1e-3, weight_decay=0.01, compile=self.recorder, **options)
         self.eager: list[Eager] = []  # of the last step: operations outside the graphs
 
-    def take(self) -> list[tuple[str, Launch]]:
+    def step(self) -> list[tuple[str, Launch]]:
         """Make one step; returns its launches."""
         self.recorder.clear()
         with EagerOperations() as eager:

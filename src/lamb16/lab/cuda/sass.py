@@ -1,7 +1,7 @@
 """Machine code of a kernel: which instructions a thread executes, by the pipe that they go to.
 
 A cubin is disassembled by the ``nvdisasm`` that comes with Triton. Nothing runs: paths through the code are followed on
-paper. A warp instruction takes one issue slot whether its lanes are switched off by a predicate or not, so predicated
+paper. A warp instruction takes one issue slot whether its threads are switched off by a predicate or not, so predicated
 instructions count as executed. Not executed are the slow paths of IEEE division and root, which ptxas puts in
 subroutines of their own and which a warp enters only for operands near the ends of float32's range, and failed
 assertions.

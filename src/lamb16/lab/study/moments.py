@@ -60,7 +60,8 @@ def prepare(results: Results, sizes: Sizes) -> None:
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses with both kinds of moments, and what was seen layer by layer, as Markdown."""
-    defaults, others = [], []
+    defaults: list[list[str]] = []
+    others: list[list[str]] = []
     for (task, schedule, lr, beta2, scale), group in grouped(pairs, _setting).items():
         losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
         differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
