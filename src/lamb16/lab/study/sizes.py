@@ -70,8 +70,8 @@ FULL = Sizes(
     fewer_seeds=1,
     timed_rounds=30,
     quick=False,
-    long={"lm": (5000, 12), "lm-wide": (2500, 12)},
-    long_seeds=(1, 2, 3),
+    long={"lm": (5000, 12), "lm-wide": (1000, 12)},
+    long_seeds=(1, 2),
 )
 QUICK = Sizes(
     tasks={
