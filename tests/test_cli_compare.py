@@ -13,7 +13,7 @@ import pytest
 
 from lamb16.cli import main
 from lamb16.lab import compare
-from lamb16.lab.registry import REGISTRY, why_unusable
+from lamb16.lab.registry import label, why_unusable
 from lamb16.lab.study import ablations, published, runs, tasks
 from lamb16.lab.study.sizes import QUICK
 
@@ -47,7 +47,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao's optimizers would compile for every shape in each worker
         patch.setattr(compare, "QUICK", SIZES)
         patch.setattr(runs, "ProcessPoolExecutor", lambda *_, **__: pool)
-        assert main(["compare", "all", "--quick", "--out", str(folder)]) == 0
+        for study in ("all", "long"):
+            assert main(["compare", study, "--quick", "--out", str(folder)]) == 0
         ProcessPoolExecutor.shutdown(pool)
         yield folder
 
@@ -64,35 +65,41 @@ def printed(capsys: pytest.CaptureFixture[str], out: Path, study: str) -> tuple[
 def test_every_study_leaves_a_result_and_a_plot(study: str, out: Path) -> None:
     content = json.loads((out / f"{study}.json").read_text())
     assert content["study"] == study
-    assert len(content["runs"]) == len(compare._module(study).jobs(SIZES))
+    jobs = compare._module(study).jobs(SIZES)
+    assert len(content["runs"]) == len(jobs) or (study in ("rates", "long") and len(content["runs"]) > len(jobs))
     assert all(run["result"]["train_loss"] > 0 for run in content["runs"])
     assert (out / f"{study}.svg").read_text().count("<path") > 10
 
 
 @pytest.mark.parametrize("study", compare.TRAININGS)
 def test_a_finished_study_only_prints(study: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()
+    files = [out / f"{study}.{kind}" for kind in ("json", "md", "svg")]
+    before = [file.read_bytes() for file in files]
     text, err = printed(capsys, out, study)
     assert err == ""
     assert "| nan |" not in text
     assert f"wrote {out / study}.svg" in text
-    assert ((out / f"{study}.json").read_bytes(), (out / f"{study}.svg").read_bytes()) == before
+    assert [file.read_bytes() for file in files] == before
+    assert files[1].read_text() in text
 
 
 def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = printed(capsys, out, "published")
-    tables = dict(re.findall(r"^published: ([a-z ]+)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
-    for name in published.OPTIMIZERS:
-        label = REGISTRY[name].label
-        assert (f"| {label} |" in tables["accuracy"]) == (f"| {label} |" in tables["step time"])
-        assert (f"| {label} |" in tables["accuracy"]) != (f"| {label} |" in tables.get("not run", ""))
-        assert (why_unusable(name) is None) == (f"| {label} |" in tables["accuracy"])
+    tables = dict(re.findall(r"^## (.*)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
+    (batch, lr, _), *_ = QUICK.published
+    for name, factor, _ in published.OPTIMIZERS:
+        usable = why_unusable(name) is None
+        for schedule in published.SCHEDULES:
+            assert usable == (f"| {label(name)}, lr {lr * factor:g} |" in tables[f"batch {batch}, {schedule}"])
+        assert usable == (f"| {label(name)} |" in tables["step time"])
+        assert usable != (f"| {label(name)} |" in tables.get("not run", ""))
+    assert "| Lamb16, trust_clip 1.0, lr 0.01 |" in tables[f"batch {batch}, linear"]
 
 
 def test_state_sizes_are_those_of_the_optimizers(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split(" | ") for line in printed(capsys, out, "published")[0].splitlines()]
     bytes_of = {row[0].strip("| "): row[-1].strip(" |") for row in rows if len(row) == 4}
-    assert (bytes_of["Lamb16"], bytes_of["Adam"], bytes_of["LAMB (FP32)"]) == ("2.00", "8.00", "8.00")
+    assert (bytes_of["Lamb16"], bytes_of["AdamW"], bytes_of["LAMB (FP32)"]) == ("2.00", "8.00", "8.00")
 
 
 def test_ablations_table_has_every_row_and_fp32_is_exact(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

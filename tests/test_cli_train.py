@@ -272,7 +272,14 @@ def test_every_option_of_lamb16_changes_the_result(digits: ImageData) -> None:
         return outcome(train(TrainConfig(epochs=2, batch_size=64, eager=True, **options), small))
 
     plain = train_with()
-    changed = {"trust_scale": 0.5, "moment_dtype": "float32", "nesterov": False, "caution": True, "max_grad_norm": 0.1}
+    changed = {
+        "trust_scale": 0.5,
+        "trust_clip": 0.1,
+        "moment_dtype": "float32",
+        "nesterov": False,
+        "caution": True,
+        "max_grad_norm": 0.1,
+    }
     assert changed.keys() == LAMB16_ONLY.keys()
     assert [name for name, value in changed.items() if train_with(**{name: value}) == plain] == []
     own = {name: getattr(reference.Hyper, name) for name in changed if name != "max_grad_norm"}
@@ -402,15 +409,15 @@ def test_the_last_batch_may_be_short_and_all_images_are_seen(digits: ImageData) 
 def test_settings_reach_the_optimizer() -> None:
     model = build_model(0)
     config = TrainConfig(
-        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, moment_dtype="float32", eager=True,
-        nesterov=False, caution=True, max_grad_norm=0.5,
+        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, trust_clip=0.7,
+        moment_dtype="float32", eager=True, nesterov=False, caution=True, max_grad_norm=0.5,
     )  # fmt: skip
     optimizer = build_optimizer(config, model)
     assert isinstance(optimizer, Lamb16)
     assert optimizer.max_grad_norm == 0.5
     (group,) = optimizer.param_groups
     assert group["param_names"] == LAYERS
-    assert (group["lr"], group["weight_decay"], group["trust_scale"]) == (0.02, 0.25, 0.5)
+    assert (group["lr"], group["weight_decay"], group["trust_scale"], group["trust_clip"]) == (0.02, 0.25, 0.5, 0.7)
     assert group["betas"] == (0.5, 0.99)
     assert (group["moment_dtype"], group["nesterov"], group["caution"]) == ("float32", False, True)
     adam = build_optimizer(TrainConfig(optimizer="adam", betas=(0.5, 0.99)), model)

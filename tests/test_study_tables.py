@@ -1,6 +1,7 @@
 """What is computed from the runs' results: basins, medians, tables and plots."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,39 @@ def test_a_second_valley_does_not_count() -> None:
 
 def test_medians_take_diverged_runs_as_infinite() -> None:
     assert report.median([1.0, None, 3.0]) == 3.0
-    assert report.spread([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
+    assert report.median_and_range([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
 
 
 def _rate_pairs() -> list[rates.Pair]:
     values = {
-        ("lamb16", 0.9): 0.9,
-        ("adamw", 0.9): 1.0,
-        ("lamb", 0.9): 1.2,
-        ("published", 0.9): 2.0,
-        ("lamb16", 0.5): 0.8,
+        ("lamb16", False): 0.9,
+        ("adamw", False): 1.0,
+        ("nadam", False): 1.1,
+        ("lamb", False): 1.2,
+        ("published", False): 2.0,
+        ("lamb16", True): 0.8,
     }
     return [
-        (Run("cnn", name, lr, 1, 5, 5, beta1=beta1), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
-        for (name, beta1), loss in values.items()
+        (Run("cnn", name, lr, 1, 5, 5, caution=caution), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
+        for (name, caution), loss in values.items()
         for lr in (0.001, 0.01, 0.1)
     ]
 
 
 def test_rates_compare_the_best_of_each_optimizer() -> None:
-    tables = rates.tables(_rate_pairs(), {})
+    tables = rates.tables(_rate_pairs(), {"unusable": {"adamw8bit-bnb": "no such library"}})
     assert "| cnn | Lamb16 | 0.9 | 0.01 | -10.00 | 0.20 | 0.44 |" in tables["basin"]
     assert "| cnn | AdamW | 1 | 0.01 | +0.00 | 0.20 | 0.20 |" in tables["basin"]
-    assert "| cnn | Lamb16, β1 0.5 | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
+    assert "| cnn | NAdam | 1.1 | 0.01 | +10.00 | 0.20 |" in tables["basin"]
+    assert "| cnn | Lamb16, caution | 0.8 | 0.01 | -20.00 | 0.20 |" in tables["basin"]
     assert "| LAMB (FP32) | 2.4 | 1.2 | 2.4 |" in tables["cnn: loss"]
+    assert tables["in short"].splitlines()[::2] == [
+        "| optimizer | cnn: loss, % | decades |",
+        "| Lamb16 | -10.0 | 0.44 |",
+        "| NAdam | +10.0 | 0.00 |",
+        "| PublishedLamb16 | +100.0 | 0.00 |",
+    ]
+    assert "| AdamW8bit (bitsandbytes) | no such library |" in tables["not run"]
 
 
 def test_a_best_rate_at_an_end_is_marked() -> None:
@@ -66,6 +76,23 @@ def test_a_best_rate_at_an_end_is_marked() -> None:
         (run, {"validation_loss": 1 / run.lr} if run.optimizer == "lamb" else result) for run, result in _rate_pairs()
     ]
     assert "| cnn | LAMB (FP32) | 10 | 0.1 ↑ | +900.00 |" in rates.tables(pairs, {})["basin"]
+
+
+def test_the_two_best_rates_get_all_seeds() -> None:
+    pairs = _rate_pairs()
+    further = rates.more(pairs, QUICK)
+    assert len(set(further)) == len(further) == len(pairs) // 3 * 2  # of three rates
+    assert {run.seed for run in further} == {2}
+    low = [(run, result if run.lr > 0.001 else {"validation_loss": 0.1}) for run, result in pairs]
+    for optimizer in {rates.optimizer_of(run) for run, _ in pairs}:
+        assert {run.lr for run in rates.more(low, QUICK) if rates.optimizer_of(run) == optimizer} == {0.001, 0.01}
+    one = QUICK.tasks["cnn"]._replace(best_seeds=(1,))
+    assert rates.more(pairs, replace(QUICK, tasks={"cnn": one})) == []
+
+
+def test_a_best_rate_has_all_seeds() -> None:
+    """One seed that was lucky does not make a rate the best."""
+    assert rates.best_rate({0.1: [0.5], 0.2: [0.6, 0.8, 0.7], 0.4: [None, None, 0.1], 0.8: [0.8, 0.9, 0.7]}) == 0.2
 
 
 def test_plots_are_the_same_for_the_same_results(tmp_path: Path) -> None:
@@ -96,7 +123,13 @@ def _moment_pairs(loss: float) -> list[moments.Pair]:
 
 def test_moments_compare_seed_by_seed() -> None:
     text = moments.tables(_moment_pairs(1.0201), {})["loss"]
-    assert "| cnn | 0.999 | 1 | 1.0201 | 1.015 | +1.00, +0.01 | 0.70 |" in text
+    assert "| cnn | linear, 0.01 | 0.999 | 1 | 2 | 1.0201 | 1.015 | +0.50 ± 0.50 | 0.70 | 0.5000 | 0.500 |" in text
+    constant = [(replace(run, schedule="constant"), result) for run, result in _moment_pairs(1.0201)]
+    rows = moments.tables(_moment_pairs(1.0201) + constant[:2], {})["loss"].splitlines()
+    assert rows[3].startswith("| cnn | constant, 0.01 | 0.999 | 1 | 1 | 1.0201 | 1.01 | +1.00 |  |")
+    hard = [(replace(run, beta2=0.99), result) for run, result in _moment_pairs(1.0201)]
+    tables = moments.tables(_moment_pairs(1.0201) + hard, {})
+    assert (tables["loss"].count("| 0.99 |"), tables["other β2, and gradients scaled"].count("| 0.99 |")) == (0, 1)
 
 
 def test_every_ablation_has_a_name_and_its_runs_on_every_task() -> None:
@@ -104,6 +137,9 @@ def test_every_ablation_has_a_name_and_its_runs_on_every_task() -> None:
     names = {(job.task, ablations.name_of(job)) for job in jobs}
     assert names == {(task, name) for task in QUICK.tasks for name in ablations.ABLATIONS}
     assert len(set(jobs)) == len(jobs) == len(QUICK.tasks) * (3 * len(ablations.UPDATE) + len(ablations.STORAGE))
+    second = set(ablations.jobs(replace(QUICK, ablation_seeds=(1, 2)))) - set(jobs)
+    assert len(second) == len(QUICK.tasks) * len(ablations.ABLATIONS)
+    assert {(job.seed, job.lr / QUICK.tasks[job.task].lr) for job in second} == {(2, 1.0)}
 
 
 def _ablation_pairs() -> list[ablations.Pair]:

@@ -37,12 +37,14 @@ def test_the_language_model_predicts_the_next_token_of_text_it_was_not_trained_o
 def test_settings_of_a_published_run_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(mnist, "train", lambda config, data: found.append(config) or train(config, data))
-    run = mnist.MnistRun("lamb16", "digits", 200, 0.02, 1, "linear-step", 3, beta1=0.0, weight_decay=0.1, quick=True)
+    options = {"beta1": 0.0, "weight_decay": 0.1, "caution": True, "trust_scale": 0.5, "trust_clip": 0.7}
+    run = mnist.MnistRun("lamb16", "digits", 200, 0.02, 1, "linear-step", 3, quick=True, **options)
     assert mnist.execute(run, None)["train_loss"] > 0
     (config,) = found
     assert (config.optimizer, config.batch_size, config.lr, config.epochs) == ("lamb16", 200, 0.02, 1)
     assert (config.schedule, config.seed, config.betas, config.weight_decay) == ("linear-step", 3, (0.0, 0.999), 0.1)
-    assert "linear-step beta1 0 seed 3" in mnist.describe(run)
+    assert (config.caution, config.trust_scale, config.trust_clip) == (True, 0.5, 0.7)
+    assert "linear-step beta1 0.0 caution True trust_scale 0.5 trust_clip 0.7 seed 3" in mnist.describe(run)
 
 
 def test_the_language_model_does_not_look_ahead() -> None:

@@ -57,15 +57,13 @@ STEPS = 60  # after fewer, the bound and the maximum may have given the same sca
 EXCHANGED: dict[str, Any] = {
     "rounding": "nearest",
     "words": "independent",
-    "norm": "exact",
     "scope": "row",
     "scale_from": "maximum",
     "never_zero": False,
     "bound": False,
     "ratio_norms": "this",
-    "vectors": "outside",
-    "vector_floor": 1e-3,
-    "matrix_floor": 1e-3,
+    "weight_floor": 1e-3,
+    "sums": "float64",
 }
 
 

@@ -80,6 +80,11 @@ REGISTRY = {
 }
 
 
+def label(name: str, caution: bool = False) -> str:
+    """The optimizer's name in tables and plots."""
+    return REGISTRY[name].label + (", caution" if caution else "")
+
+
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:
     """The optimizer ``name`` over named parameters; of the ``options`` it gets those that it has."""
     info, named = REGISTRY[name], list(named)

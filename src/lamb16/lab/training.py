@@ -28,6 +28,7 @@ SCHEDULES = ("constant", "linear", "cosine", "linear-step")
 # Options that only Lamb16 has, and what they are.
 LAMB16_ONLY = {
     "trust_scale": "exponent of the trust ratio",
+    "trust_clip": "the largest trust ratio",
     "moment_dtype": "of the stored moments",
     "nesterov": "Nesterov momentum",
     "caution": "update only where the momentum has the gradient's sign",
@@ -59,6 +60,7 @@ class TrainConfig:
     normalize: bool = False
     betas: tuple[float, float] | None = None
     trust_scale: float | None = None
+    trust_clip: float | None = None
     moment_dtype: str | None = None
     nesterov: bool | None = None
     caution: bool | None = None

@@ -1,17 +1,19 @@
-"""Trainings of the published demonstration's network, as `lamb16 train` makes them: one job a run."""
+"""Trainings of the published demonstration's network, as `lamb16 train` makes them: one job per run."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lamb16.lab.data import ImageData, load
-from lamb16.lab.study.report import spread
+from lamb16.lab.study.report import median_and_range
 from lamb16.lab.study.runs import Result
 from lamb16.lab.training import TrainConfig, train
 
 QUICK_TRAIN, QUICK_TEST = 600, 300  # images
+OPTIONS = ("beta1", "caution", "trust_scale", "trust_clip")
 FIGURES = ("best epoch, %", "last epoch, %", "training loss, last epoch", "seeds")
 
 
@@ -29,12 +31,20 @@ class MnistRun:
     beta1: float = 0.9
     weight_decay: float = 0.01
     quick: bool = False
+    caution: bool = False
+    trust_scale: float | None = None
+    trust_clip: float | None = None
 
 
 def describe(job: MnistRun) -> str:
     """The settings in a few words."""
-    beta1 = "" if job.beta1 == MnistRun.beta1 else f" beta1 {job.beta1:g}"
-    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{beta1} seed {job.seed}"
+    more = "".join(f" {key} {value}" for key, value in changed(job).items())
+    return f"{job.optimizer} batch {job.batch_size} lr {job.lr:g} {job.schedule}{more} seed {job.seed}"
+
+
+def changed(job: MnistRun) -> dict[str, Any]:
+    """Those of the optimizer's options that do not have their default."""
+    return {key: value for key in OPTIONS if (value := getattr(job, key)) != getattr(MnistRun, key)}
 
 
 def execute(job: MnistRun, folder: str | None) -> Result:
@@ -48,6 +58,9 @@ def execute(job: MnistRun, folder: str | None) -> Result:
         schedule=job.schedule,
         weight_decay=job.weight_decay,
         betas=(job.beta1, 0.999),
+        caution=job.caution or None,
+        trust_scale=job.trust_scale,
+        trust_clip=job.trust_clip,
         epochs=job.epochs,
         seed=job.seed,
         eager=job.quick,
@@ -71,7 +84,12 @@ def figures(results: Sequence[Result]) -> list[str]:
     """What tables show of runs that differ by their seed, under the header FIGURES."""
     best, last = ([100 * result[f"{name}_accuracy"] for result in results] for name in ("best", "last"))
     losses = [result["train_loss"] for result in results]
-    return [spread(best, ".2f"), spread(last, ".2f"), spread(losses, ".2g"), str(len(results))]
+    return [
+        median_and_range(best, ".2f"),
+        median_and_range(last, ".2f"),
+        median_and_range(losses, ".2g"),
+        str(len(results)),
+    ]
 
 
 @functools.cache

@@ -1,13 +1,16 @@
 """Lamb16 with 8-bit moments against the same rule with FP32 moments, on real trainings.
 
 A language model, a convolutional network and an autoencoder; the same seeds, batches and first weights for both. Four
-values of β2, and gradients a million times smaller and larger. Warm-up over a tenth of the steps, then a linear fall.
+values of β2, and gradients a million times smaller and larger. Warm-up over a tenth of the steps, then a linear fall;
+the convolutional network also at high rates that do not fall, for three epochs. The cheap ones with many seeds, so that
+a difference shows that is smaller than what one seed differs from another.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +24,34 @@ __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 BETA2 = (0.95, 0.99, 0.999, 0.9999)
 GRADIENT_SCALES = (1e-6, 1e6)
 MOMENTS = ("float8", "float32")
+CONSTANT_RATES = (0.02, 0.1)
+MANY = "autoencoder"  # the cheapest task
 
 Pair = tuple[Run, Result]
 
 
 def jobs(sizes: Sizes) -> list[Run]:
-    """Pairs of runs: every seed with the defaults, the first seed for each hard setting; those of 8 bits are probed."""
+    """Pairs of runs: several seeds with the defaults and at constant rates, the first for each hard setting.
+
+    Of the seeds that every task has, those of 8 bits are probed.
+    """
     runs = [_pair(sizes, task, seed) for seed in sizes.seeds for task in sizes.tasks]
+    runs += [_pair(sizes, MANY, seed) for seed in sizes.many_seeds if seed not in sizes.seeds]
+    constant = {"steps": sizes.constant_steps, "schedule": "constant"}
+    runs += [_pair(sizes, "cnn", seed, lr=lr, **constant) for lr in CONSTANT_RATES for seed in sizes.many_seeds]
     for task in sizes.tasks:
         runs += [_pair(sizes, task, sizes.seeds[0], beta2=beta2) for beta2 in BETA2 if beta2 != 0.999]
         runs += [_pair(sizes, task, sizes.seeds[0], gradient_scale=scale) for scale in GRADIENT_SCALES]
     return [run for pair in runs for run in pair]
 
 
-def _pair(sizes: Sizes, task: str, seed: int, **settings: float) -> list[Run]:
+def _pair(sizes: Sizes, task: str, seed: int, **settings: Any) -> list[Run]:
     size = sizes.tasks[task]
+    run = Run(task, "lamb16", size.lr, seed, size.steps, size.batch_size, sizes.dataset)
+    probed = seed in sizes.seeds and "schedule" not in settings
     return [
-        Run(
-            task, "lamb16", size.lr, seed, size.steps, size.batch_size, sizes.dataset,
-            moment_dtype=moments, probed=moments == "float8", **settings,  # type: ignore[arg-type]
-        )
-        for moments in MOMENTS
-    ]  # fmt: skip
+        replace(run, moment_dtype=moments, probed=probed and moments == "float8", **settings) for moments in MOMENTS
+    ]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
@@ -51,33 +60,38 @@ def prepare(results: Results, sizes: Sizes) -> None:
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses with both kinds of moments, and what was seen layer by layer, as Markdown."""
-    rows = []
-    for (task, beta2, scale), group in grouped(pairs, _setting).items():
+    defaults: list[list[str]] = []
+    others: list[list[str]] = []
+    for (task, schedule, lr, beta2, scale), group in grouped(pairs, _setting).items():
         losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
         differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
         cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
-        mean = statistics.mean(losses["float32"])
-        noise = statistics.stdev(losses["float32"]) / mean if len(differences) > 1 else None
+        mean, count = statistics.mean(losses["float32"]), len(differences)
+        deviation = statistics.stdev(losses["float32"]) / mean if count > 1 else None
+        error = f" ± {statistics.stdev(differences) / math.sqrt(count):.2f}" if count > 1 else ""
+        rows = defaults if (beta2, scale) == (Run.beta2, Run.gradient_scale) else others
         rows.append([
-            task, f"{beta2:g}", f"{scale:g}",
+            task, f"{schedule}, {lr:.2g}", f"{beta2:g}", f"{scale:g}", str(count),
             number(statistics.mean(losses["float8"]), ".5g"), number(mean, ".5g"),
-            ", ".join(f"{difference:+.2f}" for difference in differences),
-            "" if noise is None else f"{100 * noise:.2f}",
-            f"{statistics.median(cosines):.4f}", f"{min(cosines):.3f}",
+            f"{statistics.mean(differences):+.2f}{error}",
+            "" if deviation is None else f"{100 * deviation:.2f}",
+            f"{statistics.median(cosines):.4f}" if cosines else "", f"{min(cosines):.3f}" if cosines else "",
         ])  # fmt: skip
     header = [
-        "task", "β2", "gradients ×", "loss, 8 bits", "loss, FP32", "difference by seed, %", "deviation of seeds, %",
-        "cosine of u, median layer", "lowest layer",
+        "task", "schedule, lr", "β2", "gradients ×", "seeds", "loss, 8 bits", "loss, FP32",
+        "difference, % (mean ± standard error)", "deviation of seeds, %", "cosine of u, median layer", "lowest layer",
     ]  # fmt: skip
-    return {"loss": table(header, rows), "layers": _layers(pairs)}
+    found = {"loss": table(header, defaults), "other β2, and gradients scaled": table(header, others)}
+    return found | {"layers": _layers(pairs)}
 
 
 def _loss(result: Result) -> float:
     return math.inf if result["validation_loss"] is None else float(result["validation_loss"])
 
 
-def _setting(pair: Pair) -> tuple[str, float, float]:
-    return pair[0].task, pair[0].beta2, pair[0].gradient_scale
+def _setting(pair: Pair) -> tuple[str, str, float, float, float]:
+    run = pair[0]
+    return run.task, run.schedule, run.lr, run.beta2, run.gradient_scale
 
 
 def _layers(pairs: list[Pair]) -> str:
@@ -99,7 +113,7 @@ def _layers(pairs: list[Pair]) -> str:
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     """Loss curves with both kinds of moments, and each layer's cosine of the updates over training."""
-    default = [pair for pair in pairs if _setting(pair)[1:] == (0.999, 1.0)]
+    default = [pair for pair in pairs if _setting(pair)[1::2] == ("linear", 0.999) and pair[0].gradient_scale == 1]
     tasks = grouped(default, lambda pair: pair[0].task)
     path = folder / "moments.svg"
     with figure(path, len(tasks), 2) as axes:
@@ -117,7 +131,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
 
 
 def _plot_layers(axes: Any, run: Run, cosines: dict[str, list[float]]) -> None:
-    """A line a layer; the three that fall lowest have a colour and their name."""
+    """A line per layer; the three that fall lowest have a colour and their name."""
     worst = sorted(cosines, key=lambda name: min(cosines[name]))[:3]
     for name, line in sorted(cosines.items(), key=lambda item: item[0] in worst):  # these above the grey ones
         steps = [(k + 1) * run.steps / len(line) for k in range(len(line))]

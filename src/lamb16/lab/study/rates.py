@@ -1,72 +1,104 @@
-"""Loss against the learning rate, for Lamb16, LAMB, AdamW and the published rule: how wide the basin is.
+"""Loss against the learning rate: every optimizer at its own best rate, and how wide the basin around it is.
 
-Lamb16 and AdamW with less momentum too: the published rule, which loses most of m, has hardly any.
-
-The basin is the range of rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's.
-The three tasks of `moments`, three decades of learning rates around the best, warm-up over a tenth of the steps, a
-linear fall.
+The three tasks of `moments`, two and a half decades of learning rates, warm-up over a tenth of the steps, a linear
+fall. The two best rates are run with more seeds; the better of them is the optimizer's best. The basin is the range of
+rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's or NAdam's.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lamb16.lab import registry
 from lamb16.lab.registry import REGISTRY
-from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, number, table
+from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute
 
-__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+__all__ = ["describe", "execute", "jobs", "more", "plots", "prepare", "tables"]
 
-OPTIMIZERS = (  # optimizer, β1
-    *((name, Run.beta1) for name in ("lamb16", "lamb", "adamw", "published")),
-    ("lamb16", 0.5),
-    ("adamw", 0.5),
-)
-ADAMW = ("adamw", Run.beta1)  # what all are compared with
+OPTIMIZERS: tuple[tuple[str, bool], ...] = (  # and whether with caution
+    ("lamb16", False), ("lamb16", True), ("lamb", False), ("lamb-timm-cautious", False), ("adamw", False),
+    ("nadam", False), ("adamw8bit-bnb", False), ("published", False),
+)  # fmt: skip
+ADAMS = (("adamw", False), ("nadam", False))  # the better of which all are compared with
 BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
 
 Pair = tuple[Run, Result]
-Optimizer = tuple[str, float]  # one of OPTIMIZERS
+Optimizer = tuple[str, bool]  # one of OPTIMIZERS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
     """Every optimizer at every rate on every task."""
     return [
-        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, beta1=beta1)
+        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, caution=caution)
         for task, size in sizes.tasks.items()
         for seed in size.rate_seeds
         for lr in size.rates
-        for name, beta1 in OPTIMIZERS
+        for name, caution in OPTIMIZERS
+        if registry.why_unusable(name) is None
     ]
 
 
+def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
+    """The two best rates of each optimizer with the other seeds."""
+    found = []
+    for task, curves in losses(pairs).items():
+        for optimizer, curve in curves.items():
+            same = [run for run, _ in pairs if run.task == task and optimizer_of(run) == optimizer]
+            done = {run.seed for run in same}
+            found += [
+                replace(same[0], lr=lr, seed=seed)
+                for lr in sorted(curve, key=curve.__getitem__)[:2]
+                for seed in sizes.tasks[task].best_seeds
+                if seed not in done
+            ]
+    return found
+
+
 def prepare(results: Results, sizes: Sizes) -> None:
-    """Nothing beside the runs."""
+    """Note why an optimizer does not work here."""
+    reasons = {name: registry.why_unusable(name) for name, _ in OPTIMIZERS}
+    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    results.save()
 
 
-def losses(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, float]]]:
-    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
+def optimizer_of(run: Run) -> Optimizer:
+    """The optimizer of a run."""
+    return run.optimizer, run.caution
+
+
+def by_rate(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, list[float | None]]]]:
+    """The losses of the seeds by task, optimizer and rate; None where the training diverged."""
     return {
         task: {
             optimizer: {
-                lr: median(result["validation_loss"] for _, result in same)
+                lr: [result["validation_loss"] for _, result in sorted(same, key=lambda pair: pair[0].seed)]
                 for lr, same in grouped(own, lambda pair: pair[0].lr).items()
             }
-            for optimizer, own in grouped(group, lambda pair: (pair[0].optimizer, pair[0].beta1)).items()
+            for optimizer, own in grouped(group, lambda pair: optimizer_of(pair[0])).items()
         }
         for task, group in grouped(pairs, lambda pair: pair[0].task).items()
     }
 
 
-def label(optimizer: Optimizer) -> str:
-    """Its name in tables and plots."""
-    name, beta1 = optimizer
-    return REGISTRY[name].label + ("" if beta1 == Run.beta1 else f", β1 {beta1:g}")
+def losses(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, float]]]:
+    """The median loss by task, optimizer and rate; infinite where half of the seeds diverged."""
+    return {
+        task: {optimizer: {lr: median(seeds) for lr, seeds in curve.items()} for optimizer, curve in curves.items()}
+        for task, curves in by_rate(pairs).items()
+    }
+
+
+def best_rate(curve: dict[float, list[float | None]]) -> float:
+    """The rate with the lowest median loss, of those with the most seeds."""
+    most = max(map(len, curve.values()))
+    return min((lr for lr, seeds in curve.items() if len(seeds) == most), key=lambda lr: median(curve[lr]))
 
 
 def basin(curve: dict[float, float], limit: float) -> tuple[float, bool]:
@@ -96,25 +128,37 @@ def _width(curve: dict[float, float], limit: float) -> str:
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
-    """The losses at every rate, and the best loss with the width of the basin, as Markdown."""
-    found = losses(pairs)
-    summary, by_rate = [], {}
-    for task, curves in found.items():
-        best = {optimizer: min(curve.values()) for optimizer, curve in curves.items()}
+    """The best loss with the width of the basin, both in short, and the losses at every rate, as Markdown."""
+    medians, seeds = losses(pairs), by_rate(pairs)
+    summary, found = [], {}
+    short: dict[str, list[str]] = {}
+    for task, curves in medians.items():
+        best = {optimizer: best_rate(seeds[task][optimizer]) for optimizer in curves}
+        adam = min(
+            (optimizer for optimizer in ADAMS if optimizer in curves),
+            key=lambda optimizer: curves[optimizer][best[optimizer]],
+        )
+        least = curves[adam][best[adam]]
         rates = sorted(next(iter(curves.values())))
-        by_rate[f"{task}: loss"] = table(
+        found[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[label(optimizer), *(number(curve[lr]) for lr in rates)] for optimizer, curve in curves.items()],
+            [[registry.label(*optimizer), *(number(curve[lr]) for lr in rates)] for optimizer, curve in curves.items()],
         )
         for optimizer, curve in curves.items():
-            at = min(curve, key=curve.__getitem__)
-            to_adamw = f"{100 * (best[optimizer] / best[ADAMW] - 1):+.2f}"
-            widths = [_width(curve, BASIN * best[which]) for which in (optimizer, ADAMW)]
-            rate = f"{at:.2g}{at_an_end(at, rates)}"
-            summary.append([task, label(optimizer), number(best[optimizer], ".5g"), rate, to_adamw, *widths])
-    header = ["task", "optimizer", "best loss", "at lr", "to AdamW's best, %"]
-    header += ["decades within 10 % of its own best", "of AdamW's best"]
-    return {"basin": table(header, summary)} | by_rate
+            at = best[optimizer]
+            own = curve[at]
+            widths = [_width(curve, BASIN * limit) for limit in (own, least)]
+            rate, difference = f"{at:.2g}{at_an_end(at, rates)}", 100 * (own / least - 1)
+            shown = median_and_range(seeds[task][optimizer][at])
+            name = registry.label(*optimizer)
+            summary.append([task, name, shown, rate, f"{difference:+.2f}", *widths])
+            short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
+    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
+    header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
+    missing = [[REGISTRY[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
+    found |= {"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {}
+    columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
+    return {"basin": table(header, summary), "in short": table(["optimizer", *columns], short.values())} | found
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
@@ -125,12 +169,17 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
             for optimizer, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                style = "o-" if optimizer[1] == Run.beta1 else "o:"
+                name, caution = optimizer
+                style = "o:" if caution else "o-"
                 panel.plot(
-                    *zip(*points, strict=True), style, markersize=3, label=label(optimizer), color=COLOURS[optimizer[0]]
+                    *zip(*points, strict=True),
+                    style,
+                    markersize=3,
+                    label=registry.label(*optimizer),
+                    color=COLOURS[name],
                 )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))
         axes[0].set_ylabel("validation loss")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=6)
     return [path]

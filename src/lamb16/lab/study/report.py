@@ -48,7 +48,7 @@ def at_an_end(value: float, values: Sequence[float]) -> str:
     return {min(values): " ↓", max(values): " ↑"}.get(value, "")
 
 
-def spread(values: Sequence[float | None], form: str = ".4g") -> str:
+def median_and_range(values: Sequence[float | None], form: str = ".4g") -> str:
     """Median and range of a few seeds, the value alone of one."""
     known = [math.inf if value is None else value for value in values]
     if len(known) == 1:

@@ -77,7 +77,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Replace the file at once, so that an interruption leaves the old or the new one; a line a run."""
+        """Replace the file at once, so that an interruption leaves the old or the new one; a line per run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Settings are kept digit for digit: they are what a run is found again by.
         runs = sorted(json.dumps(run, allow_nan=False) for run in self.runs)

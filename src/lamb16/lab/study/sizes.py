@@ -9,7 +9,7 @@ from typing import NamedTuple
 class TaskSize(NamedTuple):
     """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is.
 
-    ``rate_seeds`` are the seeds for those.
+    ``rate_seeds`` are the seeds for those; the two best of each optimizer get all of ``best_seeds``.
     """
 
     steps: int
@@ -17,6 +17,7 @@ class TaskSize(NamedTuple):
     lr: float
     rates: tuple[float, ...]
     rate_seeds: tuple[int, ...] = (1,)
+    best_seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
 
 def half_decades(first: float, last: float) -> tuple[float, ...]:
@@ -31,50 +32,68 @@ class Sizes:
     tasks: dict[str, TaskSize]
     mlp: TaskSize
     seeds: tuple[int, ...]
+    many_seeds: tuple[int, ...]
+    constant_steps: int
     ablation_seeds: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     batch_epochs: int
+    word_sizes: tuple[int, ...]
+    batch_words: int  # of a training
     dataset: str
     published: tuple[tuple[int, float, int], ...]  # batch size, learning rate, epochs
     published_seeds: tuple[int, ...]
-    reasons_seeds: tuple[int, ...]
+    fewer_seeds: int  # of published_seeds, where no claim is made
     timed_rounds: int
     quick: bool
+    long: dict[str, tuple[int, int]]  # steps and batch size by task
+    long_seeds: tuple[int, ...]
 
 
 FULL = Sizes(
     tasks={
-        "lm": TaskSize(500, 12, 0.01, half_decades(-4, -1)),
-        "cnn": TaskSize(400, 256, 0.1, half_decades(-2.5, 0.5), rate_seeds=(1, 2, 3, 4, 5)),  # the noisiest
-        "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3.5, -0.5)),
+        "lm": TaskSize(500, 12, 0.01, half_decades(-3.5, -1)),
+        "cnn": TaskSize(400, 256, 0.1, half_decades(-2, 0.5), (1, 2), tuple(range(1, 11))),  # the noisiest
+        "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3, -0.5)),
     },
     mlp=TaskSize(1000, 128, 1e-3, (1e-3, 1e-4)),
-    seeds=(1, 2, 3),
-    ablation_seeds=(1,),
-    batch_sizes=(64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    seeds=(1, 2, 3, 4, 5),
+    many_seeds=tuple(range(1, 25)),
+    constant_steps=703,  # three epochs of 256 images
+    ablation_seeds=(1, 2),
+    batch_sizes=(64, 256, 1024, 4096, 8192),
     batch_epochs=2,
+    word_sizes=(64, 256, 1024, 4096, 8192),
+    batch_words=384_000,
     dataset="mnist",
     published=((1024, 0.02, 10), (128, 0.01, 5)),
     published_seeds=(1, 2, 3, 4, 5),
-    reasons_seeds=(1, 2, 3),
+    fewer_seeds=1,
     timed_rounds=30,
     quick=False,
+    long={"lm": (5000, 12), "lm-wide": (1000, 12)},
+    long_seeds=(1, 2),
 )
 QUICK = Sizes(
     tasks={
-        "lm": TaskSize(2, 2, 0.01, (0.001, 0.01)),
-        "cnn": TaskSize(12, 32, 0.1, (0.01, 0.1)),
-        "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03)),
+        "lm": TaskSize(2, 2, 0.01, (0.001, 0.01), best_seeds=(1, 2)),
+        "cnn": TaskSize(12, 32, 0.1, (0.01, 0.1), best_seeds=(1, 2)),
+        "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03), best_seeds=(1, 2)),
     },
     mlp=TaskSize(12, 32, 1e-3, (1e-3,)),
     seeds=(1,),
+    many_seeds=(1, 2),
+    constant_steps=12,
     ablation_seeds=(1,),
     batch_sizes=(64, 256),
     batch_epochs=1,
+    word_sizes=(64, 128),
+    batch_words=256,
     dataset="digits",
     published=((128, 0.01, 2),),
     published_seeds=(1, 2),
-    reasons_seeds=(1,),
+    fewer_seeds=1,
     timed_rounds=3,
     quick=True,
+    long={"lm": (10, 2), "lm-wide": (2, 2)},
+    long_seeds=(1, 2),
 )

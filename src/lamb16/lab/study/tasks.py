@@ -24,7 +24,7 @@ from lamb16.lab.model import TwoLayerCNN
 Batch = tuple[Tensor, Tensor]
 
 VOCABULARY, CONTEXT = 2048, 64
-WIDTH, LAYERS, HEADS = 96, 2, 4
+MODELS = {"lm": (96, 2, 4), "lm-wide": (256, 4, 8)}  # width, layers, heads
 VALIDATION_WINDOWS = 384
 
 
@@ -58,15 +58,15 @@ class Task:
 class LanguageModel(nn.Module):
     """A pre-norm transformer decoder: tokens `[n, CONTEXT]` to logits `[n, CONTEXT, VOCABULARY]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Embedding(CONTEXT, WIDTH)
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(CONTEXT, width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(_Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions.weight
@@ -77,17 +77,18 @@ class LanguageModel(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, length, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, WIDTH))
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
         mlp: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
         return x + mlp
 
@@ -105,14 +106,17 @@ def tokens() -> Tensor:
     return torch.tensor([numbers.get(word, 0) for word in words])
 
 
-def language_model() -> Task:
-    """Predict the next token of the King James Bible; every tenth window of 64 tokens is for validation."""
+def language_model(name: str) -> Task:
+    """A model of MODELS: predict the next token of the King James Bible.
+
+    Every tenth window of 64 tokens is for validation.
+    """
     stream = tokens()
     count = (len(stream) - 1) // CONTEXT
     inputs, targets = (stream[k : k + count * CONTEXT].view(count, CONTEXT) for k in (0, 1))
     held_out = torch.arange(count) % 10 == 9
     return Task(
-        LanguageModel,
+        lambda: LanguageModel(*MODELS[name]),
         lambda logits, target: F.cross_entropy(logits.view(-1, VOCABULARY), target.reshape(-1)),
         (inputs[~held_out], targets[~held_out]),
         (inputs[held_out][:VALIDATION_WINDOWS], targets[held_out][:VALIDATION_WINDOWS]),
@@ -155,7 +159,7 @@ def cnn(data: ImageData) -> Task:
 
 
 def autoencoder(data: ImageData) -> Task:
-    """Reproduce images of digits through 32 numbers; binary cross-entropy a pixel."""
+    """Reproduce images of digits through 32 numbers; binary cross-entropy per pixel."""
     return Task(
         autoencoder_model,
         lambda logits, images: F.binary_cross_entropy_with_logits(logits, images.flatten(1)),
@@ -191,7 +195,7 @@ def published_cnn(data: ImageData) -> Task:
 @functools.cache
 def load_task(name: str, dataset: str, folder: str | None) -> Task:
     """A task by name; the image tasks use ``dataset`` (mnist or digits) from ``folder``."""
-    if name == "lm":
-        return language_model()
+    if name in MODELS:
+        return language_model(name)
     build = {"cnn": cnn, "autoencoder": autoencoder, "mlp": mlp, "published-cnn": published_cnn}[name]
     return build(load(dataset, folder))

@@ -22,7 +22,7 @@ from lamb16.lab.study.variants import Parts, Variant
 from lamb16.lab.training import state_bytes
 
 WARM_UP, FINAL_LR = 0.1, 0.01  # the share of the steps, and of the largest learning rate
-TAIL = 0.05  # the share of the last steps whose losses are averaged
+LAST = 0.05  # the share of the last steps whose losses are averaged
 SEGMENTS = 40  # points of a loss curve
 CHUNK = 64  # validation examples at a time
 PROBES = 10
@@ -93,11 +93,11 @@ def execute(run: Run, folder: str | None) -> Result:
     start = time.perf_counter()
     losses = _train(run, task, model, optimizer, scheduler, shadow)
     seconds = time.perf_counter() - start
-    tail = losses[-max(1, int(TAIL * run.steps)) :]
+    last = losses[-max(1, int(LAST * run.steps)) :]
     diverged = not losses[-1] < DIVERGED
     result: Result = {
         "curve": _curve(losses),
-        "train_loss": sum(tail) / len(tail),
+        "train_loss": sum(last) / len(last),
         "validation_loss": math.inf if diverged else validation_loss(run, model, task),
         "state_bytes": state_bytes(optimizer),
         "seconds": seconds,

@@ -24,7 +24,6 @@ from lamb16.step.fp8 import E4M3, E5M2, Format
 
 NEAREST = -(2**31)  # as a rounding word: half a unit of the last place
 PREFIXES = ("exp_avg", "exp_avg_sq")  # of the names of what the state holds of a moment
-LARGEST = {E4M3: reference.E4M3_MAX, E5M2: reference.E5M2_MAX}
 LARGEST_CODE = {E4M3: 126, E5M2: 123}
 
 
@@ -34,15 +33,13 @@ class Parts:
 
     rounding: str = "stochastic"  # or "nearest"
     words: str = "golden-ratio"  # or "independent": a fresh word each step
-    norm: str = "power-of-two"  # or "exact": the largest magnitude / the format's
     scope: str = "tensor"  # or "row": a scale for each index of the first dimension
     scale_from: str = "bound"  # or "maximum": of the new moment, which is known only after it was formed
     never_zero: bool = True  # v is at least the smallest code where v > 0
     bound: bool = True  # |n| <= C·sqrt(v)
     ratio_norms: str = "last"  # or "this": the trust ratio from this step's weights and update
-    vectors: str = "inside"  # "outside": tensors of one dimension have trust ratio (trust_lr / lr)^trust_scale
-    vector_floor: float = 0.1  # the magnitude that every weight of a tensor of one dimension counts with at least
-    matrix_floor: float = 0.1  # the same for all other tensors
+    weight_floor: float = 0.1  # the magnitude that every weight counts with at least
+    sums: str = "integers"  # or "float64": rounded to 2^-20 once, after adding
 
 
 class Variant(Optimizer):
@@ -87,7 +84,7 @@ class Variant(Optimizer):
         if (bound_m > 0).any() or (bound_v > 0).any():
             state["step"].fill_(t)
             state["weight_sum"].fill_(self._weight_sum(p))
-            state["update_sum"].fill_(reference.clamped_sum(u, h.eps))
+            state["update_sum"].fill_(self._sum(u, h.eps))
             if h.caution:
                 state["mask_count"].fill_(agrees.sum())
         if h.moment_dtype == "float32":
@@ -116,15 +113,18 @@ class Variant(Optimizer):
         return fp8.hash32(words) if self._parts.words == "independent" else words
 
     def _weight_sum(self, p: Tensor) -> int:
-        floor = self._parts.vector_floor if p.ndim <= 1 else self._parts.matrix_floor
-        return reference.clamped_sum(p, floor * floor)
+        return self._sum(p, self._parts.weight_floor**2)
+
+    def _sum(self, x: Tensor, floor: float) -> int:
+        """Σ clamp(x², floor, 1) in units of 2^-20."""
+        if self._parts.sums == "float64":
+            return round(float((x * x).clamp(reference.f32(floor), 1.0).double().sum()) * reference.SUM_UNITS)
+        return reference.clamped_sum(x, floor)
 
     def _ratio(self, p: Tensor, u: Tensor, state: dict[str, Any], h: Hyper) -> float:
         """The trust ratio; ``p`` are the weights before the step, ``u`` is its update."""
-        if p.ndim <= 1 and self._parts.vectors == "outside":
-            return reference.trust_ratio(1, 1, h)
         if self._parts.ratio_norms == "this":
-            return reference.trust_ratio(self._weight_sum(p), reference.clamped_sum(u, h.eps), h)
+            return reference.trust_ratio(self._weight_sum(p), self._sum(u, h.eps), h)
         return reference.trust_ratio(int(state["weight_sum"]), int(state["update_sum"]), h)
 
 
@@ -142,12 +142,9 @@ def direction(m: Tensor, v: Tensor, g: Tensor, h: Hyper, t: int, bounded: bool =
 
 def _store(x: Tensor, largest: Tensor, word: Tensor, fmt: Format, parts: Parts) -> tuple[Tensor, Tensor]:
     """The fp8 codes of a moment and their scale."""
-    if parts.norm == "exact":
-        scale = (largest / LARGEST[fmt]).clamp(min=fmt.smallest_scale())
-    else:
-        scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
-    # Dividing by an exact norm, and rounding to nearest, may end above the largest code by a hair.
-    codes = fp8.encode((x.abs() / scale).clamp(max=LARGEST[fmt]), word ^ fp8.SIGN_BIT, fmt).clamp(max=LARGEST_CODE[fmt])
+    scale = fp8.power_of_two(fp8.scale_exponent(largest.view(torch.int32), fmt))
+    # Rounding to nearest may end above the largest code.
+    codes = fp8.encode(x.abs() / scale, word ^ fp8.SIGN_BIT, fmt).clamp(max=LARGEST_CODE[fmt])
     if fmt is E5M2:
         codes = torch.where(x > 0, codes.clamp(min=1), codes) if parts.never_zero else codes
         return codes.to(torch.uint8).view(torch.float8_e5m2), scale
