@@ -17,6 +17,12 @@ nox.options.sessions = ["lint", "tests"]
 
 TORCH = {"2.13": "torch==2.13.*", "2.14": "torch==2.14.*"}
 TRAIN_PAIR = ["torch==2.14.1", "torchvision==0.29.1"]
+# On a GPU a process for each core, of which each compiles on its own. What is measured there is a process's own memory.
+PROCESSES = {"cpu": ["-n", "2", "--dist", "loadfile"], "cuda": ["-n", "auto", "--dist", "worksteal"]}
+ENVIRONMENT = {
+    "cpu": {"LAMB16_TEST_DEVICE": "cpu"},
+    "cuda": {"LAMB16_TEST_DEVICE": "cuda", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+}
 
 
 def has_gpu() -> bool:
@@ -43,8 +49,7 @@ def tests(session: nox.Session, device: str, torch: str) -> None:
     """Tests and property tests, eager and compiled."""
     need(session, device)
     install(session, torch)
-    processes = ["-n", "2", "--dist", "loadfile"] if device == "cpu" else []  # a GPU's memory is measured
-    session.run("pytest", *processes, *session.posargs, env={"LAMB16_TEST_DEVICE": device})
+    session.run("pytest", *PROCESSES[device], *session.posargs, env=ENVIRONMENT[device])
 
 
 @nox.session
@@ -94,7 +99,7 @@ def gpu(session: nox.Session, torch: str) -> None:
     """
     need(session, "cuda")
     install(session, torch)
-    session.run("pytest", *session.posargs, env={"LAMB16_TEST_DEVICE": "cuda"})
+    session.run("pytest", *PROCESSES["cuda"], *session.posargs, env=ENVIRONMENT["cuda"])
     folder = pathlib.Path("gpu-results")
     folder.mkdir(exist_ok=True)
     for dtype in ("float32", "bfloat16"):

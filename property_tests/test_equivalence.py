@@ -214,6 +214,9 @@ def test_a_damaged_moment_is_skipped(compile: bool, moment_dtype: str, key: str,
     assert optimizer.skipped == 1
     assert_same_bits(params[0], before)
     if moment_dtype == "float32":  # codes that decode to infinity are not encoded back to themselves
+        if DEVICE.type == "cuda":  # whose arithmetic has one NaN, 0x7fffffff, whatever it is given
+            found = {name: mine[name].cpu() for name in MOMENTS}
+            mine = mine | {name: torch.where(x.isnan(), torch.nan, x) for name, x in found.items()}
         assert_same_state("damaged", params[0], mine, before, state)
 
 

@@ -208,7 +208,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes(fresh: bool) -> No
 def test_a_gradient_of_another_dtype_is_refused_by_name() -> None:
     p = parameters([(3,)])[0]
     p.grad_dtype = torch.float64
-    p.grad = torch.ones(3, dtype=torch.float64)
+    p.grad = torch.ones_like(p, dtype=torch.float64)
     optimizer = Lamb16([("odd.weight", p)], compile=False)
     with pytest.raises(RuntimeError, match=r"odd\.weight.*float64"):
         optimizer.step()
@@ -231,7 +231,7 @@ def test_a_parameter_that_changed_its_shape_is_refused() -> None:
     p = parameters([(8, 8)])[0]
     optimizer = Lamb16([("odd.weight", p)], lr=0.01, weight_decay=0.1, compile=False)
     take_steps(optimizer, [0])
-    p.grad, p.data = None, torch.ones(8, 4)
+    p.grad, p.data = None, torch.ones(8, 4, device=p.device)
     before = snapshot(optimizer)
     with pytest.raises((ValueError, RuntimeError), match=r"odd\.weight.*shape"):
         take_steps(optimizer, [1])

@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lamb16.lab import bench, compare, cuda_report, memory
-from lamb16.lab.study import fidelity, runs
+from lamb16.lab.cuda.gpus import ADAMW_BYTES, LAMB16_BYTES
+from lamb16.lab.study import fidelity, report, runs
 from lamb16.lab.study.sizes import FULL
 
 ROOT = Path(__file__).parents[1]
@@ -73,13 +75,62 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
     )
     tables = [bench.table(rows) for content in (many, one, avx2, avx2_one) for rows in content["results"].values()]
     tables.append(bench.size_table(many["sizes"]))
-    h200 = json.loads((RESULTS / "bench-h200.json").read_text())
-    tables += [bench.table(rows) for rows in h200["results"].values()]
-    tables += [bench.pass_table(parts) for parts in h200["passes"].values()]
     tables += [bench.compile_table(many["compile_time"]), bench.pass_table(one["passes"]["mlp"])]
     tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
     assert [table for table in tables if table not in document] == []
     assert many["settings"]["processor"] in document
+
+
+def results_of(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+GRAPH = f"{bench.COMPILED}, CUDA graph"
+
+
+def on_a_gpu(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A row per set of shapes: times in ms, of AdamW also what its bytes take at the copy's speed; ratios; memory."""
+    rows = []
+    for name, found in results.items():
+        row = {each["name"]: each for each in found}
+        own, graph, copy = row[bench.COMPILED], row[GRAPH], row[bench.COPY]["median_s"]
+        seconds = [copy, copy * ADAMW_BYTES / LAMB16_BYTES]
+        seconds += [row[each]["median_s"] for each in (bench.BASELINE, "AdamW foreach", bench.COMPILED, GRAPH)]
+        ratios = [own["to_adamw"], graph["to_adamw"], graph["median_s"] / seconds[1]]
+        memory = [f"{own['state_bytes'] / 1e6:.2f} MB", f"{own['extra_memory']:.1%}"]
+        rows.append([name, *(f"{x * 1e3:.2f}" for x in seconds), *(f"{x:.2f}" for x in ratios), *memory])
+    header = [
+        "ms", "copy of 20 bytes", "28 bytes at its speed", "AdamW fused", "AdamW foreach", "Lamb16 compiled",
+        "Lamb16, CUDA graph", "compiled to AdamW fused", "graph to AdamW fused", "graph to 28 bytes", "state",
+        "beyond state",
+    ]  # fmt: skip
+    return report.table(header, rows)
+
+
+def predicted_and_measured(cuda: list[dict[str, Any]], measured: dict[str, list[dict[str, Any]]]) -> str:
+    """The model's times of a step on an H100 beside those of the CUDA graph."""
+    gpus = {row["shapes"]: gpu for row in cuda for gpu in row["gpus"] if (row["arch"], gpu["gpu"]) == ("sm_90", "H100")}
+    rows = []
+    for name, model in (("resnet50", "resnet50"), ("bert-base", "bert-large"), ("tiny-tensors", "tiny-tensors")):
+        row, gpu = {each["name"]: each for each in measured[name]}, gpus[model]
+        found, copy = row[GRAPH]["median_s"], row[bench.COPY]
+        scale = copy["median_s"] / copy["ns_per_param"] * 1e9  # parameters
+        seconds = [*(gpu[key] * scale for key in ("bytes", "issue", "time")), copy["median_s"], found]
+        ratios = [found / seconds[2], row[GRAPH]["to_copy"]]
+        rows.append([name, model, *(f"{x * 1e3:.3f}" for x in seconds), *(f"{x:.2f}" for x in ratios)])
+    header = [
+        "ms", "time per parameter of", "bytes", "issue", "predicted", "copy of 20 bytes", "measured",
+        "measured to predicted", "measured to copy",
+    ]  # fmt: skip
+    return report.table(header, rows)
+
+
+def test_the_gpus_tables_are_those_of_the_results() -> None:
+    measured = results_of("bench-h100")
+    benchmarks, model = ((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "gpu-model.md"))
+    assert f"{measured['settings']['processor']}, torch {measured['settings']['torch']}" in benchmarks
+    assert on_a_gpu(measured["results"]) in benchmarks
+    assert predicted_and_measured(results_of("cuda"), measured["results"]) in model
 
 
 def test_the_readmes_memory_table_is_that_of_the_results() -> None:

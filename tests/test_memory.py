@@ -250,9 +250,9 @@ def test_an_entry_in_the_place_of_a_freed_one_is_not_taken_for_it(compile_mode: 
     reused = 0
     for _ in range(20):
         old = state.pop("exp_avg_codes")
-        where, version, shape = old.data_ptr(), old._version, old.shape
+        where, version, shape, device = old.data_ptr(), old._version, old.shape, old.device
         del old
-        codes = torch.full(shape, 0x70, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        codes = torch.full(shape, 0x70, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         while codes._version < version:
             torch.autograd.graph.increment_version([codes])
         state["exp_avg_codes"] = codes

@@ -180,7 +180,7 @@ def test_the_rule_is_the_textbook_formula(compile_mode: bool, maximize: bool, fo
             ratio = min(float(weight_norm / update_norm * 1e-3 / lr) ** 0.382, 2.0)
             update_norm = (u**2).clamp(eps, 1).sum().sqrt()
             p = p - lr * ratio * u
-        assert torch.allclose(param.double() - start[i], p - start[i], rtol=1e-5, atol=2e-6)
+        assert torch.allclose(param.cpu().double() - start[i], p - start[i], rtol=1e-5, atol=2e-6)
         assert float((p - start[i]).abs().mean()) > 1e-2
 
 
@@ -512,7 +512,9 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "context", [torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad()], ids=["autocast", "enable_grad"]
+    "context",
+    [torch.autocast(DEVICE.type, dtype=torch.bfloat16), torch.enable_grad()],
+    ids=["autocast", "enable_grad"],
 )
 def test_the_surroundings_of_step_do_not_matter(context: torch.autocast) -> None:
     usual, inside = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
@@ -624,7 +626,7 @@ def scaled_steps(optimizer: Lamb16, scaler: torch.amp.GradScaler, steps: range, 
     """Steps through ``scaler`` with the gradients of :func:`take_steps`, scaled; ``bad`` is a step with an inf."""
     params = all_params(optimizer)
     for t in steps:
-        scale = scaler.scale(torch.ones(()))
+        scale = scaler.scale(torch.ones((), device=DEVICE))
         grads = [g * scale for g in gradients(params, t)]
         if t == bad:
             grads[0].view(-1)[0] = math.inf
@@ -645,13 +647,13 @@ def test_scaled_gradients_give_the_bits_of_unscaled_ones(compile_mode: bool, amp
     plain, scaled = (Lamb16(parameters(), **options) for _ in range(2))
     take_steps(plain, range(6))
     take_steps(scaled, range(1))
-    scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2), range(1, 5))
+    scaled_steps(scaled, torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=2), range(1, 5))
     take_steps(scaled, range(5, 6))
     assert_same(snapshot(plain), snapshot(scaled))
 
 
 def test_a_found_inf_skips_every_tensor(compile_mode: bool, amp_scaling: bool) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     optimizer = Lamb16(parameters(), **BASE, amp_scaling=amp_scaling, compile=compile_mode)
     scaled_steps(optimizer, scaler, range(2))
     before = snapshot(optimizer)
@@ -668,17 +670,17 @@ def test_a_found_inf_skips_every_tensor(compile_mode: bool, amp_scaling: bool) -
 @pytest.mark.parametrize("shape", [(3,), (4096,), (3000,)], ids=str)
 def test_a_found_inf_counts_every_tensor_once(compile_mode: bool, shape: tuple[int, ...]) -> None:
     optimizer = Lamb16(parameters([shape]), **BASE, amp_scaling=True, compile=compile_mode)
-    scaled_steps(optimizer, torch.amp.GradScaler("cpu"), range(2), bad=1)
+    scaled_steps(optimizer, torch.amp.GradScaler(DEVICE.type), range(2), bad=1)
     assert optimizer.skipped == 1
 
 
 def test_gradients_may_be_unscaled_and_clipped_before_the_step(amp_scaling: bool) -> None:
     clipped, plain = (Lamb16(parameters(), **BASE, amp_scaling=amp_scaling, compile=False) for _ in range(2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
     for t in range(2):
         params = all_params(clipped)
         for p, g in zip(params, gradients(params, t), strict=True):
-            p.grad = g * scaler.scale(torch.ones(()))
+            p.grad = g * scaler.scale(torch.ones((), device=DEVICE))
         scaler.unscale_(clipped)
         torch.nn.utils.clip_grad_norm_(params, 0.5)
         scaler.step(clipped)
@@ -697,7 +699,7 @@ def test_clipping_with_a_gradient_scaler_is_clipping_without(compile_mode: bool,
     plain, scaled = (Lamb16(parameters(), **options) for _ in range(2))
     take_steps(plain, range(3))
     norm = plain.grad_norm.item()
-    scaled_steps(scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10), range(3))
+    scaled_steps(scaled, torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10), range(3))
     assert_same(snapshot(plain), snapshot(scaled))
     assert scaled.grad_norm.item() == pytest.approx(norm, rel=1e-12)
 
@@ -709,7 +711,7 @@ def test_float16_gradients_need_the_step_to_unscale_them(amp_scaling: bool) -> N
     take_steps(plain, range(2))
     expected = nullcontext() if amp_scaling else pytest.raises(ValueError, match="unscale FP16 gradients")
     with expected:
-        scaled_steps(optimizer, torch.amp.GradScaler("cpu", init_scale=2.0), range(2))
+        scaled_steps(optimizer, torch.amp.GradScaler(DEVICE.type, init_scale=2.0), range(2))
         assert_same(snapshot(optimizer), snapshot(plain))
 
 
@@ -763,8 +765,8 @@ class NoSync(TorchDispatchMode):
 def test_a_step_reads_nothing_back(compile_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Lamb16(parameters(), **BASE, max_grad_norm=0.5, compile=compile_mode)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    scaler = torch.amp.GradScaler("cpu")
-    found_inf, scale = torch.zeros(()), scaler.scale(torch.full((), 4.0))
+    scaler = torch.amp.GradScaler(DEVICE.type)
+    found_inf, scale = torch.zeros((), device=DEVICE), scaler.scale(torch.full((), 4.0, device=DEVICE))
     take_steps(optimizer, [0])
     before = snapshot(optimizer)
 

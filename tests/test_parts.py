@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bits import assert_same_bits, raw
-from helpers import gradients, parameters
+from helpers import DEVICE, gradients, parameters
 from lamb16 import Lamb16
 from lamb16.entries import MOMENTS, SCALARS
 from lamb16.remainder import REMAINDER
@@ -20,6 +20,8 @@ from lamb16.step.remembered import Remembered
 
 SHAPES = [(7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,), (64, 64), *[(17,)] * 70]
 BASE: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+# On CUDA one call steps sixteen tensors, so `divisible` finds no parts: a set that is new gets plans, with these bits.
+PARTS = DEVICE.type == "cpu"
 
 
 def is_part(optimizer: Lamb16) -> bool:
@@ -53,7 +55,7 @@ def trained(sets: list[set[int] | None], parts: bool, **options: Any) -> Lamb16:
         for t, chosen in enumerate(sets):
             step(optimizer, t, chosen, bad=t % 5)
             seen.append(is_part(optimizer))
-    assert any(seen) == parts
+    assert any(seen) == (parts and PARTS)
     return optimizer
 
 
@@ -78,6 +80,7 @@ def test_a_part_has_the_bits_of_plans_of_its_own(options: dict[str, Any], compil
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(not PARTS, reason="plans have parts on the CPU only: on CUDA one call steps many tensors")
 def test_a_set_that_comes_again_has_plans_of_its_own() -> None:
     optimizer = Lamb16(parameters(), **BASE, compile=False)
     kinds = []
@@ -96,7 +99,7 @@ def test_what_has_no_gradient_is_not_written_to() -> None:
     before = [raw(x) for x in (*left_out, *moments, *scalars)]
     versions = [x._version for x in (*left_out, *moments)]
     step(optimizer, 1, {1})
-    assert is_part(optimizer)
+    assert is_part(optimizer) == PARTS
     for x, y in zip((*left_out, *moments, *scalars), before, strict=True):
         assert_same_bits(raw(x), y)
     assert [x._version for x in (*left_out, *moments)] == versions
@@ -143,7 +146,7 @@ def test_remainders_that_are_missing_or_replaced_are_seen_in_parts() -> None:
     for t, chosen in enumerate([{0, 1}, {0}, None], 1):
         for optimizer in (first, second):
             step(optimizer, t, chosen)
-            assert is_part(optimizer) == (chosen is not None)
+            assert is_part(optimizer) == (PARTS and chosen is not None)
     assert all(torch.equal(x, y) for x, y in zip(everything(first), everything(second), strict=True))
 
 

@@ -179,7 +179,7 @@ def test_what_changes_around_a_step() -> None:
 def test_gradient_scaling_closures_and_skips() -> None:
     network = model()
     optimizer = warm(list(network.named_parameters()))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
 
     def closure() -> torch.Tensor:
         loss = network(torch.ones(2, 48, device=DEVICE)).square().sum()

@@ -350,15 +350,16 @@ def share_codes(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
 
 
 def new_parameter_without_name(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
-    optimizer.param_groups[0]["params"].append(parameters([(3,)])[0])
-    optimizer.param_groups[0]["params"][-1].grad = torch.ones(3)
+    new = parameters([(3,)])[0]
+    new.grad = torch.ones_like(new)
+    optimizer.param_groups[0]["params"].append(new)
 
 
 def repaired_and_wrong(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
     """The state of a can be repaired, that of c cannot be used."""
     codes = optimizer.state[params[0]]["exp_avg_codes"]
     optimizer.state[params[0]]["exp_avg_codes"] = torch.full_like(codes.view(torch.uint8), 0x7E)
-    optimizer.state[params[2]]["exp_avg_codes"] = torch.zeros(3)
+    optimizer.state[params[2]]["exp_avg_codes"] = torch.zeros(3, device=codes.device)
 
 
 # What is done after a step, and what the next step says to it.

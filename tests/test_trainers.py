@@ -22,7 +22,11 @@ def with_foreign_entries() -> Lamb16:
     optimizer = Lamb16(parameters(), **BASE, compile=False)
     take_steps(optimizer, range(2))
     for p in all_params(optimizer):
-        optimizer.state[p] |= {"slow": p.detach().double(), "seen": torch.arange(3), "note": ["others'"]}
+        optimizer.state[p] |= {
+            "slow": p.detach().double(),
+            "seen": torch.arange(3, device=p.device),
+            "note": ["others'"],
+        }
     return optimizer
 
 

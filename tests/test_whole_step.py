@@ -134,7 +134,7 @@ def test_the_wait_for_the_compiler_is_one_line_of_log_per_kind(
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("lamb16")]
     assert len(lines) == 2
     for line, dtype in zip(lines, ("float32", "bfloat16"), strict=True):
-        assert line.startswith(f"lamb16 compiles its step for {DEVICE} (weights torch.{dtype}")
+        assert line.startswith(f"lamb16 compiles its step for {parameters()[0].device} (weights torch.{dtype}")
 
 
 # -- tensors without memory ----------------------------------------------------------------------------------------
