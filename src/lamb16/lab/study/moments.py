@@ -64,7 +64,8 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     others: list[list[str]] = []
     for (task, schedule, lr, beta2, scale), group in grouped(pairs, _setting).items():
         losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
-        differences = [100 * (a / b - 1) for a, b in zip(losses["float8"], losses["float32"], strict=True)]
+        ratios = zip(losses["float8"], losses["float32"], strict=True)
+        differences = [100 * math.log(a / b) for a, b in ratios]  # the mean of a / b is above 1 of noise alone
         cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
         mean, count = statistics.mean(losses["float32"]), len(differences)
         deviation = statistics.stdev(losses["float32"]) / mean if count > 1 else None
@@ -79,7 +80,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         ])  # fmt: skip
     header = [
         "task", "schedule, lr", "β2", "gradients ×", "seeds", "loss, 8 bits", "loss, FP32",
-        "difference, % (mean ± standard error)", "deviation of seeds, %", "cosine of u, median layer", "lowest layer",
+        "difference, % (mean of logarithms ± standard error)", "deviation of seeds, %", "cosine of u, median layer", "lowest layer",
     ]  # fmt: skip
     found = {"loss": table(header, defaults), "other β2, and gradients scaled": table(header, others)}
     return found | {"layers": _layers(pairs)}
