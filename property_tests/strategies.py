@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import missing
 from lamb16.hyper import ROUNDINGS
 
 # Around every edge of the blocks: 1024 columns, rows from two rows on, packed rows of 256.
@@ -162,7 +163,7 @@ def cases(
     one = st.sampled_from([*kinds, None])
     possible = [x for x in KINDS if x[0] in dtypes and x[1] in moment_dtypes and x[2] in roundings]
     dtype, moment_dtype, rounding, caution = draw(st.sampled_from(possible))
-    return Case(
+    case = Case(
         shapes=case_shapes,
         hyper=draw(hyperparameters()) | {"caution": caution},
         dtype=dtype,
@@ -177,3 +178,5 @@ def cases(
         weight_exponent=draw(st.integers(-4, 1)),
         seed=draw(st.integers(0, 2**20)),
     )
+    assert missing([*case.hyper, *case.words]) == set()
+    return case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ SHAPES = ((7, 3), (2100,), (64, 48))
 module.NUMBERS = itertools.repeat(0)  # twins that tests compare go the same way without names
 CODES = ("exp_avg_codes", "exp_avg_sq_codes")
 HYPER_NAMES = [field.name for field in fields(reference.Hyper)]
+
+
+def missing(names: Iterable[str], *left_out: str) -> set[str]:
+    """The hyperparameters that are neither among these names nor left out on purpose."""
+    return set(HYPER_NAMES) - set(names) - set(left_out)
 
 
 def parameters(

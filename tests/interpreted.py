@@ -26,6 +26,7 @@ from helpers import (
     assert_same,
     gradients,
     hyper_of,
+    missing,
     parameters,
     snapshot,
     step_with,
@@ -44,7 +45,7 @@ from lamb16.step.rows import Rows
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "other numbers, no nesterov": {"weight_decay": 0.3, "betas": (0.5, 0.95), "nesterov": False},
+    "other numbers, no nesterov": {"weight_decay": 0.3, "trust_lr": 0.1, "betas": (0.5, 0.95), "nesterov": False},
     "no bias correction, maximize": {"bias_correction": False, "maximize": True, "lr": 0.3},
     "no clip, no bound, eps": {"trust_clip": 100.0, "trust_scale": 1.0, "betas": (0.99, 0.9), "eps": 1e-3},
     "caution": {"caution": True, "weight_decay": 0.01},
@@ -92,6 +93,8 @@ def main(file: str) -> None:
     functions = {"pow": np.power, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x)}
     for name, function in functions.items():
         mock.patch(f"{library}.{name}", numpys(function)).start()
+    without = missing([name for options in CASES.values() for name in options], "moment_dtype", "param_rounding")
+    assert not without, f"no case has {without}"
     with mock.patch.object(Kind, "group", 1):  # of more the interpreter makes many times the work
         for name, options in CASES.items():
             report(name, lambda options=options: follow(executor, options))

@@ -313,9 +313,26 @@ def test_the_binding_changes_nothing_in_place(library: capi.Library) -> None:
 
 
 def test_the_default_hyperparameters_are_the_references(library: capi.Library) -> None:
-    found = capi.CHyper()
+    """And those that the header says."""
+    found, wanted = capi.CHyper(), capi.c_hyper(Hyper())
     library.c["default_hyper"](found)
-    assert bytes(found) == bytes(capi.c_hyper(Hyper()))
+    names = capi.CHyper.NAMES
+    assert {name: getattr(found, name) for name in names} == {name: getattr(wanted, name) for name in names}
+    (text,) = re.findall(r"Fill \*hyper with the defaults: (.*?)param_rounding", HEADER, re.DOTALL)
+    said = {name: float(x) for name, x in re.findall(r"(\w+) ([\d.e-]+),", text)}
+    assert said == {name: getattr(wanted, name) for name in names if name != "param_rounding"}
+
+
+@pytest.mark.parametrize("name", capi.CHyper.NAMES)
+def test_a_wrong_hyperparameter_is_refused_by_name(
+    library: capi.Library, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, grad = torch.ones(2, 5)
+    wrong = capi.c_hyper(HYPER)
+    setattr(wrong, name, 9 if isinstance(getattr(wrong, name), int) else math.nan)
+    monkeypatch.setattr(capi, "c_hyper", lambda _: wrong)
+    with pytest.raises(capi.StatusError, match=f": {name} is invalid"):
+        library.step(p, grad, library.init(p, 1), HYPER)
 
 
 def test_the_structures_are_those_of_the_header() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import change_manifest
+from helpers import change_manifest, missing
 from lamb16 import __version__
 from lamb16.capi import export, manifest
 from lamb16.capi.manifest import Spec
@@ -52,8 +52,13 @@ def test_the_folder_holds_package_and_manifest(exported: Path) -> None:
 def test_the_manifest_is_read_back(exported: Path) -> None:
     found = manifest.read(exported)
     assert (found.names, found.device) == (["0", "1", "2", "3", "4"], "cpu")
-    hyper = Hyper(0.02, (0.8, 0.99), 1e-5, 0.1, 0.5, 0.01, 1.5, False, False, True, True)
+    hyper = Hyper(
+        lr=0.02, betas=(0.8, 0.99), eps=1e-5, weight_decay=0.1, trust_scale=0.5, trust_lr=0.01, trust_clip=1.5,
+        bias_correction=False, nesterov=False, caution=True, maximize=True,
+    )  # fmt: skip
     assert found.spec == Spec(SHAPES, hyper, torch.float32)
+    others = [name for name, value in vars(hyper).items() if value != getattr(Hyper, name)]
+    assert missing(others, "moment_dtype", "param_rounding") == set(), "as conftest.py says of what it exports"
 
 
 def test_the_manifest_of_halves_has_their_dtype_and_with_exact_a_fifth_input(exported_halves: Path) -> None:

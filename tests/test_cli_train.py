@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import missing
 from lamb16 import Lamb16, reference
 from lamb16.cli import main
 from lamb16.lab import training
@@ -52,6 +53,25 @@ def lamb16(*arguments: str) -> subprocess.CompletedProcess[str]:
 def digits() -> ImageData:
     pytest.importorskip("sklearn")
     return load("digits")
+
+
+# What only Lamb16 has, away from its default; the hyperparameters that are no options; and those of other optimizers.
+CHANGED: dict[str, Any] = {
+    "trust_scale": 0.5, "trust_clip": 0.1, "moment_dtype": "float32", "nesterov": False, "caution": True, "max_grad_norm": 0.1,
+}  # fmt: skip
+NO_OPTIONS = ("eps", "trust_lr", "bias_correction", "maximize", "param_rounding")
+SHARED = ("lr", "betas", "weight_decay")
+
+
+def words(name: str) -> list[str]:
+    """What sets this option to its value."""
+    value = CHANGED[name]
+    return [training.option(name, value), *([] if isinstance(value, bool) else [str(value)])]
+
+
+def test_every_hyperparameter_is_an_option_or_none() -> None:
+    assert missing([*CHANGED, *SHARED], *NO_OPTIONS) == set()
+    assert CHANGED.keys() == LAMB16_ONLY.keys()
 
 
 # The command line.
@@ -106,16 +126,13 @@ def test_version() -> None:
         (["train", "--device", "nowhere"], "--device nowhere"),
         (["train", "--device", "meta"], "--device meta"),
         (["train", "--trust-scale", "-0.1"], "--trust-scale"),
-        (
-            ["train", "--trust-scale", "0.5", "--optimizer", "lamb"],
-            "--trust-scale is for --optimizer lamb16 only",
+        *(
+            (["train", *words(name), "--optimizer", "lamb"], f"{words(name)[0]} is for --optimizer lamb16 only")
+            for name in CHANGED
         ),
-        (["train", "--moment-dtype", "float32", "--optimizer", "adam"], "--moment-dtype is for"),
         (["train", "--schedule", "linear-step", "--optimizer", "lamb"], "--schedule linear-step is for"),
         (["train", "--schedule", "linear-step", "--trust-scale", "1"], "needs --trust-scale below 1, not 1.0"),
-        (["train", "--no-nesterov", "--optimizer", "adam"], "--no-nesterov is for --optimizer lamb16 only"),
-        (["train", "--caution", "--optimizer", "adam"], "--caution is for --optimizer lamb16 only"),
-        (["train", "--max-grad-norm", "1", "--optimizer", "adam"], "--max-grad-norm is for --optimizer lamb16 only"),
+        (["train", "--moment-dtype", "stochastic"], "--moment-dtype: invalid choice: 'stochastic'"),
         (["train", "--max-grad-norm", "0"], "--max-grad-norm must be a positive number, not 0.0"),
         (["train", "--max-grad-norm", "-1"], "--max-grad-norm must be a positive number, not -1.0"),
         (["train", "--max-grad-norm", "nan"], "--max-grad-norm must be a positive number, not nan"),
@@ -172,18 +189,17 @@ def test_a_run_writes_json_and_logs_and_prints_the_accuracy(
     pytest.importorskip("sklearn")
     pytest.importorskip("tensorboard")
     arguments = "--epochs 2 --seed 3 --eager --schedule linear --threads 1 --json result.json"
-    arguments += " --trust-scale 0.5 --betas 0.8 0.99 --no-nesterov --caution --max-grad-norm 0.5"
+    arguments += " --betas 0.8 0.99"
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *arguments.split()]) == 0
+    assert main(["train", *arguments.split(), *(word for name in CHANGED for word in words(name))]) == 0
     captured = capsys.readouterr()
     result = json.loads((tmp_path / "result.json").read_text())
     settings = result["settings"]
     expected = {"dataset": "digits", "optimizer": "lamb16", "lr": 0.01, "epochs": 2, "seed": 3, "eager": True}
     assert expected.items() <= settings.items()
     assert settings["schedule"] == "linear"
-    assert settings["trust_scale"] == 0.5
     assert settings["betas"] == [0.8, 0.99]
-    assert (settings["nesterov"], settings["caution"], settings["max_grad_norm"]) == (False, True, 0.5)
+    assert CHANGED.items() <= settings.items()
     assert result["threads"] == 1
     assert result["torch"] == torch.__version__
     assert result["seconds"] > 0
@@ -273,17 +289,8 @@ def test_every_option_of_lamb16_changes_the_result(digits: ImageData) -> None:
         return outcome(train(TrainConfig(epochs=2, batch_size=64, eager=True, device=EXACT, **options), small))
 
     plain = train_with()
-    changed = {
-        "trust_scale": 0.5,
-        "trust_clip": 0.1,
-        "moment_dtype": "float32",
-        "nesterov": False,
-        "caution": True,
-        "max_grad_norm": 0.1,
-    }
-    assert changed.keys() == LAMB16_ONLY.keys()
-    assert [name for name, value in changed.items() if train_with(**{name: value}) == plain] == []
-    own = {name: getattr(reference.Hyper, name) for name in changed if name != "max_grad_norm"}
+    assert [name for name, value in CHANGED.items() if train_with(**{name: value}) == plain] == []
+    own = {name: getattr(reference.Hyper, name) for name in CHANGED if name != "max_grad_norm"}
     assert train_with(**own, max_grad_norm=1e9) == plain
 
 
@@ -410,18 +417,13 @@ def test_the_last_batch_may_be_short_and_all_images_are_seen(digits: ImageData) 
 
 def test_settings_reach_the_optimizer() -> None:
     model = build_model(0)
-    config = TrainConfig(
-        lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), trust_scale=0.5, trust_clip=0.7,
-        moment_dtype="float32", eager=True, nesterov=False, caution=True, max_grad_norm=0.5,
-    )  # fmt: skip
+    config = TrainConfig(lr=0.02, weight_decay=0.25, betas=(0.5, 0.99), eager=True, **CHANGED)
     optimizer = build_optimizer(config, model)
     assert isinstance(optimizer, Lamb16)
-    assert optimizer.max_grad_norm == 0.5
     (group,) = optimizer.param_groups
     assert group["param_names"] == LAYERS
-    assert (group["lr"], group["weight_decay"], group["trust_scale"], group["trust_clip"]) == (0.02, 0.25, 0.5, 0.7)
-    assert group["betas"] == (0.5, 0.99)
-    assert (group["moment_dtype"], group["nesterov"], group["caution"]) == ("float32", False, True)
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.02, 0.25, (0.5, 0.99))
+    assert CHANGED.items() <= (group | {"max_grad_norm": optimizer.max_grad_norm}).items()
     adam = build_optimizer(TrainConfig(optimizer="adam", betas=(0.5, 0.99)), model)
     assert adam.param_groups[0]["betas"] == (0.5, 0.99)
     assert type(adam) is torch.optim.Adam

@@ -27,6 +27,7 @@ from helpers import (
     follow,
     gradients,
     hyper_of,
+    missing,
     model,
     parameters,
     snapshot,
@@ -59,6 +60,11 @@ OVERRIDES = [
     {"maximize": True},
     {"moment_dtype": "float32"},
 ]
+
+
+def test_every_hyperparameter_is_overridden_here() -> None:
+    """param_rounding, which is nothing to float32 weights, in test_param_rounding.py."""
+    assert missing([name for override in OVERRIDES for name in override], "param_rounding") == set()
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------

@@ -52,6 +52,12 @@ def test_the_signature_is_the_documented_one() -> None:
     )
 
 
+def test_every_argument_is_described() -> None:
+    text, _, _ = str(inspect.getdoc(lamb16.Lamb16)).partition("Raises:")
+    described = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+    assert described == list(inspect.signature(lamb16.Lamb16).parameters)
+
+
 def test_the_defaults_of_optimizer_and_reference_agree() -> None:
     group = lamb16.Lamb16(parameters()).param_groups[0]
     assert {name: group[name] for name in Hyper.__dataclass_fields__} == vars(Hyper())

@@ -16,6 +16,7 @@ from helpers import (
     all_params,
     assert_same,
     gradients,
+    missing,
     model,
     parameters,
     snapshot,
@@ -133,8 +134,12 @@ def test_hyperparameters_and_groups() -> None:
         {"trust_lr": 1.0},
         {"trust_clip": 10.0},
         {"bias_correction": False},
+        {"nesterov": False},
         {"maximize": True},
     ]
+    changed = [name for change in changes for name in change]
+    others = ("caution", "moment_dtype", "param_rounding")  # what code is specialised on
+    assert missing(changed, "lr", *others) == set()
     for t, change in enumerate(changes):
         optimizer.param_groups[0].update(change)
         take_steps(optimizer, [t])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bits import raw
-from helpers import all_params, assert_same, gradients, parameters, take_steps
+from helpers import all_params, assert_same, gradients, missing, parameters, take_steps
 from lamb16 import Lamb16
 
 TESTS = Path(__file__).parent
@@ -362,6 +362,19 @@ def repaired_and_wrong(optimizer: Lamb16, params: list[nn.Parameter]) -> None:
     optimizer.state[params[2]]["exp_avg_codes"] = torch.zeros(3, device=codes.device)
 
 
+WRONG_OPTIONS: list[tuple[str, Any]] = [
+    ("lr", math.nan), ("lr", math.inf), ("lr", None), ("lr", torch.ones(2)), ("lr", torch.tensor(math.nan)),
+    ("lr", torch.tensor(1)), ("betas", 0.9), ("betas", (0.9, 0.99, 0.999)), ("eps", "1"), ("eps", 0.0),
+    ("weight_decay", None), ("trust_scale", -1.0), ("trust_lr", 0.0), ("trust_clip", math.nan),
+    ("bias_correction", None), ("nesterov", 2), ("caution", 2), ("maximize", None), ("moment_dtype", ["float8"]),
+    ("param_rounding", "up"),
+]  # fmt: skip
+
+
+def test_a_wrong_value_of_every_hyperparameter_is_among_them() -> None:
+    assert missing(name for name, _ in WRONG_OPTIONS) == set()
+
+
 # What is done after a step, and what the next step says to it.
 SITUATIONS: dict[str, tuple[Callable[[Lamb16, list[nn.Parameter]], Any], str]] = {
     "expanded": (set_data(lambda x: x[:1].clone().expand(2100)), "elements of parameter b share memory.*clone"),
@@ -396,12 +409,7 @@ SITUATIONS: dict[str, tuple[Callable[[Lamb16, list[nn.Parameter]], Any], str]] =
     "max_grad_norm": (set_attribute("max_grad_norm", "1"), "max_grad_norm='1' is invalid"),
     **{
         f"{name}={value!r}": (set_option(name, value), f"{name}=.* is invalid; it must be")
-        for name, value in (
-            ("lr", math.nan), ("lr", math.inf), ("lr", None), ("lr", torch.ones(2)), ("lr", torch.tensor(math.nan)),
-            ("lr", torch.tensor(1)), ("betas", 0.9), ("betas", (0.9, 0.99, 0.999)), ("eps", "1"), ("eps", 0.0),
-            ("weight_decay", None), ("trust_clip", math.nan), ("caution", 2), ("maximize", None),
-            ("moment_dtype", ["float8"]),
-        )
+        for name, value in WRONG_OPTIONS
     },
 }  # fmt: skip
 

@@ -782,7 +782,10 @@ static void mistakes(void)
 static void statuses(void)
 {
     for (int a = LAMB16_OK; a < LAMB16_STATUS_COUNT; a++) {
-        CHECK(a == LAMB16_OK || seen[a]);
+        if (a != LAMB16_OK && !seen[a]) {
+            printf("exercise.c: no call here gave status %d: %s\n", a, lamb16_status_string((lamb16_status)a));
+            exit(1);
+        }
         for (int b = a + 1; b <= LAMB16_STATUS_COUNT; b++)
             CHECK(strcmp(lamb16_status_string((lamb16_status)a), lamb16_status_string((lamb16_status)b)) != 0);
     }

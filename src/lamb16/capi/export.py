@@ -24,9 +24,10 @@ from lamb16.capi.manifest import MANIFEST, PACKAGE, Shape, Spec, describe, input
 from lamb16.entries import TABLES, init_state
 from lamb16.hyper import numbers_of
 from lamb16.step import fp8, inductor, update
-from lamb16.step.blocks import FLOATS, INTEGERS, Factors, Inputs, Outputs, Stages, State, Sums, in_place
 from lamb16.step.blocks import Block as StepBlock
+from lamb16.step.blocks import Inputs, Outputs, Stages, State, Sums, in_place
 from lamb16.step.floats import MAGNITUDE
+from lamb16.step.update import FLOATS, INTEGERS, Factors
 
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lamb16.hyper import MOMENT_DTYPES, Hyper
+from lamb16.hyper import MOMENT_DTYPES, ROUNDINGS, Hyper
 from lamb16.lab.data import CACHE, DATA_VARIABLE, DATASETS, ImageData, load
 from lamb16.lab.errors import CommandError, require
 from lamb16.lab.logs import TensorBoardLog
@@ -32,6 +32,8 @@ from lamb16.lab.workers import ALONE, Workers, started_by_torchrun
 from lamb16.sharding.exchange import first_text
 
 __all__ = ["TrainConfig", "add_parser", "run", "train", "write_json"]
+
+WORDS = {"moment_dtype": tuple(MOMENT_DTYPES), "param_rounding": ROUNDINGS}  # that an option may be
 
 
 def add_parser(subparsers: Any) -> None:
@@ -105,7 +107,7 @@ def _add_optimizer_options(group: Any, default: TrainConfig) -> None:
         if isinstance(own, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(own, str):
-            kind = {"choices": tuple(MOMENT_DTYPES)}
+            kind = {"choices": WORDS[name]}
         group.add_argument(option(name), default=unset, help=f"{text}; lamb16 only (default: {own})", **kind)
 
 

@@ -72,43 +72,6 @@ class Sums(NamedTuple):
         return Sums._make(None if x is None else x[part] for x in self)
 
 
-class Factors(NamedTuple):
-    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed rows."""
-
-    # float32
-    grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
-    decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
-    decode_v: Tensor  # β2 · scale of v
-    new_m: Tensor  # 1 − β1
-    new_v: Tensor  # 1 − β2
-    momentum: Tensor  # a and b of n = a·m + b·g
-    gradient: Tensor
-    rho: Tensor  # 1 / sqrt(1 − β2^t) with bias correction, else 1
-    eps: Tensor
-    bound: Tensor  # 1 / C
-    share: Tensor  # what an update is multiplied by where it agrees with the gradient (caution)
-    weight_decay: Tensor
-    encode_m: Tensor  # 1 / new scale of m
-    encode_v: Tensor
-    step_size: Tensor  # lr · trust ratio
-    # int32
-    offset: Tensor  # t · GOLDEN - 2^31, which every element's rounding word gets
-    salt: Tensor
-    base: Tensor  # index of a shard's first element
-    keep: Tensor  # 0 where all is to stay as it is, else -1
-    join: Tensor  # -1 where the remainders are those of the weights, 0 where others have changed the weights
-
-    @classmethod
-    def of(cls, floats: Tensor, integers: Tensor) -> Factors:
-        """From rows of the two tables, [columns] or [rows, columns]."""
-        found = [floats[..., k : k + 1] for k in range(FLOATS)]
-        return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
-
-
-INTEGERS = 5
-FLOATS = len(Factors._fields) - INTEGERS
-
-
 class State(NamedTuple):
     """The scalar state of all tensors, by columns, and the state indices of those that are meant."""
 

@@ -42,8 +42,9 @@ def gather(parameters: Parameters, released: dict[int, Tensor] | None, unclipped
     key: list[Any] = [*setting]
     fake = fake_mode()
     for group in parameters.groups:
-        setting += (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
-        key += setting[-4:]
+        of_group = (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
+        setting += of_group
+        key += of_group
         every = group["params"]
         found = list(map(GRAD, every) if released is None else map(released.get, map(id, every)))
         pairs = [(p, g) for p, g in zip(every, found, strict=True) if g is not None]

@@ -17,13 +17,14 @@ from ..sharding.layout import layout, local, sharding_of
 from ..store import Store, addresses
 from ..wrapped import PLAIN
 from . import update
-from .blocks import FLOATS, INTEGERS, PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, Sums, in_place
+from .blocks import PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, Sums, in_place
 from .compiled import Executor
 from .fp8 import as_int32
 from .kinds import Graph, Kind
 from .packing import Packing, memory
 from .rows import Rows, cut
 from .tables import HyperTable, Shards, needs_index_map
+from .update import FLOATS, INTEGERS
 
 BATCH = 64  # packed rows that are stepped together, at least
 

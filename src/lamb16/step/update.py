@@ -13,12 +13,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import fp8
-from .blocks import PACKED_ROW, PACKED_ROW_BITS, ROW, Block, Factors, IndexMap, Inputs, Outputs, Stages, State, Sums
+from .blocks import PACKED_ROW, PACKED_ROW_BITS, ROW, Block, IndexMap, Inputs, Outputs, Stages, State, Sums
 from .floats import (
     EIGHT_BITS,
     INF_BITS,
@@ -99,6 +101,46 @@ def sum_of(x: Tensor, stages: Stages) -> Tensor:
 # -- all tensors at once ------------------------------------------------------------------------------------------
 
 
+class Factors(NamedTuple):
+    """The scalars of a step of one tensor, the columns of the factor tables: 0-d, or [rows, 1] for packed rows.
+
+    Those before ``offset`` are in the float32 table.
+    """
+
+    # float32
+    grad_factor: Tensor  # clip factor / gradient scale, negative for maximize
+    decode_m: Tensor  # β1 · scale of m (exact: the scale is a power of two)
+    decode_v: Tensor  # β2 · scale of v
+    new_m: Tensor  # 1 − β1
+    new_v: Tensor  # 1 − β2
+    momentum: Tensor  # a and b of n = a·m + b·g
+    gradient: Tensor
+    rho: Tensor  # 1 / sqrt(1 − β2^t) with bias correction, else 1
+    eps: Tensor
+    bound: Tensor  # 1 / C
+    gain: Tensor  # what an update is multiplied by where it agrees with the gradient (caution)
+    weight_decay: Tensor
+    encode_m: Tensor  # 1 / new scale of m
+    encode_v: Tensor
+    step_size: Tensor  # lr · trust ratio
+    # int32
+    offset: Tensor  # t · GOLDEN - 2^31, which every element's rounding word gets
+    salt: Tensor
+    base: Tensor  # index of a shard's first element
+    keep: Tensor  # 0 where all is to stay as it is, else -1
+    join: Tensor  # -1 where the remainders are those of the weights, 0 where others have changed the weights
+
+    @classmethod
+    def of(cls, floats: Tensor, integers: Tensor) -> Factors:
+        """From rows of the two tables, [columns] or [rows, columns]."""
+        found = [floats[..., k : k + 1] for k in range(FLOATS)]
+        return cls(*found, *(integers[..., k : k + 1] for k in range(INTEGERS)))
+
+
+FLOATS = Factors._fields.index("offset")
+INTEGERS = len(Factors._fields) - FLOATS
+
+
 def new_scale(largest: Tensor, fmt: fp8.Format, float8: bool) -> tuple[Tensor, Tensor]:
     """The scale of the new codes for a moment of at most ``largest``, and its reciprocal; 1 where they are float32."""
     if not float8:
@@ -146,7 +188,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     c1, c2, c3 = (torch.where(corrected, 1 - x, 1.0) for x in (beta1**t, beta2**t, beta1 ** (t + 1)))
     a = torch.where(nesterov, beta1 / c3, 1 / c1)
     b = torch.where(nesterov, (1 - beta1) / c1, 0.0)
-    share = inputs.numel / torch.maximum(state.mask_count[state_index].double(), inputs.numel / 1000)
+    gain = inputs.numel / torch.maximum(state.mask_count[state_index].double(), inputs.numel / 1000)
 
     norms = weight_sum.double() / update_sum.double()
     ratio = torch.clamp((sqrt64(norms) * h["trust_lr"] / lr.abs()) ** h["trust_scale"], max=h["trust_clip"])
@@ -157,19 +199,35 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         join = torch.where(same, join, 0)
 
     active = Factors(
-        grad_factor,
-        # β is rounded to float32 before it meets the scale, so that the product is exact.
-        beta1.float() * old_m, beta2.float() * old_v, new_m, new_v, a.float(), b.float(),
-        (1 / sqrt64(c2)).float(), h["eps"].float(), inverse_bound(beta1, beta2, a, b, c2).float(), share.float(),
-        h["weight_decay"].float(), encode_m, encode_v, (lr * ratio).float(),
-        ((step + 1) * GOLDEN) ^ fp8.SIGN_BIT, state.salt[state_index], inputs.base, torch.full_like(step, -1), join,
-    )  # fmt: skip
+        grad_factor=grad_factor,
+        decode_m=beta1.float() * old_m,  # β is rounded before it meets the scale, so that the product is exact
+        decode_v=beta2.float() * old_v,
+        new_m=new_m,
+        new_v=new_v,
+        momentum=a.float(),
+        gradient=b.float(),
+        rho=(1 / sqrt64(c2)).float(),
+        eps=h["eps"].float(),
+        bound=inverse_bound(beta1, beta2, a, b, c2).float(),
+        gain=gain.float(),
+        weight_decay=h["weight_decay"].float(),
+        encode_m=encode_m,
+        encode_v=encode_v,
+        step_size=(lr * ratio).float(),
+        offset=((step + 1) * GOLDEN) ^ fp8.SIGN_BIT,
+        salt=state.salt[state_index],
+        base=inputs.base,
+        keep=torch.full_like(step, -1),
+        join=join,
+    )
     # Frozen: with gradients of zero codes decode, and encode, to themselves. -0 (zero times -1) keeps a zero's sign.
     one = torch.ones_like(old_m)
     frozen = active._replace(
         decode_m=one, decode_v=one, new_m=-one, encode_m=one, encode_v=one, keep=torch.zeros_like(step)
     )
-    for column, x, y in zip([*outputs.floats, *outputs.integers], frozen, active, strict=True):
+    columns = [*outputs.floats, *outputs.integers]
+    for name, column, x, y in zip(Factors._fields, columns, frozen, active, strict=True):
+        assert column.dtype == y.dtype, f"the factor {name} is {y.dtype}, in a table of {column.dtype}"
         column.copy_(torch.where(skip, x, y))
     roots = [sqrt64(x.double() * UNIT) for x in (weight_sum, update_sum)]
     for column, x in zip(outputs.report, (*roots, ratio), strict=True):
@@ -261,7 +319,7 @@ def update_block(
     u = n / larger(sqrt(v) * f.rho + f.eps, size * f.bound)
     if sums.agree is not None:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
-        u = torch.where(agrees, u * f.share, 0.0)
+        u = torch.where(agrees, u * f.gain, 0.0)
         sums.agree.copy_(sum_of_rows(agrees.int(), block, 0, sums.agree.dtype))
     u = u + weights * f.weight_decay
     new_p = weights - masked(u * f.step_size, f.keep)
