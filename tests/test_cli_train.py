@@ -57,7 +57,8 @@ def digits() -> ImageData:
 
 # What only Lamb16 has, away from its default; the hyperparameters that are no options; and those of other optimizers.
 CHANGED: dict[str, Any] = {
-    "trust_scale": 0.5, "trust_clip": 0.1, "moment_dtype": "float32", "nesterov": False, "caution": True, "max_grad_norm": 0.1,
+    "trust_scale": 0.5, "trust_clip": 0.1, "moment_dtype": "float32", "nesterov": False, "caution": True,
+    "max_grad_norm": 0.1,
 }  # fmt: skip
 NO_OPTIONS = ("eps", "trust_lr", "bias_correction", "maximize", "param_rounding")
 SHARED = ("lr", "betas", "weight_decay")

@@ -80,7 +80,8 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         ])  # fmt: skip
     header = [
         "task", "schedule, lr", "β2", "gradients ×", "seeds", "loss, 8 bits", "loss, FP32",
-        "difference, % (mean of logarithms ± standard error)", "deviation of seeds, %", "cosine of u, median layer", "lowest layer",
+        "difference, % (mean of logarithms ± standard error)", "deviation of seeds, %",
+        "cosine of u, median layer", "lowest layer",
     ]  # fmt: skip
     found = {"loss": table(header, defaults), "other β2, and gradients scaled": table(header, others)}
     return found | {"layers": _layers(pairs)}
