@@ -123,7 +123,7 @@ def _moment_pairs(loss: float) -> list[moments.Pair]:
 
 def test_moments_compare_seed_by_seed() -> None:
     text = moments.tables(_moment_pairs(1.0201), {})["loss"]
-    assert "| cnn | linear, 0.01 | 0.999 | 1 | 2 | 1.0201 | 1.015 | +0.50 ± 0.50 | 0.70 | 0.5000 | 0.500 |" in text
+    assert "| cnn | linear, 0.01 | 0.999 | 1 | 2 | 1.0201 | 1.015 | +0.50 ± 0.49 | 0.70 | 0.5000 | 0.500 |" in text
     constant = [(replace(run, schedule="constant"), result) for run, result in _moment_pairs(1.0201)]
     rows = moments.tables(_moment_pairs(1.0201) + constant[:2], {})["loss"].splitlines()
     assert rows[3].startswith("| cnn | constant, 0.01 | 0.999 | 1 | 1 | 1.0201 | 1.01 | +1.00 |  |")
