@@ -85,7 +85,7 @@ def test_a_finished_study_only_prints(study: str, out: Path, capsys: pytest.Capt
 
 def test_published_names_every_optimizer_or_says_why_not(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = printed(capsys, out, "published")
-    tables = dict(re.findall(r"^## (.*)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
+    tables = dict(re.findall(r"^## ([^\n]*)\n\n(.*?)(?:\n\n|\Z)", text, re.M | re.S))
     (batch, lr, _), *_ = QUICK.published
     for name, factor, _ in published.OPTIMIZERS:
         usable = why_unusable(name) is None
