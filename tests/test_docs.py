@@ -22,6 +22,10 @@ DOC = (ROOT / "docs" / "algorithm.md").read_text()
 BY_HAND = ("| published | here | why |",)
 
 
+def results_of(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 @pytest.mark.parametrize("study", compare.TRAININGS)
 def test_pages_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the code is by now: that is for the next run of the study to say."""
@@ -44,7 +48,7 @@ def test_pages_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyPa
 
 def test_tables_are_those_of_the_pages_of_results() -> None:
     pages = [(RESULTS / f"{study}.md").read_text() for study in compare.TRAININGS]
-    pages.append(fidelity.table(json.loads((RESULTS / "fidelity.json").read_text())["results"]) + "\n")
+    pages.append(fidelity.table(results_of("fidelity")["results"]) + "\n")
     tables = re.findall(r"(?:^\|.*\n)+", DOC, re.M)
     assert len(tables) > 5
     assert [
@@ -55,7 +59,7 @@ def test_tables_are_those_of_the_pages_of_results() -> None:
 @pytest.mark.parametrize("study", [*compare.TRAININGS, "fidelity"])
 def test_results_of_an_earlier_rule_are_marked(study: str) -> None:
     """The document names the digest of every reference.py but the present one that its tables were made with."""
-    content = json.loads((RESULTS / f"{study}.json").read_text())
+    content = results_of(study)
     codes = [run["code"] for run in content["runs"]] if "runs" in content else [content["settings"].get("code", "")]
     rules = {rule for code in codes for rule in re.findall(r"\breference ([0-9a-f]+)", code)}
     old = [rule for rule in rules - {runs.digest("lamb16.reference")} if rule not in DOC]
@@ -67,22 +71,14 @@ def test_results_of_an_earlier_rule_are_marked(study: str) -> None:
 
 def test_the_benchmarks_are_those_of_the_results() -> None:
     document = (ROOT / "docs" / "benchmarks.md").read_text()
-    many, one, cuda = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("bench", "bench-1-thread", "cuda")
-    )
-    avx2, avx2_one = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("bench-avx2", "bench-avx2-1-thread")
-    )
+    many, one, cuda = (results_of(name) for name in ("bench", "bench-1-thread", "cuda"))
+    avx2, avx2_one = (results_of(name) for name in ("bench-avx2", "bench-avx2-1-thread"))
     tables = [bench.table(rows) for content in (many, one, avx2, avx2_one) for rows in content["results"].values()]
     tables.append(bench.size_table(many["sizes"]))
     tables += [bench.compile_table(many["compile_time"]), bench.pass_table(one["passes"]["mlp"])]
     tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
     assert [table for table in tables if table not in document] == []
     assert many["settings"]["processor"] in document
-
-
-def results_of(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 GRAPH = f"{bench.COMPILED}, CUDA graph"
@@ -135,7 +131,7 @@ def test_the_gpus_tables_are_those_of_the_results() -> None:
 
 def test_the_readmes_memory_table_is_that_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
-    results = json.loads((RESULTS / "memory.json").read_text())["results"]
+    results = results_of("memory")["results"]
     assert [f"lamb16 bench --memory --shapes {name}\n" in readme for name in results] == [True]
     assert [table for table in map(memory.table, results.values()) if table not in readme] == []
 

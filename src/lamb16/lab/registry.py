@@ -111,3 +111,9 @@ def why_unusable(name: str, device: str = "cpu") -> str | None:
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return None if finite else "its step left the weights as they were, or made them non-finite"
+
+
+def unusable(names: Iterable[str]) -> dict[str, str]:
+    """Why, by name, those do not work here that do not."""
+    reasons = {name: why_unusable(name) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.study.report import at_an_end, figure, grouped, number, table
+from lamb16.lab.study.report import at_an_end, figure, grouped, loss_of, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import OPTIONS, Run, describe, execute
@@ -91,8 +91,7 @@ class Task:
 
     def _losses(self, name: str, lr: float) -> list[float]:
         """By seed."""
-        found = [result["validation_loss"] for _, result in self._by_name[name][lr]]
-        return [math.inf if loss is None else loss for loss in found]
+        return [loss_of(result["validation_loss"]) for _, result in self._by_name[name][lr]]
 
     def same(self, name: str) -> float:
         """The loss to the rule's with the same seed at the same learning rate, in percent; the mean over seeds."""

@@ -13,16 +13,19 @@ from typing import Any
 from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study import mnist, training
 from lamb16.lab.study.mnist import MnistRun
-from lamb16.lab.study.report import COLOURS, figure, grouped, number, table
+from lamb16.lab.study.report import COLOURS, figure, grouped, loss_of, number, table
 from lamb16.lab.study.runs import Result, Results
-from lamb16.lab.study.sizes import Sizes
+from lamb16.lab.study.sizes import HALF_DECADE, Sizes
 from lamb16.lab.study.tasks import CONTEXT
 from lamb16.lab.study.training import Run
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
-H = 10**0.5
-FACTORS = {"lamb16": (1.0,), "lamb": (1.0,), "adamw": (1 / H, 1.0, H)}  # of the rate that the rule gives
+FACTORS = {
+    "lamb16": (1.0,),
+    "lamb": (1.0,),
+    "adamw": (1 / HALF_DECADE, 1.0, HALF_DECADE),
+}  # of the rate that the rule gives
 IMAGES, WORDS = 128, 768  # the batch sizes from which the rule starts
 WORD_RATES = {"lamb16": 10**-2, "lamb": 10**-2, "adamw": 10**-2.5}  # the best of `rates`
 
@@ -84,8 +87,7 @@ def _images(pairs: list[Pair]) -> dict[str, dict[int, Pair]]:
 
 def _words(pairs: list[Pair]) -> dict[str, dict[int, Pair]]:
     own = [pair for pair in pairs if isinstance(pair[0], Run)]
-    worse = lambda result: float("inf") if result["validation_loss"] is None else result["validation_loss"]  # noqa: E731
-    return _best(own, lambda pair: pair[0].batch_size * CONTEXT, worse)
+    return _best(own, lambda pair: pair[0].batch_size * CONTEXT, lambda result: loss_of(result["validation_loss"]))
 
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:

@@ -14,22 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from lamb16.lab.registry import label
-from lamb16.lab.study.report import COLOURS, at_an_end, band, figure, grouped, median, median_and_range, number, table
-from lamb16.lab.study.runs import Result, Results
-from lamb16.lab.study.sizes import Sizes
-from lamb16.lab.study.training import Run, describe, execute
+from lamb16.lab.study.rates import Optimizer, Pair, by_rate, optimizer_of
+from lamb16.lab.study.report import (
+    COLOURS,
+    at_an_end,
+    band,
+    figure,
+    grouped,
+    loss_of,
+    median,
+    median_and_range,
+    number,
+    table,
+)
+from lamb16.lab.study.runs import Results
+from lamb16.lab.study.sizes import HALF_DECADE, Sizes
+from lamb16.lab.study.training import Run, describe, execute, steps_of
 
 __all__ = ["describe", "execute", "jobs", "more", "plots", "prepare", "tables"]
 
-H = 10**0.5
 OPTIMIZERS: tuple[tuple[str, bool, float], ...] = (  # with caution or without, middle rate
     ("lamb16", False, 10**-2), ("lamb16", True, 10**-2), ("lamb", False, 10**-2), ("adamw", False, 10**-2.5),
     ("nadam", False, 10**-2.5),
 )  # fmt: skip
 FP32: dict[str, Any] = {"moment_dtype": "float32"}
 TWINS: tuple[dict[str, Any], ...] = (FP32, {"beta1": 0.95}, {"beta1": 0.8}, {"beta1": 0.5})
-
-Pair = tuple[Run, Result]
 
 
 def jobs(sizes: Sizes) -> list[Run]:
@@ -38,7 +47,7 @@ def jobs(sizes: Sizes) -> list[Run]:
     for task, (steps, batch) in sizes.long.items():
         for name, caution, middle in OPTIMIZERS:
             run = Run(task, name, middle, 1, steps, batch, caution=caution, probed=name == "lamb16")
-            rates = (middle,) if caution and task != "lm" else (middle, middle / H, middle * H)
+            rates = (middle,) if caution and task != "lm" else (middle, middle / HALF_DECADE, middle * HALF_DECADE)
             found += [replace(run, lr=lr) for lr in rates]
             if name == "lamb16" and not caution:
                 found += [replace(run, **twin) for twin in (TWINS if task == "lm" else (FP32,))]
@@ -49,8 +58,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
     """The best rate of each optimizer on the small model with the other seeds."""
     first = [pair for pair in pairs if pair[0].task == "lm" and not _is_twin(pair)]
     best = [
-        min(own, key=lambda pair: median([pair[1]["validation_loss"]]))[0]
-        for own in grouped(first, _optimizer).values()
+        min(own, key=lambda pair: loss_of(pair[1]["validation_loss"]))[0] for own in grouped(first, _optimizer).values()
     ]
     return [replace(run, seed=seed, probed=False) for run in best for seed in sizes.long_seeds if seed != run.seed]
 
@@ -59,26 +67,19 @@ def prepare(results: Results, sizes: Sizes) -> None:
     """Nothing beside the runs."""
 
 
-def _optimizer(pair: Pair) -> tuple[str, bool]:
-    return pair[0].optimizer, pair[0].caution
+def _optimizer(pair: Pair) -> Optimizer:
+    return optimizer_of(pair[0])
 
 
 def _is_twin(pair: Pair) -> bool:
     return (pair[0].beta1, pair[0].moment_dtype) != (Run.beta1, Run.moment_dtype)
 
 
-def _losses(pairs: list[Pair]) -> list[float | None]:
-    return [result["validation_loss"] for _, result in sorted(pairs, key=lambda pair: pair[0].seed)]
-
-
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Losses at every rate and the best beside AdamW's or NAdam's; the twins; what storage does over the training."""
     rows, twins, drift = [], [], []
     for task, group in grouped(pairs, lambda pair: pair[0].task).items():
-        curves = {
-            optimizer: {lr: _losses(same) for lr, same in grouped(own, lambda pair: pair[0].lr).items()}
-            for optimizer, own in grouped([pair for pair in group if not _is_twin(pair)], _optimizer).items()
-        }
+        curves = by_rate([pair for pair in group if not _is_twin(pair)])[task]
         best = {optimizer: min(curve, key=lambda lr: median(curve[lr][:1])) for optimizer, curve in curves.items()}
         least = min(median(curves[name, False][best[name, False]]) for name in ("adamw", "nadam"))
         for optimizer, curve in curves.items():
@@ -91,7 +92,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         own = [pair for pair in group if _optimizer(pair) == ("lamb16", False) and pair[0].seed == 1]
         rule = next(pair for pair in own if pair[0] == replace(own[0][0], lr=OPTIMIZERS[0][2]))
         for run, result in [rule, *filter(_is_twin, own)]:
-            loss, base = (median([r["validation_loss"]]) for r in (result, rule[1]))
+            loss, base = (loss_of(r["validation_loss"]) for r in (result, rule[1]))
             moments = {"float8": "8-bit moments", "float32": "FP32 moments"}[run.moment_dtype]
             to_rule = f"{100 * (loss / base - 1):+.2f}"
             twins.append([task, f"β1 {run.beta1:g}, {moments}", number(result["validation_loss"], ".5g"), to_rule])
@@ -121,11 +122,12 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     with figure(path, len(tasks)) as axes:
         for panel, (task, group) in zip(axes, tasks.items(), strict=True):
             for (name, caution), own in grouped(group, _optimizer).items():
-                best = min((pair for pair in own if pair[0].seed == 1), key=lambda pair: median(_losses([pair])))[0]
+                best = min(
+                    (pair for pair in own if pair[0].seed == 1), key=lambda pair: loss_of(pair[1]["validation_loss"])
+                )[0]
                 curves = [result["curve"] for run, result in own if run.lr == best.lr]
-                steps = [(k + 1) * best.steps / len(curves[0]) for k in range(len(curves[0]))]
                 colour = None if caution else COLOURS[name]
-                band(panel, steps, curves, f"{label(name, caution)}, lr {best.lr:.2g}", colour)
+                band(panel, steps_of(best, curves[0]), curves, f"{label(name, caution)}, lr {best.lr:.2g}", colour)
             panel.set(title=task, xlabel="step", yscale="log")
             panel.legend(fontsize=6)
         axes[0].set_ylabel("training loss")

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.study.report import figure, grouped, number, table
+from lamb16.lab.study.report import figure, grouped, loss_of, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
-from lamb16.lab.study.training import Run, describe, execute
+from lamb16.lab.study.training import Run, describe, execute, steps_of
 
 __all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
 
@@ -63,7 +63,9 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     defaults: list[list[str]] = []
     others: list[list[str]] = []
     for (task, schedule, lr, beta2, scale), group in grouped(pairs, _setting).items():
-        losses = {kind: [_loss(r) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS}
+        losses = {
+            kind: [loss_of(r["validation_loss"]) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS
+        }
         ratios = zip(losses["float8"], losses["float32"], strict=True)
         differences = [100 * math.log(a / b) for a, b in ratios]  # the mean of a / b is above 1 of noise alone
         cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
@@ -85,10 +87,6 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     ]  # fmt: skip
     found = {"loss": table(header, defaults), "other β2, and gradients scaled": table(header, others)}
     return found | {"layers": _layers(pairs)}
-
-
-def _loss(result: Result) -> float:
-    return math.inf if result["validation_loss"] is None else float(result["validation_loss"])
 
 
 def _setting(pair: Pair) -> tuple[str, str, float, float, float]:
@@ -123,8 +121,7 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
             upper, lower = axes[column], axes[column + len(tasks)]
             for kind, style in zip(MOMENTS, ("-", ":"), strict=True):
                 run, result = next(pair for pair in group if pair[0].moment_dtype == kind)
-                steps = [(k + 1) * run.steps / len(result["curve"]) for k in range(len(result["curve"]))]
-                upper.plot(steps, result["curve"], style, label=kind)
+                upper.plot(steps_of(run, result["curve"]), result["curve"], style, label=kind)
             upper.set(title=task, ylabel="training loss")
             run, result = next(pair for pair in group if "probes" in pair[1])
             _plot_layers(lower, run, {name: layer["cosines"] for name, layer in result["probes"]["layers"].items()})
@@ -136,8 +133,7 @@ def _plot_layers(axes: Any, run: Run, cosines: dict[str, list[float]]) -> None:
     """A line per layer; the three that fall lowest have a colour and their name."""
     worst = sorted(cosines, key=lambda name: min(cosines[name]))[:3]
     for name, line in sorted(cosines.items(), key=lambda item: item[0] in worst):  # these above the grey ones
-        steps = [(k + 1) * run.steps / len(line) for k in range(len(line))]
         style = {"label": name} if name in worst else {"color": "0.75"}
-        axes.plot(steps, line, linewidth=1, **style)
+        axes.plot(steps_of(run, line), line, linewidth=1, **style)
     axes.set(xlabel="step", ylabel=f"cosine of u by layer, seed {run.seed}")
     axes.legend(fontsize=6)

@@ -20,7 +20,7 @@ from lamb16.lab.model import TwoLayerCNN
 from lamb16.lab.registry import REGISTRY
 from lamb16.lab.study import mnist
 from lamb16.lab.study.mnist import MnistRun, describe, execute
-from lamb16.lab.study.report import COLOURS, band, figure, grouped, median, table
+from lamb16.lab.study.report import COLOURS, band, figure, grouped, median, not_run, table
 from lamb16.lab.study.runs import Result, Results, code_of, digest
 from lamb16.lab.study.sizes import Sizes
 
@@ -69,9 +69,8 @@ def _settings(sizes: Sizes) -> list[tuple[MnistRun, bool]]:
 def prepare(results: Results, sizes: Sizes) -> None:
     """Measure step times, unless the file holds them, and note why an optimizer does not work here."""
     names = list(dict.fromkeys(name for name, *_ in OPTIMIZERS))
-    reasons = {name: registry.why_unusable(name) for name in names}
-    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
-    usable = [name for name in names if reasons[name] is None]
+    results.extra["unusable"] = registry.unusable(names)
+    usable = [name for name in names if name not in results.extra["unusable"]]
     timed: dict[str, Any] = {"rounds": sizes.timed_rounds, "threads": torch.get_num_threads()}
     timed["codes"] = {name: code_of(name) for name in usable}
     timed["update"] = [digest(f"lamb16.step.{name}") for name in STEP]
@@ -111,9 +110,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             "state bytes per parameter",
         ]
         found["step time"] = table(header, timed)
-        if extra["unusable"]:
-            missing = [[REGISTRY[name].label, reason] for name, reason in extra["unusable"].items()]
-            found["not run"] = table(["optimizer", "why it could not be run"], missing)
+        found |= not_run(extra["unusable"])
     return found
 
 

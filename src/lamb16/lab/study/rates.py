@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from lamb16.lab import registry
-from lamb16.lab.registry import REGISTRY
-from lamb16.lab.study.report import COLOURS, at_an_end, figure, grouped, median, median_and_range, number, table
+from lamb16.lab.study.report import (
+    COLOURS,
+    at_an_end,
+    figure,
+    grouped,
+    median,
+    median_and_range,
+    not_run,
+    number,
+    table,
+)
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute
@@ -63,8 +72,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Note why an optimizer does not work here."""
-    reasons = {name: registry.why_unusable(name) for name, _ in OPTIMIZERS}
-    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    results.extra["unusable"] = registry.unusable(name for name, _ in OPTIMIZERS)
     results.save()
 
 
@@ -155,8 +163,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
     header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
-    missing = [[REGISTRY[name].label, reason] for name, reason in extra.get("unusable", {}).items()]
-    found |= {"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {}
+    found |= not_run(extra.get("unusable", {}))
     columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
     return {"basin": table(header, summary), "in short": table(["optimizer", *columns], short.values())} | found
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lamb16.lab.errors import require
+from lamb16.lab.registry import REGISTRY
 
 # One colour per optimizer, the same in every plot.
 COLOURS = {
@@ -38,9 +39,20 @@ def number(value: float | None, form: str = ".4g") -> str:
     return "diverged" if value is None or not math.isfinite(value) else format(value, form)
 
 
+def not_run(unusable: Mapping[str, str]) -> dict[str, str]:
+    """A table of the optimizers that do not work here, by its title; nothing where all do."""
+    rows = [[REGISTRY[name].label, reason] for name, reason in unusable.items()]
+    return {"not run": table(["optimizer", "why it could not be run"], rows)} if rows else {}
+
+
+def loss_of(value: float | None) -> float:
+    """A loss as results hold it; that of a diverged run, None, is infinite."""
+    return math.inf if value is None else value
+
+
 def median(values: Iterable[float | None]) -> float:
     """The median; a diverged run counts as infinite."""
-    return statistics.median(math.inf if value is None else value for value in values)
+    return statistics.median(map(loss_of, values))
 
 
 def at_an_end(value: float, values: Sequence[float]) -> str:
@@ -50,7 +62,7 @@ def at_an_end(value: float, values: Sequence[float]) -> str:
 
 def median_and_range(values: Sequence[float | None], form: str = ".4g") -> str:
     """Median and range of a few seeds, the value alone of one."""
-    known = [math.inf if value is None else value for value in values]
+    known = [*map(loss_of, values)]
     if len(known) == 1:
         return number(known[0], form)
     return f"{number(median(known), form)} ({number(min(known), form)} to {number(max(known), form)})"

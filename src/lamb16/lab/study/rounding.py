@@ -21,7 +21,7 @@ from torch import nn
 from lamb16 import Lamb16
 from lamb16.lab import registry
 from lamb16.lab.registry import REGISTRY
-from lamb16.lab.study.report import band, figure, grouped, number, table
+from lamb16.lab.study.report import band, figure, grouped, not_run, number, table
 from lamb16.lab.study.runs import Result, Results, code_of
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.tasks import Task
@@ -92,8 +92,7 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """The table of stalled weights, unless the file holds it, and why an optimizer does not work here."""
-    reasons = {name: registry.why_unusable(name) for name, *_ in (*FORMS, *MLP_FORMS)}
-    results.extra["unusable"] = {name: reason for name, reason in reasons.items() if reason is not None}
+    results.extra["unusable"] = registry.unusable(name for name, *_ in (*FORMS, *MLP_FORMS))
     if results.extra.get("stall code") == code_of("lamb16"):
         return
     results.extra["stall code"] = code_of("lamb16")
@@ -147,8 +146,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     stall = [[f"{lr:g}", *(number(x, ".4f") for x in moves)] for lr, *moves in extra["stall"]]
     names = ["float32", *(f"bfloat16, {rounding}" for _, rounding in STALLED[1:])]
     found = {"losses": table(header, rows), "small rates": _small_rates(pairs), "stall": table(["lr", *names], stall)}
-    missing = [[REGISTRY[name].label, reason] for name, reason in extra["unusable"].items()]
-    return found | ({"not run": table(["optimizer", "why it could not be run"], missing)} if missing else {})
+    return found | not_run(extra["unusable"])
 
 
 def _of(task: str, pairs: list[Pair]) -> list[Pair]:

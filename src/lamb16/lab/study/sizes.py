@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+HALF_DECADE = 10**0.5
+
 
 class TaskSize(NamedTuple):
     """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -78,6 +78,11 @@ def describe(run: Run) -> str:
             names.append(f"{name} {getattr(run, name)}")
     names += [str(x) for f in fields(run)[len(fields(default)) :] if (x := getattr(run, f.name)) is not None]
     return ", ".join(names)
+
+
+def steps_of(run: Run, line: Sequence[Any]) -> list[float]:
+    """The steps at which the points of a line, evenly over the training, were taken."""
+    return [(k + 1) * run.steps / len(line) for k in range(len(line))]
 
 
 def execute(run: Run, folder: str | None) -> Result:
