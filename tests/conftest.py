@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-import helpers  # noqa: F401 for what it sets
+import helpers
 from ranks import Ranks
+
+WHOLE = 1000  # tests; fewer need few of the graphs
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A process of several that run all tests first compiles its part of what they need."""
+    if "PYTEST_XDIST_WORKER" in os.environ and len(session.items) > WHOLE and helpers.DEVICE.type == "cpu":
+        import precompiled
+
+        precompiled.compile_all(session.config._tmp_path_factory.getbasetemp().parent / "precompiled")
 
 
 @pytest.fixture(params=["eager", "compiled"])

@@ -88,13 +88,16 @@ def test_results_stay_known_when_there_are_more_settings(tmp_path: Path) -> None
     assert again.runs[0]["settings"] == {"optimizer": "adam", "rate": 0.2}
 
 
-def test_more_jobs_follow_from_the_results_of_the_first() -> None:
+def test_more_jobs_follow_from_the_results_so_far() -> None:
+    """Until there are none that are new."""
+
     class Study:
         jobs = staticmethod(lambda sizes: [1, 2])
-        more = staticmethod(lambda pairs, sizes: [job + result for job, result in pairs])
+        more = staticmethod(lambda pairs, sizes: [job + result for job, result in pairs if result < sizes])
 
-    pairs = runs.pairs_of(Study, None, lambda jobs: [10 * job for job in jobs])
+    pairs = runs.pairs_of(Study, 100, lambda jobs: [10 * job for job in jobs])
     assert pairs == [(1, 10), (2, 20), (11, 110), (22, 220)]
+    assert runs.pairs_of(Study, 200, lambda jobs: [10 * job for job in jobs]) == [*pairs, (121, 1210)]
 
 
 def test_a_changed_optimizer_is_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

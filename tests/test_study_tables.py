@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lamb16.lab.study import ablations, moments, rates, report
+from lamb16.lab.study import ablations, long, moments, published, rates, report, runs
+from lamb16.lab.study.mnist import MnistRun
 from lamb16.lab.study.sizes import FULL, QUICK
 from lamb16.lab.study.training import Run
 
@@ -136,7 +137,7 @@ def test_every_ablation_has_a_name_and_its_runs_on_every_task() -> None:
     jobs = ablations.jobs(QUICK)
     names = {(job.task, ablations.name_of(job)) for job in jobs}
     assert names == {(task, name) for task in QUICK.tasks for name in ablations.ABLATIONS}
-    assert len(set(jobs)) == len(jobs) == len(QUICK.tasks) * (3 * len(ablations.UPDATE) + len(ablations.STORAGE))
+    assert len(set(jobs)) == len(jobs) == len(QUICK.tasks) * (4 * len(ablations.UPDATE) + len(ablations.STORAGE))
     second = set(ablations.jobs(replace(QUICK, ablation_seeds=(1, 2)))) - set(jobs)
     assert len(second) == len(QUICK.tasks) * len(ablations.ABLATIONS)
     assert {(job.seed, job.lr / QUICK.tasks[job.task].lr) for job in second} == {(2, 1.0)}
@@ -148,17 +149,20 @@ def _ablation_pairs() -> list[ablations.Pair]:
     for job in ablations.jobs(QUICK):
         loss = 1.0 + abs(math.log10(job.lr / QUICK.tasks[job.task].lr))
         if not job.bias_correction:
-            loss = 1.02 if job.lr < QUICK.tasks[job.task].lr / 2 else 1.1
+            loss = 1.02 if job.lr < QUICK.tasks[job.task].lr / 5 else 1.1
         pairs.append((job, {"validation_loss": loss, "probes": {"layers": {"w": {"cosine": 0.9}}}}))
     return pairs
 
 
 def test_ablations_are_compared_at_the_same_and_at_their_best_rate() -> None:
-    rows = {line.split(" | ")[0]: line for line in ablations.tables(_ablation_pairs(), {})["ablation"].splitlines()}
-    assert rows["| no bias correction"].count("| +10.00 | +2.00 ↓ ") == len(QUICK.tasks)
-    assert rows["| the rule"].count("+0.00 | +0.00 |") == len(QUICK.tasks)
-    assert rows["| nearest rounding"].count("| +0.00 |  ") == len(QUICK.tasks)
-    assert rows["| the rule"].endswith("| 0.9000 | 0.9000 | 0.9000 |")
+    tables = ablations.tables(_ablation_pairs(), {})
+    update = tables["update"].splitlines()
+    assert f"| no bias correction | {'+10.00 | +2.00 ↓ | ' * len(QUICK.tasks)}".strip() in update
+    assert f"| the rule | {'+0.00 | +0.00 | ' * len(QUICK.tasks)}".strip() in update
+    storage = tables["storage"].splitlines()
+    for name in (ablations.BASELINE, "nearest rounding"):
+        assert f"| {name} | {'+0.00 | ' * len(QUICK.tasks)}{'0.9000 | ' * len(QUICK.tasks)}".strip() in storage
+    assert len(update) + len(storage) == 2 + len(ablations.UPDATE) + 2 + len(ablations.STORAGE) + 1
 
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])
@@ -168,3 +172,48 @@ def test_runs_of_moments_come_in_pairs(sizes: Any) -> None:
     settings = [vars(job) | {"probed": None} for job in jobs]
     for a, b in zip(settings[::2], settings[1::2], strict=True):
         assert {key for key in a if a[key] != b[key]} == {"moment_dtype"}
+
+
+def test_a_long_training_goes_beyond_an_end_of_its_rates() -> None:
+    """Until the best lies between two others, to five rates at most; the small model's then has the other seeds."""
+    lowest = {"nadam": 0.03, "adamw": 1e-9}  # where their losses are least
+
+    def results(jobs: Any) -> list[runs.Result]:
+        return [{"validation_loss": abs(math.log(job.lr / lowest.get(job.optimizer, 0.01)))} for job in jobs]
+
+    pairs = runs.pairs_of(long, QUICK, results)
+    assert len({run for run, _ in pairs}) == len(pairs)
+    found = {
+        (task, name): sorted(
+            f"{run.lr:.2g}" for run, _ in pairs if (run.task, run.optimizer, run.seed) == (task, name, 1)
+        )
+        for task in QUICK.long
+        for name in ("nadam", "adamw", "lamb")
+    }
+    for task in QUICK.long:
+        assert found[task, "nadam"] == ["0.001", "0.0032", "0.01", "0.032", "0.1"]
+        assert found[task, "adamw"] == ["0.0001", "0.00032", "0.001", "0.0032", "0.01"]
+        assert found[task, "lamb"] == ["0.0032", "0.01", "0.032"]
+    second = {(run.task, run.optimizer, f"{run.lr:.2g}") for run, _ in pairs if run.seed == 2}
+    assert second == {
+        ("lm", "nadam", "0.032"),
+        ("lm", "adamw", "0.0001"),
+        ("lm", "lamb", "0.01"),
+        ("lm", "lamb16", "0.01"),
+    }
+
+
+def test_the_published_table_in_short_has_a_row_per_optimizer() -> None:
+    result = {"best_accuracy": 0.99, "last_accuracy": 0.98, "train_loss": 0.02}
+    settings = [("lamb16", 0.02, {}), ("adamw", 0.02, {}), ("adamw", 0.002, {}), ("lamb16", 0.02, {"caution": True})]
+    pairs = [(MnistRun(name, "mnist", 8, lr, 1, "linear", 1, **own), result) for name, lr, own in settings]
+    worse = result | {"best_accuracy": 0.97, "train_loss": 0.04}
+    pairs += [(replace(run, seed=2), worse) for run, _ in pairs[:1]]
+    assert published.tables(pairs, {})["in short"].splitlines() == [
+        "| optimizer | batch 8, linear |",
+        "|---|---|",
+        "| Lamb16 | 98.00 %, 0.03 (0.02 to 0.04) |",
+        "| AdamW | 99.00 %, 0.02 |",
+        "| AdamW, a tenth of the rate | 99.00 %, 0.02 |",
+        "| Lamb16, caution | 99.00 %, 0.02 |",
+    ]

@@ -16,7 +16,8 @@
    reductions, Inductor makes temporaries of, and then fuses one reduction with what computes them. With
    :func:`fused_reductions` it fuses all: the temporaries are never stored.
 5. **Outer loops.** Inductor's fusion of outer loops generates all code, finds that the loops do not fit, and generates
-   it again: a quarter of the time to the first step. :func:`cpu_help` switches it off.
+   it again: a quarter of the time to the first step. :func:`cpu_help` switches it off. What else Inductor does again
+   and again, ``repeated_work.py`` has it do once.
 
 docs/inductor.md has a minimal example of each, for PyTorch's tracker. What :func:`cpu_code` does it does to the text of
 the generated code: where a later Inductor writes another text, the code stays as it is.
@@ -34,6 +35,8 @@ from unittest import mock
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .repeated_work import done_once
 
 REDUCTIONS = {torch.ops.aten.amax.default, torch.ops.aten.sum.dim_IntList}
 VECTOR_TYPES = {torch.float32: "float", torch.int32: "int32_t"}
@@ -291,7 +294,7 @@ def with_invariants_first(variable: str, loop: list[str]) -> list[str]:
 def cpu_help() -> Iterator[None]:
     """A context in which Inductor's code for CPUs goes through :func:`cpu_code`, and :func:`vector_casts` holds.
 
-    Outer loops are not fused.
+    Outer loops are not fused, and work that Inductor repeats is done once, for GPUs too.
     """
     from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
 
@@ -301,7 +304,7 @@ def cpu_help() -> Iterator[None]:
         return cpu_code(original(self, name))
 
     apart = mock.patch.multiple(CppScheduling, can_fuse_vertical_outer_loop=lambda *_: False)
-    with mock.patch.object(KernelGroup, "codegen_group", codegen_group), apart, vector_casts():
+    with mock.patch.object(KernelGroup, "codegen_group", codegen_group), apart, vector_casts(), done_once():
         yield
 
 

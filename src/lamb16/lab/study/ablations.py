@@ -1,8 +1,8 @@
 """What each part of the rule is worth: the tasks of `moments` with one part exchanged at a time, with two seeds.
 
-Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. What changes the size of
-the update as well is run at three learning rates half a decade apart (the outer ones with the first seed), and compared
-with the rule at its best of three by that seed.
+Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. The learning rate is the
+rule's best of `rates`. What changes the size of the update is run at three more with the first seed, half a decade
+apart, two of them lower, and compared with the rule, each at its best of four by that seed.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ UPDATE: dict[str, dict[str, Any]] = {
     "no Nesterov momentum": {"nesterov": False},
     "caution": {"caution": True},
     "trust_scale 0": {"trust_scale": 0.0},
+    "trust_scale 0.25": {"trust_scale": 0.25},
     "trust_scale 0.5": {"trust_scale": 0.5},
     "β1 0.5": {"beta1": 0.5},
     "no bias correction": {"bias_correction": False},
     "weights count as they are": {"parts": (("weight_floor", 1e-3),)},
 }
 ABLATIONS = UPDATE | STORAGE
-FACTORS = (10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
+FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
 
 Pair = tuple[Run, Result]
 
 
 def jobs(sizes: Sizes) -> list[Run]:
-    """Every ablation on every task, those of the update with the first seed at three learning rates."""
+    """Every ablation on every task, those of the update with the first seed at four learning rates."""
     return [
         Run(
             task, "variant" if "parts" in options else "lamb16", size.lr * factor, seed, size.steps, size.batch_size,
@@ -86,8 +87,7 @@ class Task:
             name: grouped(own, lambda pair: pair[0].lr)
             for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
         }
-        rates = sorted(self._by_name[BASELINE])
-        self._lr = rates[len(rates) // 2]
+        self._lr = sorted(self._by_name[BASELINE])[FACTORS.index(1.0)]
 
     def _losses(self, name: str, lr: float) -> list[float]:
         """By seed."""
@@ -110,7 +110,7 @@ class Task:
         return min(rates, key=lambda lr: self._losses(name, lr)[0])
 
     def at_the_end(self, name: str) -> str:
-        """An arrow where the best rate is the lowest or the highest of the three."""
+        """An arrow where the best rate is the lowest or the highest."""
         return at_an_end(self._best_rate(name), list(self._by_name[name]))
 
     def cosine(self, name: str) -> float:
@@ -127,19 +127,18 @@ def _tasks(pairs: list[Pair]) -> dict[str, Task]:
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """The loss against the rule's in percent, at the same and at the best rate, and the cosines, as Markdown."""
     tasks = _tasks(pairs)
-    rows = []
+    update, storage = [], []
     for name in ABLATIONS:
-        row = [name]
-        for task in tasks.values():
-            best = task.best(name)
-            row += [
-                number(task.same(name), "+.2f"),
-                "" if best is None else number(best, "+.2f") + task.at_the_end(name),
-            ]
-        rows.append([*row, *(f"{task.cosine(name):.4f}" for task in tasks.values())])
-    header = ["exchanged"]
-    header += [text for name in tasks for text in (f"{name}: same lr", "best lr")]
-    return {"ablation": table([*header, *(f"{name}: cosine" for name in tasks)], rows)}
+        same = {task: number(tasks[task].same(name), "+.2f") for task in tasks}
+        best = {task: tasks[task].best(name) for task in tasks}
+        if name in UPDATE:
+            at_best = {task: number(best[task], "+.2f") + tasks[task].at_the_end(name) for task in tasks}
+            update.append([name, *(text for task in tasks for text in (same[task], at_best[task]))])
+        if name in STORAGE or name == BASELINE:
+            storage.append([name, *same.values(), *(f"{task.cosine(name):.4f}" for task in tasks.values())])
+    header = ["exchanged", *(text for name in tasks for text in (f"{name}: same lr", "best lr"))]
+    other = ["exchanged", *(f"{name}: loss" for name in tasks), *(f"{name}: cosine" for name in tasks)]
+    return {"update": table(header, update), "storage": table(other, storage)}
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:

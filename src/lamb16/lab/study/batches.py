@@ -92,20 +92,17 @@ def _words(pairs: list[Pair]) -> dict[str, dict[int, Pair]]:
 
 def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     """Best test accuracy and final training loss by images, validation loss by words, as Markdown."""
-    rows, losses = [], []
     images, words = _images(pairs), _words(pairs)
-    for name, found in images.items():
-        for key, text, form in (
-            ("best_accuracy", "best test accuracy", ".2%"), ("train_loss", "training loss, last epoch", ".2g"),
-        ):  # fmt: skip
-            rows.append([_label(name), text, *(number(result[key], form) for _, result in found.values())])
-    for name, found in words.items():
-        losses.append([_label(name), *(number(result["validation_loss"]) for _, result in found.values())])
-    header, sizes = (list(map(str, next(iter(found.values())))) for found in (images, words))
     return {
-        "images": table(["optimizer", "", *header], rows),
-        "words": table(["optimizer", *sizes], losses),
+        "words": _table(words, "validation_loss", ".4g"),
+        "images": _table(images, "best_accuracy", ".2%"),
+        "training loss of the images": _table(images, "train_loss", ".2g"),
     }
+
+
+def _table(best: dict[str, dict[int, Pair]], key: str, form: str) -> str:
+    rows = [[_label(name), *(number(result[key], form) for _, result in own.values())] for name, own in best.items()]
+    return table(["optimizer", *map(str, next(iter(best.values())))], rows)
 
 
 def _label(name: str) -> str:

@@ -1,9 +1,9 @@
 """Trainings ten times as long, and a wider model: what holds after 500 steps need not hold after 5,000.
 
 The language model of `rates` and a wider one of 4 million parameters. Every optimizer at three rates, half a decade
-apart, around its best of `rates`; the small model's best rates with more seeds. Lamb16 also with FP32 moments and, on
-the small model, with more and less momentum, at its middle rate; with caution there alone on the wider model. Its
-stored moments are compared with FP32 ones over the whole training.
+apart, around its best of `rates`, and beyond where the best is at an end; the small model's best with more seeds.
+Lamb16 also with FP32 moments and, on the small model, with more and less momentum, at its middle rate; with caution
+there alone on the wider model. Its stored moments are compared with FP32 ones over the whole training.
 """
 
 from __future__ import annotations
@@ -55,12 +55,17 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
-    """The best rate of each optimizer on the small model with the other seeds."""
-    first = [pair for pair in pairs if pair[0].task == "lm" and not _is_twin(pair)]
-    best = [
-        min(own, key=lambda pair: loss_of(pair[1]["validation_loss"]))[0] for own in grouped(first, _optimizer).values()
-    ]
-    return [replace(run, seed=seed, probed=False) for run in best for seed in sizes.long_seeds if seed != run.seed]
+    """Where the best rate is at an end, the next one beyond it, twice at most; else the small model's other seeds."""
+    found: list[Run] = []
+    for own in grouped([pair for pair in pairs if not _is_twin(pair)], lambda p: (p[0].task, _optimizer(p))).values():
+        first = [pair for pair in own if pair[0].seed == 1]
+        rates = sorted(run.lr for run, _ in first)
+        best = min(first, key=lambda pair: loss_of(pair[1]["validation_loss"]))[0]
+        if 1 < len(rates) < 5 and best.lr in (rates[0], rates[-1]):
+            found.append(replace(best, lr=best.lr * (HALF_DECADE if best.lr == rates[-1] else 1 / HALF_DECADE)))
+        elif best.task == "lm":
+            found += [replace(best, seed=seed, probed=False) for seed in sizes.long_seeds if seed != 1]
+    return found
 
 
 def prepare(results: Results, sizes: Sizes) -> None:

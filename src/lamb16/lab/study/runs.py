@@ -140,12 +140,16 @@ def _is_docstring(statement: ast.AST) -> bool:
 
 
 def pairs_of(study: Any, sizes: Any, results: Callable[[Sequence[Job]], list[Result]]) -> list[tuple[Job, Result]]:
-    """All jobs of a study module with their results: those of ``jobs``, then of ``more``, which follow from these."""
-    jobs = study.jobs(sizes)
-    pairs = list(zip(jobs, results(jobs), strict=True))
-    if hasattr(study, "more"):
-        jobs = study.more(pairs, sizes)
+    """All jobs of a study module with their results: those of ``jobs``, then, as long as there are, of ``more``.
+
+    ``more(pairs, sizes)`` are jobs that follow from the results so far; those that are known by then are left out.
+    """
+    pairs: list[tuple[Job, Result]] = []
+    jobs = list(study.jobs(sizes))
+    while jobs:
         pairs += zip(jobs, results(jobs), strict=True)
+        known = {job for job, _ in pairs}
+        jobs = [job for job in study.more(pairs, sizes) if job not in known] if hasattr(study, "more") else []
     return pairs
 
 

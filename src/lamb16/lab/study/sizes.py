@@ -9,7 +9,7 @@ HALF_DECADE = 10**0.5
 
 
 class TaskSize(NamedTuple):
-    """How a task is trained: ``lr`` is Lamb16's where it is not varied, ``rates`` are those where it is.
+    """How a task is trained: ``lr`` is Lamb16's where it is not varied, its best of ``rates``, those where it is.
 
     ``rate_seeds`` are the seeds for those; the two best of each optimizer get all of ``best_seeds``.
     """
@@ -54,8 +54,8 @@ class Sizes:
 FULL = Sizes(
     tasks={
         "lm": TaskSize(500, 12, 0.01, half_decades(-3.5, -1)),
-        "cnn": TaskSize(400, 256, 0.1, half_decades(-2, 0.5), (1, 2), tuple(range(1, 11))),  # the noisiest
-        "autoencoder": TaskSize(400, 256, 0.03, half_decades(-3, -0.5)),
+        "cnn": TaskSize(400, 256, 1.0, half_decades(-2, 0.5), (1, 2), tuple(range(1, 11))),  # the noisiest
+        "autoencoder": TaskSize(400, 256, 0.1, half_decades(-3, -0.5)),
     },
     mlp=TaskSize(1000, 128, 1e-3, (1e-3, 1e-4)),
     seeds=(1, 2, 3, 4, 5),
