@@ -2,24 +2,30 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 import helpers
+from lamb16.step import graph_code
 from ranks import Ranks
 
 WHOLE = 1000  # tests; fewer need few of the graphs
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A process of several that run all tests first compiles its part of what they need."""
+    """A process of several that run all tests first exports and compiles its part of what they need."""
     if "PYTEST_XDIST_WORKER" in os.environ and len(session.items) > WHOLE and helpers.DEVICE.type == "cpu":
         import precompiled
 
-        precompiled.compile_all(session.config._tmp_path_factory.getbasetemp().parent / "precompiled")
+        factory = session.config._tmp_path_factory
+        exports = {"step": EXPORT} | {name: export_of_halves(name) for name in HALVES}
+        jobs: list[Callable[[], object]] = [partial(exported_once, factory, *export) for export in exports.items()]
+        jobs += [partial(graph_code.compile_once, graph, kind) for graph, kind in precompiled.graphs()]
+        precompiled.share(factory.getbasetemp().parent / "precompiled", jobs)
 
 
 @pytest.fixture(params=["eager", "compiled"])
@@ -68,12 +74,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 HALVES = {"exact": "bfloat16", "nearest": "bfloat16", "stochastic": "float16"}
 
 
+def export_of_halves(rounding: str) -> list[str]:
+    words = ["--shapes", "2050", "5", "5", "--threads", "1", "--weight-decay", "0.1", "--lr", "0.02"]
+    return [*words, "--param-dtype", HALVES[rounding], "--param-rounding", rounding]
+
+
 @pytest.fixture(scope="session", params=HALVES)
 def exported_halves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for bfloat16 or float16, in a folder with the name of the rounding."""
-    words = ["--shapes", "2050", "5", "5", "--threads", "1", "--weight-decay", "0.1", "--lr", "0.02"]
-    words += ["--param-dtype", HALVES[request.param], "--param-rounding", request.param]
-    return exported_once(tmp_path_factory, request.param, words)
+    return exported_once(tmp_path_factory, request.param, export_of_halves(request.param))
 
 
 @pytest.fixture

@@ -1,17 +1,16 @@
-"""The graphs that the tests run, compiled before the tests by all processes of pytest-xdist, each by one of them.
+"""The graphs that the tests run, which all processes of pytest-xdist compile before the tests, each by one of them.
 
-Else every process compiles for itself whatever it meets first, and so does every rank that a test starts: half of the
-time of all tests. What is not named here is compiled where it is met.
+Else every process compiles for itself whatever it meets first, and so does every rank that a test starts: two fifths of
+the time of all tests. What is not named here is compiled where it is met.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from lamb16.step import graph_code
 from lamb16.step.kinds import GRAPHS, Graph, Kind
 from strategies import KINDS
 
@@ -50,18 +49,12 @@ def _needed(graph: Graph, kind: Kind) -> bool:
     return kind in SPLIT or not graph.global_index
 
 
-def claimed(folder: Path) -> Iterator[tuple[Graph, Kind]]:
-    """Those that no other process has taken by now."""
+def share(folder: Path, jobs: Sequence[Callable[[], object]]) -> None:
+    """Call the jobs that no other process has taken by now; called by every process with the same ``folder``."""
     folder.mkdir(exist_ok=True)
-    for number, pair in enumerate(graphs()):
+    for number, job in enumerate(jobs):
         try:
             (folder / str(number)).touch(exist_ok=False)
         except FileExistsError:
             continue
-        yield pair
-
-
-def compile_all(folder: Path) -> None:
-    """Called by every process with the same empty folder."""
-    for graph, kind in claimed(folder):
-        graph_code.compile_once(graph, kind)
+        job()

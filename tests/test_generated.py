@@ -136,7 +136,7 @@ def test_the_bits_do_not_depend_on_the_instruction_set() -> None:
         "-q",
         "tests/test_optimizer.py",
         "-k",
-        "follows_the_reference and compiled",
+        "follows_the_reference and compiled and not float16",
     ]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import lamb16
-from helpers import parameters
+from helpers import missing, parameters
 from lamb16.reference import Hyper
 
 
@@ -56,6 +56,7 @@ def test_every_argument_is_described() -> None:
     text, _, _ = str(inspect.getdoc(lamb16.Lamb16)).partition("Raises:")
     described = re.findall(r"^    (\w+): ", text, re.MULTILINE)
     assert described == list(inspect.signature(lamb16.Lamb16).parameters)
+    assert missing(described) == set(), "fields of Hyper that the constructor lacks"
 
 
 def test_the_defaults_of_optimizer_and_reference_agree() -> None:
@@ -70,6 +71,11 @@ def test_importing_brings_neither_compiler_nor_command_line() -> None:
     assert "lamb16.optimizer" in added
     unwanted = ("torch._inductor", "torchvision", "sklearn", "matplotlib", "lamb16.cli", "lamb16.lab")
     assert [name for name in added if name.startswith(unwanted)] == []
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > 350} == {}
 
 
 MOST = 2_300  # lines of this package that are imported until there is an optimizer

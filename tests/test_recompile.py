@@ -224,7 +224,7 @@ def test_tensors_of_another_kind_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     """And of the same kind are not."""
     monkeypatch.setattr(compiled, "_graph", functools.cache(compiled._Lazy))
     monkeypatch.setattr(
-        compiled, "compile_once", lambda graph, kind: lambda given: getattr(update, graph.function)(*given)
+        compiled, "compile_once", lambda graph, kind: lambda given: update.FUNCTIONS[graph.function](*given)
     )
     found = []
     for options in ({}, {}, {"caution": True}):

@@ -94,7 +94,7 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     def compile_once(graph: Graph, kind: Kind) -> Call:
         found.append((graph, torch.utils._python_dispatch._get_current_dispatch_mode()))
-        return lambda arguments: getattr(update, graph.function)(*arguments)
+        return lambda arguments: update.FUNCTIONS[graph.function](*arguments)
 
     monkeypatch.setattr(compiled, "compile_once", compile_once)
     return found

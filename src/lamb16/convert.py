@@ -23,8 +23,8 @@ from .hyper import check_hyperparameters
 from .moments import BYTES, MOMENTS, are_codes
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
+from .step.factors import new_scale
 from .step.fp8 import E4M3, E5M2, Format
-from .step.update import new_scale
 
 ADAM, BITSANDBYTES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
 # What else such a state may hold. Anything more, such as amsgrad's maximum, belongs to a rule that Lamb16 has not.

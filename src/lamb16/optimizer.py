@@ -138,8 +138,6 @@ class Lamb16(BetweenSteps):
         amp_scaling: bool = False,
     ) -> None:
         arguments = locals()
-        missing = [name for name in NAMES if name not in arguments]
-        assert not missing, f"fields of Hyper without an argument of Lamb16: {missing}"
         defaults = {name: arguments[name] for name in NAMES}
         check_hyperparameters(defaults)
         check_max_grad_norm(max_grad_norm)

@@ -26,8 +26,8 @@ from lamb16.hyper import numbers_of
 from lamb16.step import fp8, inductor, update
 from lamb16.step.blocks import Block as StepBlock
 from lamb16.step.blocks import Inputs, Outputs, Stages, State, Sums, in_place
+from lamb16.step.factors import FLOATS, INTEGERS, Factors, fold, scale
 from lamb16.step.floats import MAGNITUDE
-from lamb16.step.update import FLOATS, INTEGERS, Factors
 
 SMALL = 2048  # tensors below this size are copied into a block with the others of their size
 
@@ -111,7 +111,7 @@ class ExportedStep(torch.nn.Module):
         )  # fmt: skip
         floats, integers = columns(FLOATS, torch.float32), columns(INTEGERS, torch.int32)
         counted, skipped = columns(1, torch.bool)[0], torch.zeros((), dtype=torch.int64, device=device)
-        update.scale(inputs, state, Outputs(floats, integers, columns(3, torch.float64), counted, skipped), True)
+        scale(inputs, state, Outputs(floats, integers, columns(3, torch.float64), counted, skipped), True)
 
         factors = stored(torch.stack(floats, 1)), stored(torch.stack(integers, 1))
         found = []
@@ -120,7 +120,7 @@ class ExportedStep(torch.nn.Module):
             self._write_back(tensors, view, block)
         rows = [None if x[0] is None else self._of_all(list(x)) for x in zip(*found, strict=True)]
         ones = torch.ones(count, dtype=torch.int64, device=device)
-        update.fold(Sums._make(rows), one_row, counted, ones, state, True)
+        fold(Sums._make(rows), one_row, counted, ones, state, True)
         for table, new in zip((scales, counters, sums), tables, strict=True):
             table.copy_(torch.stack([x[1:] for x in new], 1))
         return ()  # None would be an output

@@ -64,7 +64,7 @@ class Eager:
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the function."""
-        getattr(update, graph.function)(*arguments)
+        update.FUNCTIONS[graph.function](*arguments)
 
 
 class Compiled:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..hyper import NUMBERS
 from . import update
 from .blocks import PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, State, Sums
+from .factors import FLOATS, INTEGERS
 from .kinds import Graph, Kind
-from .update import FLOATS, INTEGERS
 
 
 def random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:

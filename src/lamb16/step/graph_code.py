@@ -99,7 +99,7 @@ def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: b
 
         return first_call
 
-    function = _own_code(getattr(update, graph.function))
+    function = _own_code(update.FUNCTIONS[graph.function])
     # A function is compiled in several forms: what differs between them is not to become dynamic.
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch.compile(function, fullgraph=True, backend=backend)(*arguments)
@@ -132,7 +132,7 @@ def _is_right(code: Call, graph: Graph, kind: Kind) -> bool:
     """Whether the code of an update does to random inputs, in place, what the function itself does."""
     first, second = (random_inputs(graph, kind) for _ in range(2))
     code(first)
-    getattr(update, graph.function)(*second)
+    update.FUNCTIONS[graph.function](*second)
     pairs = zip(flatten(first), flatten(second), strict=True)
     return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
 

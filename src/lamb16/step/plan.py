@@ -16,15 +16,15 @@ from ..remainder import has_remainder
 from ..sharding.layout import layout, local, sharding_of
 from ..store import Store, addresses
 from ..wrapped import PLAIN
-from . import update
+from . import factors, update
 from .blocks import PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, Sums, in_place
 from .compiled import Executor
+from .factors import FLOATS, INTEGERS
 from .fp8 import as_int32
 from .kinds import Graph, Kind
 from .packing import Packing, memory
 from .rows import Rows, cut
 from .tables import HyperTable, Shards, needs_index_map
-from .update import FLOATS, INTEGERS
 
 BATCH = 64  # packed rows that are stepped together, at least
 
@@ -220,8 +220,8 @@ class Plan:
         """
         if self.scaled_from[0] is not self.largest:
             return self.scaled_from[0]
-        found = update.largest_of(self.largest, self.rows.stages)
-        checksum = None if self.checksum is None else as_int32(update.sum_of(self.checksum, self.rows.stages))
+        found = factors.largest_of(self.largest, self.rows.stages)
+        checksum = None if self.checksum is None else as_int32(factors.sum_of(self.checksum, self.rows.stages))
         count = len(self.state_index)
         columns = torch.arange(2, device=self.kind.device)
         ones = torch.ones(count, 1, dtype=torch.int64, device=self.kind.device)
@@ -233,7 +233,7 @@ class Plan:
         """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.step.update.inspect`."""
         high, low = self.sums.weights, self.sums.updates  # free until the update
         self._inspect([[x.weights, x.updates] for x in self.row_sums], rescale)
-        return torch.stack([update.sum_of(x, self.rows.stages) for x in (high, low)], 1)
+        return torch.stack([factors.sum_of(x, self.rows.stages) for x in (high, low)], 1)
 
     def scale(self, skipped: Tensor, found_inf: Tensor | None, inverse_scale: Tensor | None) -> None:
         """Factors, scales and step counts; the state is changed."""

@@ -38,7 +38,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"trust_scale": 0.25}, {"trust_scale": 0.5}, {"trust_clip": 1.0}, {"beta1": 0.8}, {"caution": True},
 )  # fmt: skip
 CHANGED = ("linear", "constant")  # the schedules in which they are tried, of the first and the second batch size
-STEP = ("blocks", "floats", "update")  # what the times follow from, beside the optimizers' own
+STEP = ("blocks", "factors", "floats", "update")  # what the times follow from, beside the optimizers' own
 
 Pair = tuple[MnistRun, Result]
 

@@ -78,13 +78,13 @@ FULL = Sizes(
 QUICK = Sizes(
     tasks={
         "lm": TaskSize(2, 2, 0.01, (0.001, 0.01), best_seeds=(1, 2)),
-        "cnn": TaskSize(12, 32, 0.1, (0.01, 0.1), best_seeds=(1, 2)),
-        "autoencoder": TaskSize(12, 32, 0.03, (0.003, 0.03), best_seeds=(1, 2)),
+        "cnn": TaskSize(4, 32, 0.1, (0.01, 0.1), best_seeds=(1, 2)),
+        "autoencoder": TaskSize(4, 32, 0.03, (0.003, 0.03), best_seeds=(1, 2)),
     },
-    mlp=TaskSize(12, 32, 1e-3, (1e-3,)),
+    mlp=TaskSize(4, 32, 1e-3, (1e-3,)),
     seeds=(1,),
     many_seeds=(1, 2),
-    constant_steps=12,
+    constant_steps=4,
     ablation_seeds=(1,),
     batch_sizes=(64, 256),
     batch_epochs=1,
