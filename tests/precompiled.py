@@ -6,6 +6,7 @@ the time of all tests. What is not named here is compiled where it is met.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,4 +58,5 @@ def share(folder: Path, jobs: Sequence[Callable[[], object]]) -> None:
             (folder / str(number)).touch(exist_ok=False)
         except FileExistsError:
             continue
-        job()
+        with contextlib.suppress(Exception):  # the test that needs it will say so
+            job()

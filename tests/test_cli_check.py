@@ -16,7 +16,7 @@ from lamb16.cli import main
 from lamb16.hyper import NUMBERS, Hyper
 from lamb16.lab import check
 from lamb16.reference import State
-from lamb16.step import update
+from lamb16.step import factors
 
 Run = Callable[..., tuple[int, dict[str, list[int]], str]]
 
@@ -160,7 +160,7 @@ def test_the_compiled_step_is_compiled(exported: Path, monkeypatch: pytest.Monke
 def test_a_corrupted_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     """One constant of the exported step has one bit changed: the rounding words go on by another number."""
     with monkeypatch.context() as patch:
-        patch.setattr(update, "GOLDEN", update.GOLDEN ^ (1 << 24))
+        patch.setattr(factors, "GOLDEN", factors.GOLDEN ^ (1 << 24))
         assert main(["export", "--shapes", "64", "--threads", "1", "-o", str(tmp_path)]) == 0
     status, rows, _ = run(tmp_path, "--steps", "5", "--only", "exported", "reference")
     assert status == 1
@@ -171,7 +171,7 @@ def test_a_corrupted_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize(
     ("name", "module", "constant", "wrong"),
-    [("reference", reference, "WEIGHT_FLOOR", 0.02), ("eager", update, "GOLDEN", update.GOLDEN ^ (1 << 24))],
+    [("reference", reference, "WEIGHT_FLOOR", 0.02), ("eager", factors, "GOLDEN", factors.GOLDEN ^ (1 << 24))],
 )
 def test_a_wrong_step_in_python_fails(
     name: str, module: object, constant: str, wrong: float, exported: Path, monkeypatch: pytest.MonkeyPatch, run: Run

@@ -1,4 +1,4 @@
-"""class Lamb16: parameter groups, state, checkpoints. Decides nothing numerical: ``step/update.py`` does."""
+"""class Lamb16: parameter groups, state, checkpoints. Decides nothing numerical: ``step/`` does."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     return {
         "words": _table(words, "validation_loss", ".4g"),
         "images": _table(images, "best_accuracy", ".2%"),
-        "training loss of the images": _table(images, "train_loss", ".2g"),
+        "training loss of the images, at the rate of the best accuracy": _table(images, "train_loss", ".2g"),
     }
 
 

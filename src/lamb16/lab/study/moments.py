@@ -2,7 +2,7 @@
 
 A language model, a convolutional network and an autoencoder; the same seeds, batches and first weights for both. Four
 values of β2, and gradients a million times smaller and larger. Warm-up over a tenth of the steps, then a linear fall;
-the convolutional network also at high rates that do not fall, for three epochs. The cheap ones with many seeds, so that
+the convolutional network also at rates that do not fall, for three epochs. The cheap ones with many seeds, so that
 a difference shows that is smaller than what one seed differs from another.
 """
 

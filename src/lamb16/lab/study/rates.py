@@ -55,7 +55,7 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
-    """The two best rates of each optimizer with the other seeds."""
+    """The two best rates of each optimizer with the other seeds; those that are best with these too, if others are."""
     found = []
     for task, curves in losses(pairs).items():
         for optimizer, curve in curves.items():

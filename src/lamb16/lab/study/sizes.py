@@ -9,7 +9,7 @@ HALF_DECADE = 10**0.5
 
 
 class TaskSize(NamedTuple):
-    """How a task is trained: ``lr`` is Lamb16's where it is not varied, its best of ``rates``, those where it is.
+    """How a task is trained: ``rates`` are tried where it is varied; elsewhere ``lr``, in FULL Lamb16's best of them.
 
     ``rate_seeds`` are the seeds for those; the two best of each optimizer get all of ``best_seeds``.
     """
