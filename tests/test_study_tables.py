@@ -154,6 +154,26 @@ def _ablation_pairs() -> list[ablations.Pair]:
     return pairs
 
 
+def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> None:
+    pairs = _ablation_pairs()
+    further = ablations.more(pairs, QUICK)
+    assert {(run.task, ablations.name_of(run), run.lr / QUICK.tasks[run.task].lr, run.seed) for run in further} == {
+        (task, name, 1.0, seed) for task in QUICK.tasks for name in ablations.EXPONENTS for seed in (1, 2)
+    }
+    assert {run for run in further if run.seed == 1} <= {run for run, _ in pairs}, "these are known"
+    rises = {"trust_scale 0": 1.1, "trust_scale 0.5": 1.2}  # by seed
+    pairs += [
+        (run, {"validation_loss": rises.get(ablations.name_of(run), 1.0)}) for run in further if run.seed not in (1,)
+    ]
+    tables = ablations.tables(pairs, {})
+    rows = {line.split(" | ")[0]: line for line in tables["exponents of the trust ratio"].splitlines()}
+    assert rows["| the rule"].endswith("| 1 (1 to 1): +0.0 % |")
+    assert rows["| trust_scale 0"].endswith("| 1.05 (1 to 1.1): +4.8 ± 4.8 % |")
+    assert len(rows) == 2 + len(ablations.EXPONENTS)
+    once = ablations.tables(_ablation_pairs(), {})
+    assert tables["update"] == once["update"], "which has the seeds of all ablations"
+
+
 def test_ablations_are_compared_at_the_same_and_at_their_best_rate() -> None:
     tables = ablations.tables(_ablation_pairs(), {})
     update = tables["update"].splitlines()

@@ -2,22 +2,24 @@
 
 Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. The learning rate is the
 rule's best of `rates`. What changes the size of the update is run at three more with the first seed, half a decade
-apart, two of them lower, and compared with the rule, each at its best of four by that seed.
+apart, two of them lower, and compared with the rule, each at its best of four by that seed. The exponents of the trust
+ratio are then run at that rate with all seeds that `rates` gives a best one.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.study.report import at_an_end, figure, grouped, loss_of, number, table
+from lamb16.lab.study.report import at_an_end, figure, grouped, loss_of, median_and_range, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import OPTIONS, Run, describe, execute
 
-__all__ = ["describe", "execute", "jobs", "plots", "prepare", "tables"]
+__all__ = ["describe", "execute", "jobs", "more", "plots", "prepare", "tables"]
 
 BASELINE = "the rule"
 # What is exchanged: options of the run, and parts of the rule. First what leaves the size of the update ...
@@ -45,6 +47,7 @@ UPDATE: dict[str, dict[str, Any]] = {
     "weights count as they are": {"parts": (("weight_floor", 1e-3),)},
 }
 ABLATIONS = UPDATE | STORAGE
+EXPONENTS = (BASELINE, "trust_scale 0", "trust_scale 0.25", "trust_scale 0.5")
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
 
 Pair = tuple[Run, Result]
@@ -62,6 +65,16 @@ def jobs(sizes: Sizes) -> list[Run]:
         for name, options in ABLATIONS.items()
         for factor in (FACTORS if name in UPDATE and k == 0 else (1.0,))
     ]  # fmt: skip
+
+
+def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
+    """The exponents of the trust ratio at their best rates with more seeds."""
+    return [
+        replace(run, seed=seed, probed=run.probed and seed in sizes.ablation_seeds)  # as the run may be known already
+        for key, task in _tasks(pairs).items()
+        for run in map(task.at_best, EXPONENTS)
+        for seed in sizes.tasks[key].best_seeds
+    ]
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
@@ -88,6 +101,7 @@ class Task:
             for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
         }
         self._lr = sorted(self._by_name[BASELINE])[FACTORS.index(1.0)]
+        self._seeds = len(self._by_name[next(iter(STORAGE))][self._lr])  # of all ablations
 
     def _losses(self, name: str, lr: float) -> list[float]:
         """By seed."""
@@ -95,8 +109,8 @@ class Task:
 
     def same(self, name: str) -> float:
         """The loss to the rule's with the same seed at the same learning rate, in percent; the mean over seeds."""
-        pairs = zip(self._losses(name, self._lr), self._losses(BASELINE, self._lr), strict=True)
-        return statistics.mean(100 * (mine / rule - 1) for mine, rule in pairs)
+        mine, rule = (self._losses(key, self._lr)[: self._seeds] for key in (name, BASELINE))
+        return statistics.mean(100 * (x / y - 1) for x, y in zip(mine, rule, strict=True))
 
     def best(self, name: str) -> float | None:
         """The same of the first seed, each at the best of its learning rates; None where there is one only."""
@@ -109,13 +123,26 @@ class Task:
         rates: list[float] = list(self._by_name[name])
         return min(rates, key=lambda lr: self._losses(name, lr)[0])
 
+    def at_best(self, name: str) -> Run:
+        """The first seed's run at the best rate."""
+        (run, _), *_ = self._by_name[name][self._best_rate(name)]
+        assert isinstance(run, Run)
+        return run
+
+    def with_all_seeds(self, name: str) -> str:
+        """Median and range of the loss at the best rate, and the mean of the logarithms of the losses to the rule's."""
+        mine, rule = (self._losses(key, self._best_rate(key)) for key in (name, BASELINE))
+        to_rule = [100 * math.log(x / y) for x, y in zip(mine, rule, strict=True)]
+        error = f" ± {statistics.stdev(to_rule) / math.sqrt(len(to_rule)):.1f}" if any(to_rule) else ""
+        return f"{median_and_range(mine)}: {statistics.mean(to_rule):+.1f}{error} %"
+
     def at_the_end(self, name: str) -> str:
         """An arrow where the best rate is the lowest or the highest."""
         return at_an_end(self._best_rate(name), list(self._by_name[name]))
 
     def cosine(self, name: str) -> float:
         """Of the update to that of FP32 moments, the median over layers."""
-        results = [result for _, result in self._by_name[name][self._lr]]
+        results = [result for _, result in self._by_name[name][self._lr][: self._seeds]]
         cosines = [layer["cosine"] for result in results for layer in result["probes"]["layers"].values()]
         return statistics.median(cosines) if cosines else math.nan
 
@@ -138,7 +165,12 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             storage.append([name, *same.values(), *(f"{task.cosine(name):.4f}" for task in tasks.values())])
     header = ["exchanged", *(text for name in tasks for text in (f"{name}: same lr", "best lr"))]
     other = ["exchanged", *(f"{name}: loss" for name in tasks), *(f"{name}: cosine" for name in tasks)]
-    return {"update": table(header, update), "storage": table(other, storage)}
+    exponents = [[name, *(task.with_all_seeds(name) for task in tasks.values())] for name in EXPONENTS]
+    return {
+        "update": table(header, update),
+        "exponents of the trust ratio": table(["loss and its difference to the rule's", *tasks], exponents),
+        "storage": table(other, storage),
+    }
 
 
 def plots(pairs: list[Pair], folder: Path) -> list[Path]:
