@@ -31,7 +31,7 @@ Pair = tuple[Run, Result]
 
 
 def jobs(sizes: Sizes) -> list[Run]:
-    """Pairs of runs: several seeds with the defaults and at constant rates, the first for each hard setting.
+    """Pairs of runs: several seeds with the defaults, at constant rates and for scaled gradients, the first per β2.
 
     Of the seeds that every task has, those of 8 bits are probed.
     """
@@ -41,7 +41,7 @@ def jobs(sizes: Sizes) -> list[Run]:
     runs += [_pair(sizes, "cnn", seed, lr=lr, **constant) for lr in CONSTANT_RATES for seed in sizes.many_seeds]
     for task in sizes.tasks:
         runs += [_pair(sizes, task, sizes.seeds[0], beta2=beta2) for beta2 in BETA2 if beta2 != 0.999]
-        runs += [_pair(sizes, task, sizes.seeds[0], gradient_scale=scale) for scale in GRADIENT_SCALES]
+        runs += [_pair(sizes, task, seed, gradient_scale=scale) for scale in GRADIENT_SCALES for seed in sizes.seeds]
     return [run for pair in runs for run in pair]
 
 
