@@ -45,8 +45,6 @@ def _work(pair: tuple[Graph, Kind]) -> tuple[bool, ...]:
 
 
 def _needed(graph: Graph, kind: Kind) -> bool:
-    if graph.squares:
-        return kind.grad_dtype != F16
     return kind in SPLIT or not graph.global_index
 
 

@@ -159,9 +159,11 @@ def test_the_compiled_step_is_compiled(exported: Path, monkeypatch: pytest.Monke
 
 def test_a_corrupted_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     """One constant of the exported step has one bit changed: the rounding words go on by another number."""
+    settings = torch._inductor.config.save_config_portable()
     with monkeypatch.context() as patch:
         patch.setattr(factors, "GOLDEN", factors.GOLDEN ^ (1 << 24))
         assert main(["export", "--shapes", "64", "--threads", "1", "-o", str(tmp_path)]) == 0
+    assert torch._inductor.config.save_config_portable() == settings, "by which the optimizer's code is kept"
     status, rows, _ = run(tmp_path, "--steps", "5", "--only", "exported", "reference")
     assert status == 1
     corrupted, honest = rows.values()

@@ -66,7 +66,8 @@ def test_every_study_leaves_a_result_and_a_plot(study: str, out: Path) -> None:
     content = json.loads((out / f"{study}.json").read_text())
     assert content["study"] == study
     jobs = compare._module(study).jobs(SIZES)
-    assert len(content["runs"]) == len(jobs) or (study in ("rates", "long") and len(content["runs"]) > len(jobs))
+    has_more = hasattr(compare._module(study), "more")
+    assert len(content["runs"]) > len(jobs) if has_more else len(content["runs"]) == len(jobs)
     assert all(run["result"]["train_loss"] > 0 for run in content["runs"])
     assert (out / f"{study}.svg").read_text().count("<path") > 10
 
@@ -104,10 +105,12 @@ def test_state_sizes_are_those_of_the_optimizers(out: Path, capsys: pytest.Captu
 
 def test_ablations_table_has_every_row_and_fp32_is_exact(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = printed(capsys, out, "ablations")
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines}
     assert set(ablations.ABLATIONS) <= set(rows)
     assert rows["FP32 moments"].endswith("| 1.0000 | 1.0000 | 1.0000 |")
-    assert rows["the rule"].count("| +0.00 | +0.00 ") == len(SIZES.tasks)
+    counts = [line.count("| +0.00 | +0.00 ") for line in lines if line.startswith("| the rule |")]
+    assert counts[0] == len(SIZES.tasks), "in the first of its tables"
 
 
 @pytest.mark.parametrize(

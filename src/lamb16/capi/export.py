@@ -198,7 +198,9 @@ def export(spec: Spec, folder: Path, device: torch.device, threads: int) -> dict
     options = inductor_options(device, threads)
     with tempfile.TemporaryDirectory(prefix="lamb16-export-") as scratch:
         package = Path(scratch) / PACKAGE
-        with torch.no_grad(), _kernels_shared(), inductor.cpu_help(), inductor.fused_reductions():
+        # Inductor leaves what it writes into this setting, and code of the optimizer's step is kept by all settings.
+        unchanged = torch._inductor.config.patch({"aot_inductor.metadata": {}})
+        with torch.no_grad(), unchanged, _kernels_shared(), inductor.cpu_help(), inductor.fused_reductions():
             program = torch.export.export(ExportedStep(spec), first_inputs(spec, device))
             torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
         plain = {name: x for name, x in options.items() if not isinstance(x, CustomGraphPass)}
