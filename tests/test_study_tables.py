@@ -161,7 +161,7 @@ def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> Non
         (task, name, 1.0, seed) for task in QUICK.tasks for name in ablations.EXPONENTS for seed in (1, 2)
     }
     assert {run for run in further if run.seed == 1} <= {run for run, _ in pairs}, "these are known"
-    rises = {"trust_scale 0": 1.1, "trust_scale 0.5": 1.2}  # by seed
+    rises = {"trust_scale 0": 1.1}  # of the second seed
     pairs += [
         (run, {"validation_loss": rises.get(ablations.name_of(run), 1.0)}) for run in further if run.seed not in (1,)
     ]
