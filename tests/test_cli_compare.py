@@ -3,11 +3,8 @@
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,24 +29,15 @@ def prepare_worker() -> None:
     tasks.VALIDATION_WINDOWS = 96
 
 
-class OneForAll(ProcessPoolExecutor):
-    """A worker that outlives a study: to start one takes longer than a training. test_study_runs.py has several."""
-
-    def shutdown(self, *arguments: Any, **options: Any) -> None:
-        """Not between studies."""
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("study") / "results"
-    pool = OneForAll(1, mp_context=get_context("spawn"), initializer=prepare_worker)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao's optimizers would compile for every shape in each worker
         patch.setattr(compare, "QUICK", SIZES)
-        patch.setattr(runs, "ProcessPoolExecutor", lambda *_, **__: pool)
+        patch.setattr(runs, "_prepare_worker", prepare_worker)
         for study in ("all", "long"):
-            assert main(["compare", study, "--quick", "--out", str(folder)]) == 0
-        ProcessPoolExecutor.shutdown(pool)
+            assert main(["compare", study, "--quick", "--workers", "1", "--out", str(folder)]) == 0
         yield folder
 
 

@@ -126,6 +126,12 @@ def test_the_gpus_tables_are_those_of_the_results() -> None:
     assert predicted_and_measured(results_of("cuda"), measured["results"]) in model
 
 
+def test_the_readmes_comparison_is_that_of_the_results() -> None:
+    tables = re.findall(r"(?:^\| optimizer \|.*\n)(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
+    assert len(tables) == 1
+    assert tables[0] in (RESULTS / "rates.md").read_text()
+
+
 def test_the_readmes_memory_table_is_that_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     results = results_of("memory")["results"]

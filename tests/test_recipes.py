@@ -24,6 +24,7 @@ COMMON = BLOCKS.pop("A model and data", "")
 NEEDS = {
     "transformers' Trainer": ("transformers", "accelerate"), "Lightning": ("lightning",), "accelerate": ("accelerate",),
     "timm": ("timm",), "PEFT": ("peft",), "FSDP2": (), "Gradient release": (), "Phases without steps": (),
+    "Biases and norms": (),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from lamb16.lab.errors import CommandError
 from lamb16.lab.study import ablations, runs
-from lamb16.lab.study.runs import Result, Results, run_all
+from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import QUICK
 
 
@@ -38,6 +38,11 @@ def describe(job: Job) -> str:
     return f"seed {job.seed}"
 
 
+def run_all(jobs: list[Job], results: Results, count: int = 1) -> list[Result]:
+    with runs.Workers(count) as workers:
+        return runs.run_all(jobs, execute, results, workers, describe)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "executed"
@@ -49,7 +54,7 @@ def test_results_come_in_order_from_other_processes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = [Job("adam", seed, str(folder)) for seed in (3, 1, 2, 1)]
-    found = run_all(jobs, execute, Results(tmp_path / "r.json", "toy"), 2, describe)
+    found = run_all(jobs, Results(tmp_path / "r.json", "toy"), 2)
     assert [round(3 * result["train_loss"]) for result in found] == [3, 1, 2, 1]
     assert len(list(folder.iterdir())) == 3, "equal jobs run once"
     assert all(result["process"] != os.getpid() for result in found)
@@ -61,8 +66,8 @@ def test_results_come_in_order_from_other_processes(
 
 def test_only_what_is_missing_is_run(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    run_all([Job("adam", 1, str(folder))], execute, Results(path, "toy"), 1, describe)
-    found = run_all([Job("adam", k, str(folder)) for k in (1, 2)], execute, Results(path, "toy"), 1, describe)
+    run_all([Job("adam", 1, str(folder))], Results(path, "toy"))
+    found = run_all([Job("adam", k, str(folder)) for k in (1, 2)], Results(path, "toy"))
     assert len(list(folder.iterdir())) == 2
     assert len(found) == len(json.loads(path.read_text())["runs"]) == 2
     assert found[0]["validation_loss"] is None, "what JSON has no number for"
@@ -102,9 +107,9 @@ def test_more_jobs_follow_from_the_results_so_far() -> None:
 
 def test_a_changed_optimizer_is_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, jobs = tmp_path / "r.json", [Job("lamb16", 1, str(folder)), Job("adam", 1, str(folder))]
-    run_all(jobs, execute, Results(path, "toy"), 1, describe)
+    run_all(jobs, Results(path, "toy"))
     monkeypatch.setattr(runs, "digest", lambda module: "another")
-    run_all(jobs, execute, Results(path, "toy"), 1, describe)
+    run_all(jobs, Results(path, "toy"))
     assert len(list(folder.iterdir())) == 3, "adam's code is torch's, which did not change"
     assert len(json.loads(path.read_text())["runs"]) == 2, "the stale result is replaced"
 
@@ -125,7 +130,7 @@ def test_a_digest_ignores_comments_and_sees_statements(tmp_path: Path, monkeypat
 def test_a_failing_run_ends_the_study_and_keeps_the_others(folder: Path, tmp_path: Path) -> None:
     path, before = tmp_path / "r.json", dict(os.environ)
     with pytest.raises(ValueError, match="this one fails"):
-        run_all([Job("adam", k, str(folder)) for k in (1, -1)], execute, Results(path, "toy"), 1, describe)
+        run_all([Job("adam", k, str(folder)) for k in (1, -1)], Results(path, "toy"))
     assert dict(os.environ) == before
     assert Results(path, "toy").get(Job("adam", 1, str(folder))) is not None
 

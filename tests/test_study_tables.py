@@ -39,18 +39,25 @@ def test_medians_take_diverged_runs_as_infinite() -> None:
     assert report.median_and_range([1.0, None, 3.0], ".1f") == "3.0 (1.0 to diverged)"
 
 
+def test_a_diverged_seed_shows_in_a_difference() -> None:
+    assert report.difference([1.1, 1.2], [1.0, 1.0], ".2f") == "+13.88 ± 4.35"
+    assert report.difference([1.1], [1.0], ".1f") == "+9.5"
+    assert report.difference([1.0, math.inf], [1.0, 1.0], ".1f") == "diverged"
+    assert report.deviation([1.0, math.inf]) == math.inf
+
+
 def _rate_pairs() -> list[rates.Pair]:
     values = {
-        ("lamb16", False): 0.9,
-        ("adamw", False): 1.0,
-        ("nadam", False): 1.1,
-        ("lamb", False): 1.2,
-        ("published", False): 2.0,
-        ("lamb16", True): 0.8,
+        rates.Optimizer("lamb16"): 0.9,
+        rates.Optimizer("adamw"): 1.0,
+        rates.Optimizer("nadam"): 1.1,
+        rates.Optimizer("lamb"): 1.2,
+        rates.Optimizer("published"): 2.0,
+        rates.Optimizer("lamb16", caution=True): 0.8,
     }
     return [
         (Run("cnn", name, lr, 1, 5, 5, caution=caution), {"validation_loss": loss * (1 + abs(math.log10(lr) + 2))})
-        for (name, caution), loss in values.items()
+        for (name, caution, _), loss in values.items()
         for lr in (0.001, 0.01, 0.1)
     ]
 
@@ -80,15 +87,45 @@ def test_a_best_rate_at_an_end_is_marked() -> None:
 
 
 def test_the_two_best_rates_get_all_seeds() -> None:
+    sizes = replace(QUICK, seeds=(1, 2), tasks={"cnn": QUICK.tasks["cnn"]._replace(best_seeds=(1, 2, 3))})
     pairs = _rate_pairs()
-    further = rates.more(pairs, QUICK)
-    assert len(set(further)) == len(further) == len(pairs) // 3 * 2  # of three rates
-    assert {run.seed for run in further} == {2}
+    further = rates.more(pairs, sizes)
+    optimizers = {rates.optimizer_of(run) for run, _ in pairs}
+    assert {rates.Optimizer("lamb16"), rates.Optimizer("adamw")} < optimizers
+    for optimizer in optimizers:
+        own = [run for run in further if rates.optimizer_of(run) == optimizer]
+        assert {run.seed for run in own} == ({1, 2, 3} if optimizer in rates.CLAIMED else {1, 2})
+        assert len(set(own)) == len(own) == 2 * len({run.seed for run in own})  # of three rates
     low = [(run, result if run.lr > 0.001 else {"validation_loss": 0.1}) for run, result in pairs]
-    for optimizer in {rates.optimizer_of(run) for run, _ in pairs}:
-        assert {run.lr for run in rates.more(low, QUICK) if rates.optimizer_of(run) == optimizer} == {0.001, 0.01}
-    one = QUICK.tasks["cnn"]._replace(best_seeds=(1,))
-    assert rates.more(pairs, replace(QUICK, tasks={"cnn": one})) == []
+    for optimizer in optimizers:
+        assert {run.lr for run in rates.more(low, sizes) if rates.optimizer_of(run) == optimizer} == {0.001, 0.01}
+    seconds = [(run, {"validation_loss": 9.0}) for run in further if run.lr == 0.01 and run.seed != 1]
+    lost = {
+        run.lr for run in rates.more(pairs + seconds, sizes) if rates.optimizer_of(run) == rates.Optimizer("lamb16")
+    }
+    assert lost == {0.001, 0.1}, "another rate is the second best with the other seeds"
+
+
+def test_a_best_rate_at_an_end_is_followed_by_one_beyond_it() -> None:
+    """Twice at most; tables have a column for each rate."""
+    pairs = [
+        (run, {"validation_loss": 1 / run.lr} if run.optimizer == "lamb" else result) for run, result in _rate_pairs()
+    ]
+    size = QUICK.tasks["cnn"]._replace(rates=(0.001, 0.01, 0.1), rate_seeds=(1, 2))
+    sizes = replace(QUICK, tasks={"cnn": size}, beyond=2)
+    found = []
+    for _ in range(3):
+        new = [run for run in rates.more(pairs, sizes) if run.lr not in (0.001, 0.01, 0.1)]
+        new = [run for run in new if run not in {run for run, _ in pairs}]
+        found.append({(run.optimizer, round(run.lr, 3), run.seed) for run in new})
+        pairs += [(run, {"validation_loss": 1 / run.lr}) for run in new]
+    assert found == [{("lamb", 0.316, 1), ("lamb", 0.316, 2)}, {("lamb", 1.0, 1), ("lamb", 1.0, 2)}, set()]
+    tables = rates.tables(pairs, {})
+    assert "| cnn | LAMB (FP32) | 1 (1 to 1) | 1 ↑ |" in tables["basin"]
+    assert "| LAMB (FP32) | 1000 | 100 | 10 | 3.162 | 1 |" in tables["cnn: loss"]
+    assert "| Lamb16 | 1.8 | 0.9 | 1.8 |  |  |" in tables["cnn: loss"]
+    assert "| cnn | Lamb16 | 0.9 | 0.01 |" in tables["basin"]
+    assert rates.more(pairs, replace(sizes, tasks={"cnn": size._replace(best_seeds=())}, seeds=())) == []
 
 
 def test_a_best_rate_has_all_seeds() -> None:
@@ -158,7 +195,7 @@ def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> Non
     pairs = _ablation_pairs()
     further = ablations.more(pairs, QUICK)
     assert {(run.task, ablations.name_of(run), run.lr / QUICK.tasks[run.task].lr, run.seed) for run in further} == {
-        (task, name, 1.0, seed) for task in QUICK.tasks for name in ablations.EXPONENTS for seed in (1, 2)
+        (task, name, 1.0, seed) for task in QUICK.tasks for name in ablations.RATIOS for seed in (1, 2)
     }
     assert {run for run in further if run.seed == 1} <= {run for run, _ in pairs}, "these are known"
     rises = {"trust_scale 0": 1.1}  # of the second seed
@@ -166,12 +203,35 @@ def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> Non
         (run, {"validation_loss": rises.get(ablations.name_of(run), 1.0)}) for run in further if run.seed not in (1,)
     ]
     tables = ablations.tables(pairs, {})
-    rows = {line.split(" | ")[0]: line for line in tables["exponents of the trust ratio"].splitlines()}
-    assert rows["| the rule"].endswith("| 1 (1 to 1): +0.0 % |")
+    rows = {line.split(" | ")[0]: line for line in tables["trust ratio"].splitlines()}
+    assert rows["| the rule"].endswith("| 1 (1 to 1) |")
     assert rows["| trust_scale 0"].endswith("| 1.05 (1 to 1.1): +4.8 ± 4.8 % |")
-    assert len(rows) == 2 + len(ablations.EXPONENTS)
+    assert len(rows) == 2 + len(ablations.RATIOS)
     once = ablations.tables(_ablation_pairs(), {})
     assert tables["update"] == once["update"], "which has the seeds of all ablations"
+
+
+def test_ablations_go_beyond_an_end_of_their_rates() -> None:
+    """Until the best lies between two others, to six rates at most; then the exponents have the other seeds."""
+    sizes = replace(QUICK, beyond=2)
+    lowest = {"trust_scale 0": 10, "trust_scale 0.5": 1e9, "no bias correction": 1e-9}  # times the first rate
+    pairs: list[ablations.Pair] = []
+
+    def loss(job: Run) -> float:
+        return abs(math.log10(job.lr / QUICK.tasks[job.task].lr / lowest.get(ablations.name_of(job), 1.0)))
+
+    new = ablations.jobs(sizes)
+    while new:
+        pairs += [(job, {"validation_loss": 1 + loss(job)}) for job in new]
+        known = {run for run, _ in pairs}
+        new = [run for run in ablations.more(pairs, sizes) if run not in known]
+    own = [run for run, _ in pairs if run.task == "cnn" and ablations.name_of(run) in lowest]
+    found = {(ablations.name_of(run), round(2 * math.log10(run.lr / 0.1)), run.seed) for run in own}
+    first = {(name, exponent, 1) for name in lowest for exponent in (-2, -1, 0, 1)}
+    beyond = {("trust_scale 0", 2), ("trust_scale 0", 3), ("trust_scale 0.5", 2), ("trust_scale 0.5", 3)}
+    beyond |= {("no bias correction", -3), ("no bias correction", -4)}
+    seeds = {("trust_scale 0", 2, 2), ("trust_scale 0.5", 3, 2)}
+    assert found - first == {(*pair, 1) for pair in beyond} | seeds
 
 
 def test_ablations_are_compared_at_the_same_and_at_their_best_rate() -> None:
@@ -182,7 +242,7 @@ def test_ablations_are_compared_at_the_same_and_at_their_best_rate() -> None:
     storage = tables["storage"].splitlines()
     for name in (ablations.BASELINE, "nearest rounding"):
         assert f"| {name} | {'+0.00 | ' * len(QUICK.tasks)}{'0.9000 | ' * len(QUICK.tasks)}".strip() in storage
-    exponents = len(ablations.EXPONENTS) - 1
+    exponents = len(ablations.RATIOS) - 1
     assert len(update) + len(storage) + exponents == 2 + len(ablations.UPDATE) + 2 + len(ablations.STORAGE) + 1
 
 

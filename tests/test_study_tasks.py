@@ -107,6 +107,21 @@ def test_settings_reach_the_optimizer() -> None:
     assert "nesterov False, caution True, beta1 0.8, beta2 0.99" in describe(run)
 
 
+@pytest.mark.parametrize("name", ["lamb16", "adamw", "nadam"])
+def test_biases_and_norms_can_have_a_group_of_their_own(name: str) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    run = Run("cnn", name, 0.02, 5, **SMALL, weight_decay=0.3)
+    (group,) = build(run, model).param_groups
+    assert [p.shape for p in group["params"]] == [p.shape for p in model.parameters()]
+    matrices, vectors = build(Run(**vars(run) | {"apart": True}), model).param_groups
+    assert [p.ndim for p in matrices["params"]] == [3, 2]
+    assert [p.ndim for p in vectors["params"]] == [1, 1, 1, 1]
+    wanted = {"weight_decay": (0.3, 0.0)} | ({"trust_scale": (0.382, 0.0)} if name == "lamb16" else {})
+    assert {key: (matrices[key], vectors[key]) for key in wanted} == wanted
+    assert [matrices[key] == vectors[key] for key in ("lr", "betas", "eps")] == [True] * 3
+    assert "apart True" in describe(Run(**vars(run) | {"apart": True}))
+
+
 def test_the_rate_rises_and_falls_or_stays() -> None:
     linear, constant = training._schedule(100, "linear"), training._schedule(100, "constant")
     assert [round(linear(step), 3) for step in (0, 4, 9, 10, 55, 100)] == [0.1, 0.5, 1.0, 1.0, 0.505, 0.01]

@@ -1,6 +1,6 @@
 """The step over a fixed list of tensors as an AOTInductor package, for programs without Python.
 
-:class:`ExportedStep` composes the functions of ``update.py`` in one graph. A block is a large tensor, or the small
+:class:`ExportedStep` composes the step functions in one graph. A block is a large tensor, or the small
 tensors of one size, copied into a row each. What crosses from one pass to the next is :func:`stored`. docs/c-api.md
 describes inputs and manifest.
 """

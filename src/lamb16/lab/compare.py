@@ -73,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot write to --out {args.out}: {error.strerror}") from error
-    for name in [name for name in TRAININGS if name != "long"] if args.study == "all" else [args.study]:
-        _run_study(name, sizes, args.out, args.data, args.workers)
+    with runs.Workers(args.workers) as workers:
+        for name in [name for name in TRAININGS if name != "long"] if args.study == "all" else [args.study]:
+            _run_study(name, sizes, args.out, args.data, workers)
     return 0
 
 
-def _run_study(name: str, sizes: Sizes, out: Path, folder: str | None, workers: int) -> None:
+def _run_study(name: str, sizes: Sizes, out: Path, folder: str | None, workers: runs.Workers) -> None:
     """Run what the result file does not hold yet, then print the tables and draw the plots."""
     study = _module(name)
     results = runs.Results(out / f"{name}.json", name)

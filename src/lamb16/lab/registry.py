@@ -80,9 +80,9 @@ REGISTRY = {
 }
 
 
-def label(name: str, caution: bool = False) -> str:
-    """The optimizer's name in tables and plots."""
-    return REGISTRY[name].label + (", caution" if caution else "")
+def label(name: str, caution: bool = False, apart: bool = False) -> str:
+    """The optimizer's name in tables and plots; ``apart``: biases and norms have a parameter group of their own."""
+    return REGISTRY[name].label + (", caution" if caution else "") + (", biases and norms apart" if apart else "")
 
 
 def build(name: str, named: Named, *, lr: float | None, weight_decay: float, **options: Any) -> Optimizer:

@@ -1,4 +1,4 @@
-"""What the functions of ``update.py`` are handed: blocks of weights, gradients and moments, and tables beside them.
+"""What the step functions are handed: blocks of weights, gradients and moments, and tables beside them.
 
 A *block* is 2-D: a large tensor cut into rows of :data:`ROW` elements, or *packed rows* of many tensors, of
 :data:`PACKED_ROW` elements each: ``rows.py`` cuts.

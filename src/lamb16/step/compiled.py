@@ -1,4 +1,4 @@
-"""The step functions of ``update.py``, run eagerly or as compiled graphs: the executors.
+"""The step functions, run eagerly or as compiled graphs: the executors.
 
 A *graph* is a step function for large or for packed blocks, with global indices or without. A *kind* is what a graph is
 specialised on: device type, dtypes, how the moments are stored, caution. Everything else (sizes, number of tensors,

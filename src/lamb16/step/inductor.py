@@ -151,11 +151,9 @@ class ReductionsLast(CustomGraphPass):
 
         With the instruction set, for which the cache alone does not ask: code for AVX-512 crashes as AVX2's.
         """
-        return (
-            type(self).__name__
-            + torch.backends.cpu.get_cpu_capability()
-            + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        )
+        sources = [Path(__file__).with_name(name).read_bytes() for name in ("inductor.py", "repeated_work.py")]
+        digest = hashlib.sha256(b"".join(sources)).hexdigest()
+        return type(self).__name__ + torch.backends.cpu.get_cpu_capability() + digest
 
 
 class Unchanged(ReductionsLast):

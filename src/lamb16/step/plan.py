@@ -1,4 +1,4 @@
-"""How a list of parameters becomes blocks and tables for the step functions of ``update.py``."""
+"""How a list of parameters becomes blocks and tables for the step functions."""
 
 from __future__ import annotations
 

@@ -2,19 +2,31 @@
 
 Loss, and fidelity: the cosine of the updates to those of FP32 moments of the same gradients. The learning rate is the
 rule's best of `rates`. What changes the size of the update is run at three more with the first seed, half a decade
-apart, two of them lower, and compared with the rule, each at its best of four by that seed. The exponents of the trust
-ratio are then run at that rate with all seeds that `rates` gives a best one.
+apart, two of them lower, then at up to two beyond an end that is best, and compared with the rule, each at its best by
+that seed. What becomes of the trust ratio is then run at that rate with all seeds that `rates` gives a best one: other
+exponents, and biases and norms in a parameter group of their own, without it and without weight decay.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.study.report import at_an_end, figure, grouped, loss_of, median_and_range, number, table
+from lamb16.lab.study.report import (
+    at_an_end,
+    beyond,
+    difference,
+    figure,
+    grouped,
+    loss_of,
+    median_and_range,
+    number,
+    table,
+)
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import OPTIONS, Run, describe, execute
@@ -45,9 +57,10 @@ UPDATE: dict[str, dict[str, Any]] = {
     "β1 0.5": {"beta1": 0.5},
     "no bias correction": {"bias_correction": False},
     "weights count as they are": {"parts": (("weight_floor", 1e-3),)},
+    "biases and norms apart": {"apart": True},
 }
 ABLATIONS = UPDATE | STORAGE
-EXPONENTS = (BASELINE, "trust_scale 0", "trust_scale 0.25", "trust_scale 0.5")
+RATIOS = (BASELINE, "trust_scale 0", "trust_scale 0.25", "trust_scale 0.5", "biases and norms apart")
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5)  # of the learning rate, for what changes the size of the update
 
 Pair = tuple[Run, Result]
@@ -68,13 +81,17 @@ def jobs(sizes: Sizes) -> list[Run]:
 
 
 def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
-    """The exponents of the trust ratio at their best rates with more seeds."""
-    return [
-        replace(run, seed=seed, probed=run.probed and seed in sizes.ablation_seeds)  # as the run may be known already
-        for key, task in _tasks(pairs).items()
-        for run in map(task.at_best, EXPONENTS)
-        for seed in sizes.tasks[key].best_seeds
-    ]
+    """Where a best rate is at an end, the next one beyond it, twice at most; else the trust ratios with more seeds."""
+    found, most = [], len(FACTORS) + sizes.beyond
+    for key, task in _tasks(pairs).items():
+        for name in UPDATE:
+            run = task.at_best(name)
+            if (lr := beyond(run.lr, task.rates(name))) and len(task.rates(name)) < most:
+                found.append(replace(run, lr=lr, probed=False))
+            elif name in RATIOS:
+                for seed in sizes.tasks[key].best_seeds:  # the first ones' runs may be known already
+                    found.append(replace(run, seed=seed, probed=run.probed and seed in sizes.ablation_seeds))
+    return found
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
@@ -86,7 +103,7 @@ def name_of(run: Run) -> str:
     default = Run("", "", 0, 0, 0, 0)
     options = {
         key: getattr(run, key)
-        for key in (*OPTIONS, "beta1", "trust_scale", "parts")
+        for key in (*OPTIONS, "beta1", "trust_scale", "parts", "apart")
         if getattr(run, key) != getattr(default, key)
     }
     return next(name for name, wanted in ABLATIONS.items() if wanted == options)
@@ -100,8 +117,8 @@ class Task:
             name: grouped(own, lambda pair: pair[0].lr)
             for name, own in grouped(pairs, lambda pair: name_of(pair[0])).items()
         }
-        self._lr = sorted(self._by_name[BASELINE])[FACTORS.index(1.0)]
-        self._seeds = len(self._by_name[next(iter(STORAGE))][self._lr])  # of all ablations
+        ((self._lr, runs),) = self._by_name[next(iter(STORAGE))].items()
+        self._seeds = len(runs)  # of all ablations
 
     def _losses(self, name: str, lr: float) -> list[float]:
         """By seed."""
@@ -119,9 +136,12 @@ class Task:
         mine, rule = (self._losses(key, self._best_rate(key))[0] for key in (name, BASELINE))
         return 100 * (mine / rule - 1)
 
+    def rates(self, name: str) -> list[float]:
+        """The learning rates that it was run at."""
+        return list(self._by_name[name])
+
     def _best_rate(self, name: str) -> float:
-        rates: list[float] = list(self._by_name[name])
-        return min(rates, key=lambda lr: self._losses(name, lr)[0])
+        return min(self.rates(name), key=lambda lr: self._losses(name, lr)[0])
 
     def at_best(self, name: str) -> Run:
         """The first seed's run at the best rate."""
@@ -130,15 +150,14 @@ class Task:
         return run
 
     def with_all_seeds(self, name: str) -> str:
-        """Median and range of the loss at the best rate, and the mean of the logarithms of the losses to the rule's."""
+        """Median and range of the loss at the best rate, and its difference to the rule's."""
         mine, rule = (self._losses(key, self._best_rate(key)) for key in (name, BASELINE))
-        to_rule = [100 * math.log(x / y) for x, y in zip(mine, rule, strict=True)]
-        error = f" ± {statistics.stdev(to_rule) / math.sqrt(len(to_rule)):.1f}" if any(to_rule) else ""
-        return f"{median_and_range(mine)}: {statistics.mean(to_rule):+.1f}{error} %"
+        found = median_and_range(mine) + self.at_the_end(name)
+        return found if name == BASELINE else f"{found}: {difference(mine, rule, '.1f')} %"
 
     def at_the_end(self, name: str) -> str:
         """An arrow where the best rate is the lowest or the highest."""
-        return at_an_end(self._best_rate(name), list(self._by_name[name]))
+        return at_an_end(self._best_rate(name), self.rates(name))
 
     def cosine(self, name: str) -> float:
         """Of the update to that of FP32 moments, the median over layers."""
@@ -156,19 +175,18 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     tasks = _tasks(pairs)
     update, storage = [], []
     for name in ABLATIONS:
-        same = {task: number(tasks[task].same(name), "+.2f") for task in tasks}
-        best = {task: tasks[task].best(name) for task in tasks}
-        if name in UPDATE and name not in EXPONENTS[1:]:  # which have a table of their own, with more seeds
-            at_best = {task: number(best[task], "+.2f") + tasks[task].at_the_end(name) for task in tasks}
-            update.append([name, *(text for task in tasks for text in (same[task], at_best[task]))])
+        same = [number(task.same(name), "+.2f") for task in tasks.values()]
+        if name in UPDATE and name not in RATIOS[1:]:  # which have a table of their own, with more seeds
+            best = [number(task.best(name), "+.2f") + task.at_the_end(name) for task in tasks.values()]
+            update.append([name, *itertools.chain(*zip(same, best, strict=True))])
         if name in STORAGE or name == BASELINE:
-            storage.append([name, *same.values(), *(f"{task.cosine(name):.4f}" for task in tasks.values())])
+            storage.append([name, *same, *(f"{task.cosine(name):.4f}" for task in tasks.values())])
     header = ["exchanged", *(text for name in tasks for text in (f"{name}: same lr", "best lr"))]
     other = ["exchanged", *(f"{name}: loss" for name in tasks), *(f"{name}: cosine" for name in tasks)]
-    exponents = [[name, *(task.with_all_seeds(name) for task in tasks.values())] for name in EXPONENTS]
+    ratios = [[name, *(task.with_all_seeds(name) for task in tasks.values())] for name in RATIOS]
     return {
         "update": table(header, update),
-        "exponents of the trust ratio": table(["loss and its difference to the rule's", *tasks], exponents),
+        "trust ratio": table(["loss and its difference to the rule's", *tasks], ratios),
         "storage": table(other, storage),
     }
 

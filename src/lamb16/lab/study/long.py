@@ -19,6 +19,7 @@ from lamb16.lab.study.report import (
     COLOURS,
     at_an_end,
     band,
+    beyond,
     figure,
     grouped,
     loss_of,
@@ -59,10 +60,10 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
     found: list[Run] = []
     for own in grouped([pair for pair in pairs if not _is_twin(pair)], lambda p: (p[0].task, _optimizer(p))).values():
         first = [pair for pair in own if pair[0].seed == 1]
-        rates = sorted(run.lr for run, _ in first)
+        rates = [run.lr for run, _ in first]
         best = min(first, key=lambda pair: loss_of(pair[1]["validation_loss"]))[0]
-        if 1 < len(rates) < 5 and best.lr in (rates[0], rates[-1]):
-            found.append(replace(best, lr=best.lr * (HALF_DECADE if best.lr == rates[-1] else 1 / HALF_DECADE)))
+        if 1 < len(rates) < 5 and (lr := beyond(best.lr, rates)):
+            found.append(replace(best, lr=lr))
         elif best.task == "lm":
             found += [replace(best, seed=seed, probed=False) for seed in sizes.long_seeds if seed != 1]
     return found
@@ -86,7 +87,8 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
     for task, group in grouped(pairs, lambda pair: pair[0].task).items():
         curves = by_rate([pair for pair in group if not _is_twin(pair)])[task]
         best = {optimizer: min(curve, key=lambda lr: median(curve[lr][:1])) for optimizer, curve in curves.items()}
-        least = min(median(curves[name, False][best[name, False]]) for name in ("adamw", "nadam"))
+        adams = [Optimizer(name) for name in ("adamw", "nadam")]
+        least = min(median(curves[adam][best[adam]]) for adam in adams)
         for optimizer, curve in curves.items():
             rates, at = sorted(curve), best[optimizer]
             rows.append([
@@ -94,7 +96,7 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
                 f"{100 * (median(curve[at]) / least - 1):+.2f}",
                 ", ".join(f"{lr:.2g}: {number(curve[lr][0])}" for lr in rates),
             ])  # fmt: skip
-        own = [pair for pair in group if _optimizer(pair) == ("lamb16", False) and pair[0].seed == 1]
+        own = [pair for pair in group if _optimizer(pair) == Optimizer("lamb16") and pair[0].seed == 1]
         rule = next(pair for pair in own if pair[0] == replace(own[0][0], lr=OPTIMIZERS[0][2]))
         for run, result in [rule, *filter(_is_twin, own)]:
             loss, base = (loss_of(r["validation_loss"]) for r in (result, rule[1]))
@@ -126,13 +128,13 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
     tasks = grouped([pair for pair in pairs if not _is_twin(pair)], lambda pair: pair[0].task)
     with figure(path, len(tasks)) as axes:
         for panel, (task, group) in zip(axes, tasks.items(), strict=True):
-            for (name, caution), own in grouped(group, _optimizer).items():
+            for optimizer, own in grouped(group, _optimizer).items():
                 best = min(
                     (pair for pair in own if pair[0].seed == 1), key=lambda pair: loss_of(pair[1]["validation_loss"])
                 )[0]
                 curves = [result["curve"] for run, result in own if run.lr == best.lr]
-                colour = None if caution else COLOURS[name]
-                band(panel, steps_of(best, curves[0]), curves, f"{label(name, caution)}, lr {best.lr:.2g}", colour)
+                colour = None if optimizer.caution else COLOURS[optimizer.name]
+                band(panel, steps_of(best, curves[0]), curves, f"{label(*optimizer)}, lr {best.lr:.2g}", colour)
             panel.set(title=task, xlabel="step", yscale="log")
             panel.legend(fontsize=6)
         axes[0].set_ylabel("training loss")

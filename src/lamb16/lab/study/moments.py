@@ -8,13 +8,12 @@ a difference shows that is smaller than what one seed differs from another.
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamb16.lab.study.report import figure, grouped, loss_of, number, table
+from lamb16.lab.study.report import deviation, difference, figure, grouped, loss_of, number, table
 from lamb16.lab.study.runs import Result, Results
 from lamb16.lab.study.sizes import Sizes
 from lamb16.lab.study.training import Run, describe, execute, steps_of
@@ -25,7 +24,7 @@ BETA2 = (0.95, 0.99, 0.999, 0.9999)
 GRADIENT_SCALES = (1e-6, 1e6)
 MOMENTS = ("float8", "float32")
 CONSTANT_RATES = (0.02, 0.1)
-MANY = "autoencoder"  # the cheapest task
+CHEAP = ("autoencoder", "cnn")
 
 Pair = tuple[Run, Result]
 
@@ -36,7 +35,7 @@ def jobs(sizes: Sizes) -> list[Run]:
     Of the seeds that every task has, those of 8 bits are probed.
     """
     runs = [_pair(sizes, task, seed) for seed in sizes.seeds for task in sizes.tasks]
-    runs += [_pair(sizes, MANY, seed) for seed in sizes.many_seeds if seed not in sizes.seeds]
+    runs += [_pair(sizes, task, seed) for task in CHEAP for seed in sizes.many_seeds if seed not in sizes.seeds]
     constant = {"steps": sizes.constant_steps, "schedule": "constant"}
     runs += [_pair(sizes, "cnn", seed, lr=lr, **constant) for lr in CONSTANT_RATES for seed in sizes.many_seeds]
     for task in sizes.tasks:
@@ -66,18 +65,14 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
         losses = {
             kind: [loss_of(r["validation_loss"]) for run, r in group if run.moment_dtype == kind] for kind in MOMENTS
         }
-        ratios = zip(losses["float8"], losses["float32"], strict=True)
-        differences = [100 * math.log(a / b) for a, b in ratios]  # the mean of a / b is above 1 of noise alone
         cosines = [layer["cosine"] for _, r in group if "probes" in r for layer in r["probes"]["layers"].values()]
-        mean, count = statistics.mean(losses["float32"]), len(differences)
-        deviation = statistics.stdev(losses["float32"]) / mean if count > 1 else None
-        error = f" ± {statistics.stdev(differences) / math.sqrt(count):.2f}" if count > 1 else ""
+        mean, count = statistics.mean(losses["float32"]), len(losses["float32"])
         rows = defaults if (beta2, scale) == (Run.beta2, Run.gradient_scale) else others
         rows.append([
             task, f"{schedule}, {lr:.2g}", f"{beta2:g}", f"{scale:g}", str(count),
             number(statistics.mean(losses["float8"]), ".5g"), number(mean, ".5g"),
-            f"{statistics.mean(differences):+.2f}{error}",
-            "" if deviation is None else f"{100 * deviation:.2f}",
+            difference(losses["float8"], losses["float32"], ".2f"),
+            number(100 * deviation(losses["float32"]) / mean, ".2f") if count > 1 else "",
             f"{statistics.median(cosines):.4f}" if cosines else "", f"{min(cosines):.3f}" if cosines else "",
         ])  # fmt: skip
     header = [

@@ -1,8 +1,10 @@
 """Loss against the learning rate: every optimizer at its own best rate, and how wide the basin around it is.
 
-The three tasks of `moments`, two and a half decades of learning rates, warm-up over a tenth of the steps, a linear
-fall. The two best rates are run with more seeds; the better of them is the optimizer's best. The basin is the range of
-rates, in decades, that reach a loss within 10 % of the optimizer's own best or of AdamW's or NAdam's.
+The three tasks of `moments`, two and a half decades of learning rates, up to two rates more beyond an end that is best,
+warm-up over a tenth of the steps, a linear fall. The two best rates are run with more seeds, most where a claim is
+made; the better of them is the optimizer's best. The basin is the range of rates, in decades, that reach a loss within
+10 % of the optimizer's own best or of the best of AdamW and NAdam. These and Lamb16 are also run with biases and norms
+in a parameter group of their own: without weight decay and, of Lamb16, without trust ratio.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lamb16.lab import registry
 from lamb16.lab.study.report import (
     COLOURS,
     at_an_end,
+    beyond,
     figure,
     grouped,
     median,
@@ -31,54 +34,63 @@ from lamb16.lab.study.training import Run, describe, execute
 
 __all__ = ["describe", "execute", "jobs", "more", "plots", "prepare", "tables"]
 
-OPTIMIZERS: tuple[tuple[str, bool], ...] = (  # and whether with caution
-    ("lamb16", False), ("lamb16", True), ("lamb", False), ("lamb-timm-cautious", False), ("adamw", False),
-    ("nadam", False), ("adamw8bit-bnb", False), ("published", False),
+
+class Optimizer(NamedTuple):
+    """What is compared, by name; ``apart``: with a parameter group for biases and norms (see `training.Run`)."""
+
+    name: str
+    caution: bool = False
+    apart: bool = False
+
+
+ADAMS = (  # the best of which all are compared with
+    Optimizer("adamw"), Optimizer("adamw", apart=True), Optimizer("nadam"), Optimizer("nadam", apart=True),
 )  # fmt: skip
-ADAMS = (("adamw", False), ("nadam", False))  # the better of which all are compared with
-BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or AdamW's
+CLAIMED = (Optimizer("lamb16"), Optimizer("lamb16", apart=True), *ADAMS)  # what claims are made of
+OPTIMIZERS = (
+    CLAIMED[0], Optimizer("lamb16", caution=True), CLAIMED[1], Optimizer("lamb"), Optimizer("lamb-timm-cautious"),
+    *ADAMS, Optimizer("adamw8bit-bnb"), Optimizer("published"),
+)  # fmt: skip
+BASIN = 1.1  # the basin is where the loss is at most 10 % above a best one: the optimizer's own, or the Adams'
 
 Pair = tuple[Run, Result]
-Optimizer = tuple[str, bool]  # one of OPTIMIZERS
 
 
 def jobs(sizes: Sizes) -> list[Run]:
     """Every optimizer at every rate on every task."""
     return [
-        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, caution=caution)
+        Run(task, name, lr, seed, size.steps, size.batch_size, sizes.dataset, caution=caution, apart=apart)
         for task, size in sizes.tasks.items()
         for seed in size.rate_seeds
         for lr in size.rates
-        for name, caution in OPTIMIZERS
+        for name, caution, apart in OPTIMIZERS
         if registry.why_unusable(name) is None
     ]
 
 
 def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
-    """The two best rates of each optimizer with the other seeds; those that are best with these too, if others are."""
+    """A rate beyond an end that is best; the two best of each optimizer with the other seeds, until they stay best."""
     found = []
     for task, curves in losses(pairs).items():
         for optimizer, curve in curves.items():
-            same = [run for run, _ in pairs if run.task == task and optimizer_of(run) == optimizer]
-            done = {run.seed for run in same}
-            found += [
-                replace(same[0], lr=lr, seed=seed)
-                for lr in sorted(curve, key=curve.__getitem__)[:2]
-                for seed in sizes.tasks[task].best_seeds
-                if seed not in done
-            ]
+            seeds = sizes.tasks[task].best_seeds if optimizer in CLAIMED else sizes.seeds
+            run = next(run for run, _ in pairs if run.task == task and optimizer_of(run) == optimizer)
+            best = sorted(curve, key=curve.__getitem__)[:2]
+            found += [replace(run, lr=lr, seed=seed) for lr in best for seed in seeds]
+            if (lr := beyond(best[0], list(curve))) and len(curve) < len(sizes.tasks[task].rates) + sizes.beyond:
+                found += [replace(run, lr=lr, seed=seed) for seed in sizes.tasks[task].rate_seeds]
     return found
 
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Note why an optimizer does not work here."""
-    results.extra["unusable"] = registry.unusable(name for name, _ in OPTIMIZERS)
+    results.extra["unusable"] = registry.unusable(dict.fromkeys(optimizer.name for optimizer in OPTIMIZERS))
     results.save()
 
 
 def optimizer_of(run: Run) -> Optimizer:
     """The optimizer of a run."""
-    return run.optimizer, run.caution
+    return Optimizer(run.optimizer, run.caution, run.apart)
 
 
 def by_rate(pairs: list[Pair]) -> dict[str, dict[Optimizer, dict[float, list[float | None]]]]:
@@ -147,21 +159,24 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             key=lambda optimizer: curves[optimizer][best[optimizer]],
         )
         least = curves[adam][best[adam]]
-        rates = sorted(next(iter(curves.values())))
+        rates = sorted({lr for curve in curves.values() for lr in curve})
         found[f"{task}: loss"] = table(
             ["optimizer", *(f"{lr:.2g}" for lr in rates)],
-            [[registry.label(*optimizer), *(number(curve[lr]) for lr in rates)] for optimizer, curve in curves.items()],
+            [
+                [registry.label(*optimizer), *(number(curve[lr]) if lr in curve else "" for lr in rates)]
+                for optimizer, curve in curves.items()
+            ],
         )
         for optimizer, curve in curves.items():
             at = best[optimizer]
             own = curve[at]
             widths = [_width(curve, BASIN * limit) for limit in (own, least)]
-            rate, difference = f"{at:.2g}{at_an_end(at, rates)}", 100 * (own / least - 1)
+            rate, difference = f"{at:.2g}{at_an_end(at, list(curve))}", 100 * (own / least - 1)
             shown = median_and_range(seeds[task][optimizer][at])
             name = registry.label(*optimizer)
             summary.append([task, name, shown, rate, f"{difference:+.2f}", *widths])
             short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
-    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the better of AdamW and NAdam, %"]
+    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the best of AdamW and NAdam, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
     found |= not_run(extra.get("unusable", {}))
     columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
@@ -176,14 +191,13 @@ def plots(pairs: list[Pair], folder: Path) -> list[Path]:
         for panel, (task, curves) in zip(axes, found.items(), strict=True):
             for optimizer, curve in curves.items():
                 points = sorted((lr, loss) for lr, loss in curve.items() if math.isfinite(loss))
-                name, caution = optimizer
-                style = "o:" if caution else "o-"
+                style = "o:" if optimizer.caution else "o--" if optimizer.apart else "o-"
                 panel.plot(
                     *zip(*points, strict=True),
                     style,
                     markersize=3,
                     label=registry.label(*optimizer),
-                    color=COLOURS[name],
+                    color=COLOURS[optimizer.name],
                 )
             least = min(min(curve.values()) for curve in curves.values())
             panel.set(title=task, xscale="log", xlabel="learning rate", ylim=(0.98 * least, 1.5 * least))

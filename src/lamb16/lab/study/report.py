@@ -11,6 +11,7 @@ from typing import Any
 
 from lamb16.lab.errors import require
 from lamb16.lab.registry import REGISTRY
+from lamb16.lab.study.sizes import HALF_DECADE
 
 # One colour per optimizer, the same in every plot.
 COLOURS = {
@@ -60,12 +61,35 @@ def at_an_end(value: float, values: Sequence[float]) -> str:
     return {min(values): " ↓", max(values): " ↑"}.get(value, "")
 
 
+def beyond(value: float, values: Sequence[float]) -> float | None:
+    """The rate half a decade beyond the end that a best one is at, None where it lies between two others."""
+    factor = {min(values): 1 / HALF_DECADE, max(values): HALF_DECADE}.get(value)
+    return factor and value * factor
+
+
 def median_and_range(values: Sequence[float | None], form: str = ".4g") -> str:
     """Median and range of a few seeds, the value alone of one."""
     known = [*map(loss_of, values)]
     if len(known) == 1:
         return number(known[0], form)
     return f"{number(median(known), form)} ({number(min(known), form)} to {number(max(known), form)})"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of the seeds; infinite where one diverged."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def difference(values: Sequence[float], base: Sequence[float], form: str) -> str:
+    """Of losses to those of the same seeds: the mean of the logarithms ± its standard error (of one alone), in percent.
+
+    Of noise alone the mean of the ratios would be above 1.
+    """
+    logarithms = [100 * (math.log(x) - math.log(y)) for x, y in zip(values, base, strict=True)]
+    mean = number(statistics.mean(logarithms), f"+{form}")
+    if len(logarithms) == 1 or not all(map(math.isfinite, logarithms)):
+        return mean
+    return f"{mean} ± {format(deviation(logarithms) / math.sqrt(len(logarithms)), form)}"
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ MLP_FORMS = (
     ("adamw-kahan", "bfloat16", None),
 )  # fmt: skip
 COLOURS = ("#000000", "#7f7f7f", "#2ca02c", "#d62728", "#ff9896", "#1f77b4", "#ff7f0e")
-STALL_RATES, STALL_STEPS = (1e-5, 1e-4, 1e-3, 1e-2), 300
+STALL_RATES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 Pair = tuple[Run, Result]
 
@@ -93,10 +93,13 @@ def jobs(sizes: Sizes) -> list[Run]:
 def prepare(results: Results, sizes: Sizes) -> None:
     """The table of stalled weights, unless the file holds it, and why an optimizer does not work here."""
     results.extra["unusable"] = registry.unusable(name for name, *_ in (*FORMS, *MLP_FORMS))
-    if results.extra.get("stall code") == code_of("lamb16"):
+    made_by = f"{code_of('lamb16')}, {sizes.stall_steps} steps"
+    if results.extra.get("stall code") == made_by:
         return
-    results.extra["stall code"] = code_of("lamb16")
-    results.extra["stall"] = [[lr, *(moved(lr, dtype, rounding) for dtype, rounding in STALLED)] for lr in STALL_RATES]
+    results.extra["stall code"] = made_by
+    results.extra["stall"] = [
+        [lr, *(moved(lr, dtype, rounding, sizes.stall_steps) for dtype, rounding in STALLED)] for lr in STALL_RATES
+    ]
     results.save()
 
 
@@ -105,12 +108,12 @@ STALLED = (
 )  # fmt: skip
 
 
-def moved(lr: float, dtype: torch.dtype, rounding: str) -> float:
-    """How far the mean of 4,096 weights of 1 moves in 300 steps with the gradient 1, in float32's terms."""
+def moved(lr: float, dtype: torch.dtype, rounding: str, steps: int) -> float:
+    """How far the mean of 4,096 weights of 1 moves in ``steps`` with the gradient 1, in float32's terms."""
     p = nn.Parameter(torch.ones(4096, dtype=dtype))
     optimizer = Lamb16([("p", p)], lr=lr, param_rounding=rounding, compile=False)
     p.grad = torch.ones_like(p)
-    for _ in range(STALL_STEPS):
+    for _ in range(steps):
         optimizer.step()
     return 1 - float(optimizer.float32_weights()["p"].double().mean())
 

@@ -24,6 +24,7 @@ from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -153,17 +154,41 @@ def pairs_of(study: Any, sizes: Any, results: Callable[[Sequence[Job]], list[Res
     return pairs
 
 
+class Workers(ProcessPoolExecutor):
+    """Processes with one thread each, for all studies of a command: a context, in which the first runs start them."""
+
+    def __init__(self, count: int) -> None:
+        """``count`` processes."""
+        super().__init__(count, mp_context=get_context("spawn"), initializer=_prepare_worker)
+        self.count = count
+
+    def __enter__(self) -> Workers:
+        # glibc would give large activations back to the system and fault them in again at every step: a fifth of the
+        # time. Workers take the environment over when they start.
+        self._environment = mock.patch.dict(os.environ)
+        self._environment.start()
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for process in list((self._processes or {}).values()):
+                process.terminate()
+        self.shutdown(wait=True, cancel_futures=True)
+        self._environment.stop()
+
+
 def run_all(
     jobs: Sequence[Job],
     execute: Callable[[Job], Result],
     results: Results,
-    workers: int,
+    workers: Workers,
     describe: Callable[[Job], str],
 ) -> list[Result]:
-    """The results of all jobs in order; those that ``results`` does not hold are run, ``workers`` at a time.
+    """The results of all jobs in order; those that ``results`` does not hold are run by the workers.
 
-    ``execute`` is called in a process with one thread. Progress goes to standard error. Interrupted, it ends the
-    workers; what had finished is in the file.
+    Progress goes to standard error. Interrupted, it raises KeyboardInterrupt; what had finished is in the file.
     """
     missing = [job for job in dict.fromkeys(jobs) if results.get(job) is None]
     if missing:
@@ -175,24 +200,18 @@ def _run_missing(
     missing: list[Job],
     execute: Callable[[Job], Result],
     results: Results,
-    workers: int,
+    workers: Workers,
     describe: Callable[[Job], str],
 ) -> None:
-    print(f"{results.study}: {len(missing)} runs, {workers} at a time", file=sys.stderr, flush=True)
-    # glibc would give large activations back to the system and fault them in again at every step: a fifth of the time.
-    # Workers take the environment over when they start.
-    before = dict(os.environ)
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
+    print(f"{results.study}: {len(missing)} runs, {workers.count} at a time", file=sys.stderr, flush=True)
     start, total = time.monotonic(), len(missing)
     # An interruption inside `wait` could leave a lock of the pool taken, so it is only noted, and raised between waits.
     interrupted: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is threading.main_thread() and handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
     try:
-        pending: dict[Future[Result], Job] = {pool.submit(execute, job): job for job in missing}
+        pending: dict[Future[Result], Job] = {workers.submit(execute, job): job for job in missing}
         finished = 0
         while pending:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -206,16 +225,9 @@ def _run_missing(
                 left = (time.monotonic() - start) / finished * (total - finished)
                 line = f"[{finished}/{total}, about {left / 60:.0f} min left] {describe(job)}: {summary(result)}"
                 print(line, file=sys.stderr, flush=True)
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         if signal.getsignal(signal.SIGINT) is not handler:
             signal.signal(signal.SIGINT, handler)
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
 
 
 def _failed(future: Future[Result]) -> bool:

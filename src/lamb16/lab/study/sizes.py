@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 HALF_DECADE = 10**0.5
+MANY = tuple(range(1, 25))
 
 
 class TaskSize(NamedTuple):
     """How a task is trained: ``rates`` are tried where it is varied; elsewhere ``lr``, in FULL Lamb16's best of them.
 
-    ``rate_seeds`` are the seeds for those; the two best of each optimizer get all of ``best_seeds``.
+    ``rate_seeds`` are the seeds for those; the two best of each optimizer get ``seeds``, or ``best_seeds``.
     """
 
     steps: int
@@ -46,6 +47,8 @@ class Sizes:
     published_seeds: tuple[int, ...]
     fewer_seeds: int  # of published_seeds, where no claim is made
     timed_rounds: int
+    stall_steps: int
+    beyond: int  # learning rates at most beyond an end that is best
     quick: bool
     long: dict[str, tuple[int, int]]  # steps and batch size by task
     long_seeds: tuple[int, ...]
@@ -54,12 +57,12 @@ class Sizes:
 FULL = Sizes(
     tasks={
         "lm": TaskSize(500, 12, 0.01, half_decades(-3.5, -1)),
-        "cnn": TaskSize(400, 256, 1.0, half_decades(-2, 0.5), (1, 2), tuple(range(1, 11))),  # the noisiest
+        "cnn": TaskSize(400, 256, 1.0, half_decades(-2, 0.5), (1, 2), MANY),  # the noisiest
         "autoencoder": TaskSize(400, 256, 0.1, half_decades(-3, -0.5)),
     },
     mlp=TaskSize(1000, 128, 1e-3, (1e-3, 1e-4)),
     seeds=(1, 2, 3, 4, 5),
-    many_seeds=tuple(range(1, 25)),
+    many_seeds=MANY,
     constant_steps=703,  # three epochs of 256 images
     ablation_seeds=(1, 2),
     batch_sizes=(64, 256, 1024, 4096, 8192),
@@ -71,6 +74,8 @@ FULL = Sizes(
     published_seeds=(1, 2, 3, 4, 5),
     fewer_seeds=1,
     timed_rounds=30,
+    stall_steps=300,
+    beyond=2,
     quick=False,
     long={"lm": (5000, 12), "lm-wide": (1000, 12)},
     long_seeds=(1, 2),
@@ -95,7 +100,9 @@ QUICK = Sizes(
     published_seeds=(1, 2),
     fewer_seeds=1,
     timed_rounds=3,
+    stall_steps=10,
+    beyond=0,
     quick=True,
-    long={"lm": (10, 2), "lm-wide": (2, 2)},
+    long={"lm": (4, 2), "lm-wide": (2, 2)},
     long_seeds=(1, 2),
 )

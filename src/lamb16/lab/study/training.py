@@ -53,6 +53,7 @@ class Run:
     nesterov: bool = True
     caution: bool = False
     schedule: str = "linear"  # after a warm-up; or "constant", without one
+    apart: bool = False  # biases and norms in a parameter group without weight decay and, of Lamb16, trust ratio
     parts: tuple[tuple[str, Any], ...] = field(default=())
 
     def model(self, task: Task) -> nn.Module:
@@ -73,7 +74,7 @@ def describe(run: Run) -> str:
     names = [run.task, run.optimizer, f"lr {run.lr:g}", f"seed {run.seed}"]
     names += [f"{key} {value}" for key, value in run.parts]
     default = Run("", "", 0, 0, 0, 0)
-    for name in (*OPTIONS, "beta1", "beta2", "trust_scale", "gradient_scale", "schedule"):
+    for name in (*OPTIONS, "beta1", "beta2", "trust_scale", "gradient_scale", "schedule", "apart"):
         if getattr(run, name) != getattr(default, name):
             names.append(f"{name} {getattr(run, name)}")
     names += [str(x) for f in fields(run)[len(fields(default)) :] if (x := getattr(run, f.name)) is not None]
@@ -125,7 +126,15 @@ def build(run: Run, model: nn.Module) -> Optimizer:
         )
     if run.optimizer == "lamb16":
         options |= own | {"compile": run.steps >= COMPILED_STEPS}
-    return registry.build(run.optimizer, model.named_parameters(), lr=run.lr, weight_decay=run.weight_decay, **options)
+    named = list(model.named_parameters())
+    first = [(name, p) for name, p in named if p.ndim > 1 or not run.apart]
+    optimizer = registry.build(run.optimizer, first, lr=run.lr, weight_decay=run.weight_decay, **options)
+    if run.apart:
+        vectors = [(name, p) for name, p in named if p.ndim <= 1]
+        has_names = "param_names" in optimizer.param_groups[0]
+        group = {"params": vectors if has_names else [p for _, p in vectors], "weight_decay": 0.0}
+        optimizer.add_param_group(group | ({"trust_scale": 0.0} if run.optimizer == "lamb16" else {}))
+    return optimizer
 
 
 def _schedule(steps: int, schedule: str) -> Callable[[int], float]:
