@@ -20,8 +20,10 @@ from lamb16.lab.study.report import (
     COLOURS,
     at_an_end,
     beyond,
+    difference,
     figure,
     grouped,
+    loss_of,
     median,
     median_and_range,
     not_run,
@@ -171,12 +173,15 @@ def tables(pairs: list[Pair], extra: dict[str, Any]) -> dict[str, str]:
             at = best[optimizer]
             own = curve[at]
             widths = [_width(curve, BASIN * limit) for limit in (own, least)]
-            rate, difference = f"{at:.2g}{at_an_end(at, list(curve))}", 100 * (own / least - 1)
+            rate, to_least = f"{at:.2g}{at_an_end(at, list(curve))}", 100 * (own / least - 1)
+            losses_of = [[*map(loss_of, seeds[task][key][best[key]])] for key in (optimizer, adam)]
+            both = min(map(len, losses_of))  # seeds, which are the first of all
+            by_seed = difference(losses_of[0][:both], losses_of[1][:both], ".2f")
             shown = median_and_range(seeds[task][optimizer][at])
             name = registry.label(*optimizer)
-            summary.append([task, name, shown, rate, f"{difference:+.2f}", *widths])
-            short.setdefault(name, [name]).extend([f"{difference:+.1f}", widths[1]])
-    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the best of AdamW and NAdam, %"]
+            summary.append([task, name, shown, rate, f"{to_least:+.2f}", by_seed, *widths])
+            short.setdefault(name, [name]).extend([f"{to_least:+.1f}", widths[1]])
+    header = ["task", "optimizer", "best loss (seeds)", "at lr", "to the best of AdamW and NAdam, %", "seed by seed, %"]
     header += ["decades within 10 % of its own best", "of AdamW's or NAdam's"]
     found |= not_run(extra.get("unusable", {}))
     columns = [text for task in medians for text in (f"{task}: loss, %", "decades")]
