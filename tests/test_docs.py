@@ -139,7 +139,12 @@ def test_the_readmes_memory_table_is_that_of_the_results() -> None:
     assert [table for table in map(memory.table, results.values()) if table not in readme] == []
 
 
-@pytest.mark.parametrize("document", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
 def test_links_and_pictures_exist(document: Path) -> None:
-    targets = re.findall(r"\]\((?!http)([^)#]+)", document.read_text())
-    assert [target for target in targets if not (document.parent / target).exists()] == []
+    """And, where they lead into a document, the heading."""
+    for target, _, heading in re.findall(r"\]\((?!http)([^)#]*)(#?)([^)]*)\)", document.read_text()):
+        path = document.parent / target if target else document
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]

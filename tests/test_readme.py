@@ -38,9 +38,3 @@ def _eager() -> dict[str, object]:
 
     assert Lamb16.__init__.__kwdefaults__ is not None
     return Lamb16.__init__.__kwdefaults__ | {"compile": False}
-
-
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []

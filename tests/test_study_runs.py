@@ -31,7 +31,10 @@ def execute(job: Job) -> Result:
     if job.seed < 0:
         raise ValueError("this one fails")
     Path(job.folder, f"{job.seed}-{time.monotonic_ns()}").touch()
-    return {"train_loss": job.seed / 3, "validation_loss": float("inf"), "process": os.getpid()}
+    if job.seed > 100:
+        os._exit(1)
+    found = {"process": os.getpid(), "threshold": os.environ["MALLOC_MMAP_THRESHOLD_"]}
+    return found | {"train_loss": job.seed / 3, "validation_loss": float("inf")}
 
 
 def describe(job: Job) -> str:
@@ -62,6 +65,48 @@ def test_results_come_in_order_from_other_processes(
     assert lines[0] == "toy: 3 runs, 2 at a time"
     assert [line.split(",")[0] for line in lines[1:]] == ["[1/3", "[2/3", "[3/3"]
     assert "seed 3: train loss 1" in "".join(lines)
+
+
+def test_workers_serve_several_studies_and_give_no_memory_back(folder: Path, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with runs.Workers(1) as workers:
+        found = [
+            runs.run_all(
+                [Job("adam", k, str(folder))], execute, Results(tmp_path / f"{k}.json", "toy"), workers, describe
+            )
+            for k in (1, 2)
+        ]
+    ((first,), (second,)) = found
+    assert first["process"] == second["process"] != os.getpid()
+    assert first["threshold"] == str(4 << 30)
+    assert dict(os.environ) == before
+
+
+class Interrupted(Results):
+    """Interrupted as by Ctrl-C when it is given its second result."""
+
+    def add(self, job: Job, result: Result) -> None:
+        if self.runs:
+            signal.raise_signal(signal.SIGINT)
+        super().add(job, result)
+
+
+@pytest.mark.parametrize("jobs", [2, 4])
+def test_an_interruption_is_not_lost_and_what_had_finished_is_kept(jobs: int, folder: Path, tmp_path: Path) -> None:
+    """Though it was the last result."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    path = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Job("adam", k, str(folder)) for k in range(jobs)], Interrupted(path, "toy"))
+    assert len(Results(path, "toy").runs) >= 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_worker_that_dies_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with pytest.raises(CommandError, match=r"a worker died.*fewer --workers.*r\.json"):
+        run_all([Job("adam", k, str(folder)) for k in (1, 101)], Results(path, "toy"))
+    assert Results(path, "toy").get(Job("adam", 1, str(folder))) is not None
 
 
 def test_only_what_is_missing_is_run(folder: Path, tmp_path: Path) -> None:

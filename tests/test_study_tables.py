@@ -191,7 +191,7 @@ def _ablation_pairs() -> list[ablations.Pair]:
     return pairs
 
 
-def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> None:
+def test_trust_ratios_get_more_seeds_at_their_best_rate() -> None:
     pairs = _ablation_pairs()
     further = ablations.more(pairs, QUICK)
     assert {(run.task, ablations.name_of(run), run.lr / QUICK.tasks[run.task].lr, run.seed) for run in further} == {
@@ -212,7 +212,7 @@ def test_exponents_of_the_trust_ratio_get_more_seeds_at_their_best_rate() -> Non
 
 
 def test_ablations_go_beyond_an_end_of_their_rates() -> None:
-    """Until the best lies between two others, to six rates at most; then the exponents have the other seeds."""
+    """Until the best lies between two others, to six rates at most; then the trust ratios have the other seeds."""
     sizes = replace(QUICK, beyond=2)
     lowest = {"trust_scale 0": 10, "trust_scale 0.5": 1e9, "no bias correction": 1e-9}  # times the first rate
     pairs: list[ablations.Pair] = []
@@ -242,8 +242,8 @@ def test_ablations_are_compared_at_the_same_and_at_their_best_rate() -> None:
     storage = tables["storage"].splitlines()
     for name in (ablations.BASELINE, "nearest rounding"):
         assert f"| {name} | {'+0.00 | ' * len(QUICK.tasks)}{'0.9000 | ' * len(QUICK.tasks)}".strip() in storage
-    exponents = len(ablations.RATIOS) - 1
-    assert len(update) + len(storage) + exponents == 2 + len(ablations.UPDATE) + 2 + len(ablations.STORAGE) + 1
+    ratios = len(ablations.RATIOS) - 1
+    assert len(update) + len(storage) + ratios == 2 + len(ablations.UPDATE) + 2 + len(ablations.STORAGE) + 1
 
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK])

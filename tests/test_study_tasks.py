@@ -107,7 +107,7 @@ def test_settings_reach_the_optimizer() -> None:
     assert "nesterov False, caution True, beta1 0.8, beta2 0.99" in describe(run)
 
 
-@pytest.mark.parametrize("name", ["lamb16", "adamw", "nadam"])
+@pytest.mark.parametrize("name", ["lamb16", "variant", "adamw", "nadam"])
 def test_biases_and_norms_can_have_a_group_of_their_own(name: str) -> None:
     model = nn.Sequential(nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2), nn.Linear(2, 2))
     run = Run("cnn", name, 0.02, 5, **SMALL, weight_decay=0.3)
@@ -116,7 +116,7 @@ def test_biases_and_norms_can_have_a_group_of_their_own(name: str) -> None:
     matrices, vectors = build(Run(**vars(run) | {"apart": True}), model).param_groups
     assert [p.ndim for p in matrices["params"]] == [3, 2]
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1, 1]
-    wanted = {"weight_decay": (0.3, 0.0)} | ({"trust_scale": (0.382, 0.0)} if name == "lamb16" else {})
+    wanted = {"weight_decay": (0.3, 0.0)} | ({"trust_scale": (0.382, 0.0)} if name in ("lamb16", "variant") else {})
     assert {key: (matrices[key], vectors[key]) for key in wanted} == wanted
     assert [matrices[key] == vectors[key] for key in ("lr", "betas", "eps")] == [True] * 3
     assert "apart True" in describe(Run(**vars(run) | {"apart": True}))

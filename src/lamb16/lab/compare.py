@@ -21,7 +21,7 @@ TRAININGS = {
     "ablations": "every part of the rule exchanged alone",
     "batches": "batch sizes from 64 to 8,192",
     "rounding": "bfloat16 weights rounded in every way, beside float32 ones",
-    "rates": "loss against learning rate, for eight optimizers, each at its own best rate",
+    "rates": "loss against learning rate, each optimizer at its own best rate",
     "published": "the published demonstration with seven optimizers, and with options of Lamb16 changed",
     "long": "trainings ten times as long, and a wider language model",
 }

@@ -86,7 +86,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
 
 def prepare(results: Results, sizes: Sizes) -> None:
     """Note why an optimizer does not work here."""
-    results.extra["unusable"] = registry.unusable(dict.fromkeys(optimizer.name for optimizer in OPTIMIZERS))
+    results.extra["unusable"] = registry.unusable(optimizer.name for optimizer in OPTIMIZERS)
     results.save()
 
 

@@ -94,12 +94,11 @@ def prepare(results: Results, sizes: Sizes) -> None:
     """The table of stalled weights, unless the file holds it, and why an optimizer does not work here."""
     results.extra["unusable"] = registry.unusable(name for name, *_ in (*FORMS, *MLP_FORMS))
     made_by = f"{code_of('lamb16')}, {sizes.stall_steps} steps"
-    if results.extra.get("stall code") == made_by:
-        return
-    results.extra["stall code"] = made_by
-    results.extra["stall"] = [
-        [lr, *(moved(lr, dtype, rounding, sizes.stall_steps) for dtype, rounding in STALLED)] for lr in STALL_RATES
-    ]
+    if results.extra.get("stall code") != made_by:
+        results.extra["stall code"] = made_by
+        results.extra["stall"] = [
+            [lr, *(moved(lr, dtype, rounding, sizes.stall_steps) for dtype, rounding in STALLED)] for lr in STALL_RATES
+        ]
     results.save()
 
 

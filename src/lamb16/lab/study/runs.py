@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -165,8 +165,7 @@ class Workers(ProcessPoolExecutor):
     def __enter__(self) -> Workers:
         # glibc would give large activations back to the system and fault them in again at every step: a fifth of the
         # time. Workers take the environment over when they start.
-        self._environment = mock.patch.dict(os.environ)
-        self._environment.start()
+        self._before = set(os.environ)
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
         return self
@@ -175,8 +174,11 @@ class Workers(ProcessPoolExecutor):
         if kind is not None:
             for process in list((self._processes or {}).values()):
                 process.terminate()
-        self.shutdown(wait=True, cancel_futures=True)
-        self._environment.stop()
+        try:
+            self.shutdown(wait=True, cancel_futures=True)
+        finally:
+            for name in set(os.environ) - self._before:
+                del os.environ[name]
 
 
 def run_all(
@@ -188,7 +190,8 @@ def run_all(
 ) -> list[Result]:
     """The results of all jobs in order; those that ``results`` does not hold are run by the workers.
 
-    Progress goes to standard error. Interrupted, it raises KeyboardInterrupt; what had finished is in the file.
+    Progress goes to standard error. Interrupted, it raises KeyboardInterrupt, and CommandError where a worker dies;
+    what had finished is in the file.
     """
     missing = [job for job in dict.fromkeys(jobs) if results.get(job) is None]
     if missing:
@@ -213,11 +216,11 @@ def _run_missing(
     try:
         pending: dict[Future[Result], Job] = {workers.submit(execute, job): job for job in missing}
         finished = 0
-        while pending:
+        while pending and not interrupted:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            if interrupted:
-                raise KeyboardInterrupt
             for future in sorted(done, key=_failed):  # what has finished is kept before a failure ends the study
+                if interrupted and _failed(future):  # of the same signal
+                    break
                 job = pending.pop(future)
                 result = future.result()
                 results.add(job, result)
@@ -225,9 +228,16 @@ def _run_missing(
                 left = (time.monotonic() - start) / finished * (total - finished)
                 line = f"[{finished}/{total}, about {left / 60:.0f} min left] {describe(job)}: {summary(result)}"
                 print(line, file=sys.stderr, flush=True)
+    except BrokenProcessPool as error:
+        raise CommandError(
+            f"a worker died, perhaps for want of memory: run the command again, with fewer --workers; what had "
+            f"finished is in {results.path}"
+        ) from error
     finally:
         if signal.getsignal(signal.SIGINT) is not handler:
             signal.signal(signal.SIGINT, handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _failed(future: Future[Result]) -> bool:

@@ -115,25 +115,24 @@ def execute(run: Run, folder: str | None) -> Result:
 
 def build(run: Run, model: nn.Module) -> Optimizer:
     """The optimizer of the run over the model's named parameters."""
-    options: dict[str, Any] = {"betas": (run.beta1, run.beta2), "seed": run.seed} | run.options()
+    options: dict[str, Any] = {"lr": run.lr, "weight_decay": run.weight_decay, "betas": (run.beta1, run.beta2)}
+    options |= {"seed": run.seed} | run.options()
     if run.trust_scale is not None:
         options["trust_scale"] = run.trust_scale
     own = {name: getattr(run, name) for name in OPTIONS}
-    if run.optimizer == "variant":
-        options |= own
-        return Variant(
-            model.named_parameters(), Parts(**dict(run.parts)), lr=run.lr, weight_decay=run.weight_decay, **options
-        )
-    if run.optimizer == "lamb16":
-        options |= own | {"compile": run.steps >= COMPILED_STEPS}
     named = list(model.named_parameters())
     first = [(name, p) for name, p in named if p.ndim > 1 or not run.apart]
-    optimizer = registry.build(run.optimizer, first, lr=run.lr, weight_decay=run.weight_decay, **options)
+    if run.optimizer == "variant":
+        optimizer: Optimizer = Variant(first, Parts(**dict(run.parts)), **options | own)
+    else:
+        if run.optimizer == "lamb16":
+            options |= own | {"compile": run.steps >= COMPILED_STEPS}
+        optimizer = registry.build(run.optimizer, first, **options)
     if run.apart:
         vectors = [(name, p) for name, p in named if p.ndim <= 1]
         has_names = "param_names" in optimizer.param_groups[0]
         group = {"params": vectors if has_names else [p for _, p in vectors], "weight_decay": 0.0}
-        optimizer.add_param_group(group | ({"trust_scale": 0.0} if run.optimizer == "lamb16" else {}))
+        optimizer.add_param_group(group | ({"trust_scale": 0.0} if run.optimizer in ("lamb16", "variant") else {}))
     return optimizer
 
 
