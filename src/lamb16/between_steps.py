@@ -1,4 +1,4 @@
-"""What can be done with weights and states between steps: resizing, float32 weights, states that leave the device."""
+"""What can be done with weights and states between steps: reading, resizing, float32 weights, leaving the device."""
 
 from __future__ import annotations
 
@@ -81,6 +81,23 @@ class BetweenSteps(Optimizer):
         self._stepper.plans.clear()
         self._stepper.stores.clear()
         self._stepper.last = []
+
+    @property
+    def skipped(self) -> int:
+        """How many tensor updates were left out because of a non-finite gradient; reading waits for the device.
+
+        Counted since this object was made: deepcopy and pickle keep the count, ``state_dict`` does not hold it.
+        """
+        return sum(int(count) for count in self._stepper.skipped.values())
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before clipping, without a gradient scaler's scale; float64, 0-d.
+
+        Of all finite gradients, of all groups and ranks, on the first parameter's device. None where ``max_grad_norm``
+        is None. Nothing is copied to the host.
+        """
+        return self._stepper.grad_norm
 
     def layer_stats(self) -> dict[str, dict[str, Tensor]]:
         """What the trust ratios of the last step came from, per parameter name (or position).

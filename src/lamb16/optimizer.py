@@ -233,25 +233,6 @@ class Lamb16(BetweenSteps):
         if self._release is not None:
             self._release.check()
 
-    # -- what can be read ----------------------------------------------------------------------------------------
-
-    @property
-    def skipped(self) -> int:
-        """How many tensor updates were left out because of a non-finite gradient; reading waits for the device.
-
-        Counted since this object was made: deepcopy and pickle keep the count, ``state_dict`` does not hold it.
-        """
-        return sum(int(count) for count in self._stepper.skipped.values())
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """The norm of the last step's gradients before clipping, without a gradient scaler's scale; float64, 0-d.
-
-        Of all finite gradients, of all groups and ranks, on the first parameter's device. None where ``max_grad_norm``
-        is None. Nothing is copied to the host.
-        """
-        return self._stepper.grad_norm
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
