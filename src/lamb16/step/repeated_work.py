@@ -46,11 +46,11 @@ def done_once() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(DtypePropagationOpsHandler, "__init__", lambda self: set_up(self)))
-        for owner, function in (
+        for holder, function in (
             (LoopBody, replace_indirect),
             (LoopBody, indexing_from_args),
             (sizevars, simplify_index_in_vec_range),
         ):
-            if hasattr(owner, function.__name__):
-                stack.enter_context(mock.patch.object(owner, function.__name__, function))
+            if hasattr(holder, function.__name__):
+                stack.enter_context(mock.patch.object(holder, function.__name__, function))
         yield
