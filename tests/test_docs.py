@@ -42,6 +42,12 @@ def test_pages_are_those_of_the_results(study: str, monkeypatch: pytest.MonkeyPa
     assert len(results.runs) == len(set(used)), f"docs/results/{study}.json holds runs that are no part of the study"
 
 
+def test_recorded_times_are_those_of_the_results() -> None:
+    for study in compare.TRAININGS:
+        minutes = sum(run["result"]["seconds"] for run in results_of(study)["runs"]) / 60
+        assert study == "long" or f"`{study}` {minutes:.0f}" in DOC
+
+
 def test_the_page_of_synthetic_gradients_is_that_of_the_results() -> None:
     assert (RESULTS / "fidelity.md").read_text() == fidelity.table(results_of("fidelity")["results"]) + "\n"
 

@@ -86,7 +86,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
     for key, task in _tasks(pairs).items():
         for name in UPDATE:
             run = task.at_best(name)
-            if (lr := beyond(run.lr, task.rates(name))) and len(task.rates(name)) < most:
+            if lr := beyond(run.lr, task.rates(name), most):
                 found.append(replace(run, lr=lr, probed=False))
             elif name in RATIOS:
                 for seed in sizes.tasks[key].best_seeds:  # the first ones' runs may be known already

@@ -62,7 +62,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
         first = [pair for pair in own if pair[0].seed == 1]
         rates = [run.lr for run, _ in first]
         best = min(first, key=lambda pair: loss_of(pair[1]["validation_loss"]))[0]
-        if 1 < len(rates) < 5 and (lr := beyond(best.lr, rates)):
+        if lr := beyond(best.lr, rates, most=5):
             found.append(replace(best, lr=lr))
         elif best.task == "lm":
             found += [replace(best, seed=seed, probed=False) for seed in sizes.long_seeds if seed != 1]

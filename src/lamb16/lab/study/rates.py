@@ -79,7 +79,7 @@ def more(pairs: list[Pair], sizes: Sizes) -> list[Run]:
             run = next(run for run, _ in pairs if run.task == task and optimizer_of(run) == optimizer)
             best = sorted(curve, key=curve.__getitem__)[:2]
             found += [replace(run, lr=lr, seed=seed) for lr in best for seed in seeds]
-            if (lr := beyond(best[0], list(curve))) and len(curve) < len(sizes.tasks[task].rates) + sizes.beyond:
+            if lr := beyond(best[0], list(curve), len(sizes.tasks[task].rates) + sizes.beyond):
                 found += [replace(run, lr=lr, seed=seed) for seed in sizes.tasks[task].rate_seeds]
     return found
 

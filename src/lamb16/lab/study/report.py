@@ -61,10 +61,13 @@ def at_an_end(value: float, values: Sequence[float]) -> str:
     return {min(values): " ↓", max(values): " ↑"}.get(value, "")
 
 
-def beyond(value: float, values: Sequence[float]) -> float | None:
-    """The rate half a decade beyond the end that a best one is at, None where it lies between two others."""
+def beyond(value: float, values: Sequence[float], most: int) -> float | None:
+    """The rate half a decade beyond the end that a best one is at; None where it lies between two others.
+
+    Also where there are ``most`` rates already, or only one, which has no ends.
+    """
     factor = {min(values): 1 / HALF_DECADE, max(values): HALF_DECADE}.get(value)
-    return factor and value * factor
+    return value * factor if factor and 1 < len(values) < most else None
 
 
 def median_and_range(values: Sequence[float | None], form: str = ".4g") -> str:

@@ -132,7 +132,7 @@ def build(run: Run, model: nn.Module) -> Optimizer:
         vectors = [(name, p) for name, p in named if p.ndim <= 1]
         has_names = "param_names" in optimizer.param_groups[0]
         group = {"params": vectors if has_names else [p for _, p in vectors], "weight_decay": 0.0}
-        optimizer.add_param_group(group | ({"trust_scale": 0.0} if run.optimizer in ("lamb16", "variant") else {}))
+        optimizer.add_param_group(group | ({"trust_scale": 0.0} if "trust_scale" in optimizer.defaults else {}))
     return optimizer
 
 
