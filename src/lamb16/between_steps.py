@@ -78,7 +78,7 @@ class BetweenSteps(Optimizer):
             self.state[new_p] = state
         if self._release is not None:
             self._release.replace(p, new_p)
-        self._stepper.plans.clear()
+        self._stepper.clear()
         self._stepper.stores.clear()
         self._stepper.last = []
 
@@ -110,10 +110,11 @@ class BetweenSteps(Optimizer):
         """
         names = {id(p): name for name, (p, _, _) in self._parameters.named().items() if p.numel()}
         stats = {}
-        for plan in self._stepper.last:
-            for row, key in zip(plan.reports, plan.ids, strict=True):
-                if key in names:
-                    stats[names[key]] = dict(zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True))
+        for plan, tensors in self._stepper.last:
+            for i, row in zip(tensors, plan.report[tensors], strict=True):
+                if plan.ids[i] in names:
+                    found = zip(("weight_norm", "update_norm", "trust_ratio"), row, strict=True)
+                    stats[names[plan.ids[i]]] = dict(found)
         return stats
 
     @torch.no_grad()

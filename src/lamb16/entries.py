@@ -14,7 +14,7 @@ from .moments import MOMENTS, are_codes, dtypes, raw
 from .remainder import CHECKSUM, checksums, float32_weights, no_remainder
 from .remainder import resized as resized_remainder
 from .sharding.layout import like, local
-from .step import cpu_copying, floats, fp8
+from .step import floats, fp8, native
 from .step.fp8 import E4M3, E5M2
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _largest(moment: Tensor) -> Tensor:
 
 def _largest_codes(codes: list[Tensor], fmt: fp8.Format) -> Tensor:
     """The largest magnitudes, float32. As unsigned bytes negative codes are above the others, as signed ones below."""
-    top = cpu_copying.largest(codes)
+    top = native.largest(codes)
     if top is None:
         found = []
         for dtype in (torch.uint8, torch.int8):

@@ -17,13 +17,11 @@ from .between_steps import BetweenSteps
 from .checks.arguments import check_group_options, check_options, check_reloaded, check_scaler
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
 from .parameters import tensor_salt
-from .step.remembered import CACHED_PLANS
-from .stepper import Request
+from .stepper import Request, Stepped
 
 if TYPE_CHECKING:
     from .matching import Loaded
     from .step.compiled import Executor
-    from .step.plan import Plan
 
 __all__ = ["Lamb16", "tensor_salt"]
 
@@ -171,7 +169,7 @@ class Lamb16(BetweenSteps):
             raise
         if "param_names" not in group and self._number is None:
             self._number = next(NUMBERS)
-        self._stepper.plans.clear()
+        self._stepper.clear()
 
     def _own_options(self) -> dict[str, Any]:
         """The constructor's options that no group can change, by their names."""
@@ -216,12 +214,11 @@ class Lamb16(BetweenSteps):
         if self._release is not None:
             self._release.forget()
 
-    def _step(self, grad_scale: Any, found_inf: Any, released: dict[int, Tensor] | None = None) -> list[Plan]:
-        """Step the parameters that have gradients, or whose gradients were ``released``, by id; returns their plans."""
-        cached_plans = CACHED_PLANS if self._release is None else self._release.cached_plans
+    def _step(self, grad_scale: Any, found_inf: Any, released: dict[int, Tensor] | None = None) -> list[Stepped]:
+        """Step the parameters that have gradients, or whose gradients were ``released``, by id; returns which."""
         check = partial(self._check, grad_scale, found_inf)
         return self._stepper.step(Request(
-            self._parameters, self.max_grad_norm, self._compile, cached_plans, grad_scale, found_inf, released, check
+            self._parameters, self.max_grad_norm, self._compile, grad_scale, found_inf, released, check
         ))  # fmt: skip
 
     def _check(self, grad_scale: Any, found_inf: Any) -> None:

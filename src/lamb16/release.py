@@ -30,7 +30,6 @@ from .checks.release import (
 from .checks.tensors import check_memory
 from .optimizer import Lamb16
 from .sharding.layout import is_sharded, local
-from .step.remembered import CACHED_PLANS
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -105,7 +104,7 @@ class GradientRelease:
         self._ddp = model.register_forward_pre_hook(_refuse_ddp)
         _MODELS[model] = _MODELS.get(model, 0) + 1
         skip(_arrived)  # _disable_dynamo would take a microsecond of every call
-        optimizer._stepper.plans.clear()
+        optimizer._stepper.clear()
         optimizer._release = self
 
     def remove(self) -> None:
@@ -119,7 +118,7 @@ class GradientRelease:
             self._removed = True
             if optimizer is not None and optimizer._release is self:
                 optimizer._release = None
-                optimizer._stepper.plans.clear()
+                optimizer._stepper.clear()
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -168,11 +167,6 @@ class GradientRelease:
             raise self._error
         if optimizer is not None:
             check_unclipped(optimizer.max_grad_norm)
-
-    @property
-    def cached_plans(self) -> int:
-        """How many sets of parameters the optimizer is to remember: of each bucket as many as else of all."""
-        return CACHED_PLANS * max(1, len(self._buckets.order))
 
     def end(self, scaled: bool) -> None:
         """``optimizer.step()`` was called, ``scaled`` by a GradScaler: the next gradients are another iteration's."""

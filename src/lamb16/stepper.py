@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .parameters import Parameters
-from .step.remembered import Remembered
 
 if TYPE_CHECKING:
+    from .sharding.reduction import BoundReduction, Reduction
     from .step.compiled import Executor
+    from .step.kinds import Kind
     from .step.plan import Plan
     from .store import Store
 
@@ -26,11 +27,17 @@ class Request(NamedTuple):
     parameters: Parameters
     max_grad_norm: float | None
     compile: bool | Executor
-    cached_plans: int  # how many sets of parameters with gradients are remembered
     grad_scale: Any
     found_inf: Any
     released: dict[int, Tensor] | None  # gradients in place of those that the parameters have, by parameters' ids
     check: Callable[[], None]  # raises for what is refused whatever the gradients are
+
+
+class Stepped(NamedTuple):
+    """What one step has stepped."""
+
+    plan: Plan
+    tensors: list[int]
 
 
 class Stepper:
@@ -38,19 +45,26 @@ class Stepper:
 
     def __init__(self) -> None:
         self.stores: dict[torch.device, Store] = {}
-        self.plans = Remembered()
-        self.last: list[Plan] = []  # of the last step
+        self.last: list[Stepped] = []  # by the last step
         self.skipped: dict[torch.device, Tensor] = {}
         self.grad_norm: Tensor | None = None
+        self.clear()
 
-    def step(self, request: Request) -> list[Plan]:
-        """Step the parameters that have gradients, or whose gradients were released; returns their plans."""
+    def clear(self) -> None:
+        """Forget all plans."""
+        self.plans: dict[Kind, Plan] = {}
+        self.key: list[Any] = []  # what must be equal in a step that needs no other plans
+        self.places: list[list[int]] = []  # of each plan's parameters among all
+        self.weights: set[int] = set()  # where the parameters of all plans begin
+        self.reductions: list[Reduction] | None = None
+        self.bound: tuple[Any, list[BoundReduction], int] | None = None  # for what they are bound, and its signature
+
+    def step(self, request: Request) -> list[Stepped]:
+        """Step the parameters that have gradients, or whose gradients were released; returns which."""
         from .stepping import run  # and all that a step needs
 
-        plans: list[Plan] = []
         try:
-            plans = run(self, request)
+            return run(self, request)
         finally:
-            for plan in (*self.last, *plans, *self.plans.all()):
+            for plan in (*self.plans.values(), *(stepped.plan for stepped in self.last)):
                 plan.drop_tensors()
-        return plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,124 +17,169 @@ from .sharding.layout import is_sharded
 from .sharding.reduction import BoundReduction, Reduction, meet, signature
 from .step.gradient_norm import clip
 from .step.gradients import gather
-from .step.making import executor_for, make_plan, members_of, prepare
+from .step.known import apart
+from .step.making import executor_for, members_of, plan_class, prepare
 from .step.plan import Plan
-from .step.remembered import Cached
-from .stepper import Request, Stepper
+from .stepper import Request, Stepped, Stepper
+from .wrapped import fake_mode
+
+GRAD = attrgetter("grad")
 
 
-def run(stepper: Stepper, request: Request) -> list[Plan]:
-    """Step the parameters that have gradients, or whose gradients were released; returns their plans.
+def run(stepper: Stepper, request: Request) -> list[Stepped]:
+    """Step the parameters that have gradients, or whose gradients were released; returns which.
 
     Plans hold tensors when this returns or raises; the stepper sees to that.
     """
-    cached = _begin(stepper, request)
-    plans, grad_scale = cached.plans, request.grad_scale
+    try:
+        return _run(stepper, request)
+    except BaseException:  # whatever was being noted, the next step looks at everything
+        stepper.key = []
+        raise
+
+
+def _run(stepper: Stepper, request: Request) -> list[Stepped]:
+    plans, reductions = _begin(stepper, request)
+    grad_scale = request.grad_scale
     factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
     stepper.grad_norm = None
     if request.max_grad_norm is not None and plans:
-        stepper.grad_norm, factor = clip(plans, cached.reductions, request.max_grad_norm, factor)
+        stepper.grad_norm, factor = clip(plans, reductions, request.max_grad_norm, factor)
     for plan in plans:
-        plan.scale(stepper.skipped[plan.kind.device], request.found_inf, factor)
-    for plan in plans:
-        plan.update()
-    for reduction in cached.reductions:
+        plan.update(request.found_inf, factor)
+    for reduction in reductions:
         reduction.after()
-    return plans
+    return [Stepped(plan, plan.present) for plan in plans]
 
 
-def _begin(stepper: Stepper, request: Request) -> Cached:
+def _begin(stepper: Stepper, request: Request) -> tuple[list[Plan], list[BoundReduction]]:
     """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
-    cached, new, error = Cached([], [], 0, set()), New([], []), None
+    plans: list[Plan] = []
+    reductions: list[BoundReduction] = []
+    new, error, number = New([], []), None, 0
     parameters, state = request.parameters, request.parameters.states
     try:
         request.check()
-        cached, grads, states = _current_plans(stepper, request, new)
-        for plan, own in zip(cached.plans, states, strict=True):
-            plan.inspect([grads[key] for key in plan.ids], own)
-    except Exception as found:
-        error = _cause(found, parameters)
+        found = _look(stepper, request)
+        plans = _prepare(stepper, request, new) if found is None else found
+        for plan in plans:
+            plan.hyper.check()
+        for plan in plans:
+            plan.inspect()
+        reductions, number = _reductions(stepper, parameters, plans)
+    except Exception as caught:
+        error = _cause(caught, parameters)
     try:
-        reductions = cached.reductions if error is None else _reductions(parameters, [])
+        if error is not None:
+            reductions = [reduction.bind([]) for reduction in Reduction.of(list(parameters))]
         if reductions:
             salts = [[int(state[p]["salt"]) for p in part if is_sharded(p)] for part in new]
-            clips = request.max_grad_norm is not None and [len(cached.plans) > 0, [x.alone for x in reductions]]
-            meet(reductions, digest([cached.signature, salts, clips]), error)
+            clips = request.max_grad_norm is not None and [len(plans) > 0, [x.alone for x in reductions]]
+            meet(reductions, digest([number, salts, clips]), error)
         elif error is not None:
             raise error
         add_up({p: state[p] for p in (*new.made, *new.completed)})
     except BaseException:
         new.roll_back(state)
         if any(new):
-            stepper.plans.clear()
+            stepper.clear()
             stepper.stores.clear()
         raise
-    return cached
+    return plans, reductions
 
 
-def _current_plans(stepper: Stepper, request: Request, new: New) -> tuple[Cached, dict[int, Tensor], list[list[Any]]]:
-    """The plans for the parameters that have gradients, from the cache or new; these gradients' local parts; and
-    the states of each plan's parameters.
+def _look(stepper: Stepper, request: Request) -> list[Plan] | None:
+    """The plans of this step, which it has begun in, where all is in the place where the steps before left it."""
+    parameters, released = request.parameters, request.released
+    every = list(parameters)
+    if not stepper.key or stepper.key != _key(parameters, every, request) or fake_mode():
+        return None
+    grads: list[Any] = list(map(GRAD, every) if released is None else map(released.get, map(id, every)))
+    given, plans = sum(g is not None for g in grads), []
+    for plan, places in zip(stepper.plans.values(), stepper.places, strict=True):
+        own = grads if len(places) == len(every) else [grads[k] for k in places]
+        count = len(own) - sum(g is None for g in own)
+        if not count:
+            continue
+        given -= count
+        params = every if len(places) == len(every) else [every[k] for k in places]
+        if not plan.look(params, own, parameters.states, stepper.weights):
+            return None
+        plans.append(plan)
+    if given or (released is not None and sum(len(plan.params) for plan in plans) != len(released)):
+        return None
+    return plans
 
-    ``new`` is filled.
+
+def _key(parameters: Parameters, every: list[Tensor], request: Request) -> list[Any]:
+    key: list[Any] = [torch.is_inference_mode_enabled(), request.max_grad_norm is None, request.compile]
+    for group in parameters.groups:
+        key += id(group), len(group["params"]), group["moment_dtype"], group["caution"], group["param_rounding"]
+    key += map(id, every)
+    return key
+
+
+def _prepare(stepper: Stepper, request: Request, new: New) -> list[Plan]:
+    """The plans of this step, once everything has been checked and the states are there.
+
+    Plans that were made for these parameters go on; ``new`` is filled.
     """
     parameters, inference = request.parameters, torch.is_inference_mode_enabled()
-    state, most = parameters.states, request.cached_plans
-    gradients = gather(parameters, request.released, request.max_grad_norm is None)
-    grads = gradients.grads
-    cached = stepper.plans.find(gradients.key, gradients.params)
-    part = None if cached is not None else stepper.plans.part(gradients, parameters.groups, most)
-    cached, changed = cached or part, cached is None and part is None
-    if cached is None:
-        with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
-            plans = _make_plans(stepper, request, grads, new, inference)
-        weights = {start for plan in plans for start in plan.memory[0]} - {0}
-        cached = Cached(plans, [], 0, weights, gradients.setting, gradients.members(parameters.groups))
-    states: list[list[Any]] = [list(map(state.get, plan.params)) for plan in cached.plans]
-    touched = {id(p) for plan, own in zip(cached.plans, states, strict=True) for p in plan.touched(own)}
-    if touched:
-        with torch.inference_mode(False), torch.no_grad():
-            ready_states(parameters, stepper.stores, grads, touched, new, inference)
-            for plan in cached.plans:
-                own = [state[p] for p in plan.params]
-                read = [x for x, key in zip(own, plan.ids, strict=True) if key in touched]
-                plan.place(plan.store.adopt(own, read, state.values()))
-        states = [[state[p] for p in plan.params] for plan in cached.plans]
-        changed = True
-    if changed and part is None:
-        reductions = _reductions(parameters, cached.plans)
-        number = signature(cached.plans) if reductions else 0
-        cached = cached._replace(reductions=reductions, signature=number)
-        stepper.plans.remember(gradients.key, cached, parameters.groups, most)
-    if part is None:
-        stepper.plans.used(gradients.key)
-    for plan in cached.plans:
-        plan.hyper.check()
+    states, clips = parameters.states, request.max_grad_norm is not None
+    stepper.key = []
+    grads = gather(parameters, request.released)
+    known = {key: plan.kind for plan in stepper.plans.values() for key in plan.ids}
+    with torch.inference_mode(False), torch.no_grad():  # what is made here is for later steps, too
+        every_kind, needed = members_of(parameters, grads, known)
+        members = {kind: pairs for kind, pairs in every_kind.items() if kind in needed}
+        executor = executor_for(members, request.compile)
+        present = {kind: [pair for pair in pairs if id(pair[0]) in grads] for kind, pairs in members.items()}
+        changed = unknown(parameters, stepper.stores, present)
+        ready_states(parameters, stepper.stores, grads, changed, new, inference, partial(prepare, executor, members, clips))
+        changed.update(map(id, new.made))
+        for device in {kind.device for kind in members} - set(stepper.skipped):
+            stepper.skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        make, plans = plan_class(executor), []
+        for kind, pairs in members.items():
+            plan, store = stepper.plans.get(kind), stepper.stores[kind.device]
+            if plan is None or not (plan.fits(pairs) and plan.store is store and _same(plan.executor, executor)):
+                plan = stepper.plans[kind] = make(kind, pairs, executor, store, stepper.skipped[kind.device])
+            plan.want(clips)
+            own = [p for p, _ in present[kind]]
+            read = [states[p] for p in own if id(p) in changed]
+            room = sum(len(x) for k, x in members.items() if k.device == kind.device)
+            rows = store.adopt([states[p] for p in own], read, states.values(), room)
+            plan.begin(own, [grads[id(p)] for p in own], [states[p] for p in own], rows)
+            plans.append(plan)
+    every = list(parameters)
+    place = {id(p): k for k, p in enumerate(every)}
+    for kind, plan in list(stepper.plans.items()):
+        if not plan.fits(every_kind.get(kind, [])):  # some are gone, or of another kind by now
+            del stepper.plans[kind]
+    stepper.places = [[place[key] for key in plan.ids] for plan in stepper.plans.values()]
+    stepper.weights = {start for plan in stepper.plans.values() for start in plan.known.places[0].tolist()} - {0}
     # Weights as gradients, which the step would change as it reads them:
-    if not cached.weights.isdisjoint(gradients.starts):
-        grads = {k: g.clone() if g.data_ptr() in cached.weights else g for k, g in grads.items()}
-    return cached, grads, states
+    for plan in plans:
+        plan.separate(stepper.weights)
+    if not fake_mode() and apart(list(stepper.plans.values())):
+        stepper.key = _key(parameters, every, request)
+    return plans
 
 
-def _make_plans(stepper: Stepper, request: Request, grads: dict[int, Tensor], new: New, inference: bool) -> list[Plan]:
-    """One plan for each kind of tensor, once everything has been checked and the states are there."""
-    parameters, clips = request.parameters, request.max_grad_norm is not None
-    members = members_of(parameters, grads)
-    executor = executor_for(members, request.compile)
-    changed = unknown(parameters, stepper.stores, members)
-    ready = partial(prepare, executor, members, clips)
-    ready_states(parameters, stepper.stores, grads, changed, new, inference, ready)
-    changed.update(map(id, new.made))
-    for device in {kind.device for kind in members} - set(stepper.skipped):
-        stepper.skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-    return [
-        make_plan(kind, pairs, executor, stepper.stores[kind.device], parameters.states, changed)
-        for kind, pairs in members.items()
-    ]
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and not vars(one) and not vars(other))
 
 
-def _reductions(parameters: Parameters, plans: list[Plan]) -> list[BoundReduction]:
-    return [reduction.bind(plans) for reduction in Reduction.of(list(parameters))]
+def _reductions(stepper: Stepper, parameters: Parameters, plans: list[Plan]) -> tuple[list[BoundReduction], int]:
+    """What the ranks reduce in this step, and the signature of what is stepped."""
+    if not stepper.key or stepper.reductions is None:
+        stepper.reductions, stepper.bound = Reduction.of(list(parameters)), None
+    if not stepper.reductions:
+        return [], 0
+    key = [(plan, plan.present) for plan in plans]
+    if stepper.bound is None or stepper.bound[0] != key:
+        stepper.bound = key, [reduction.bind(plans) for reduction in stepper.reductions], signature(plans)
+    return stepper.bound[1:]
 
 
 def _cause(error: Exception, parameters: Parameters) -> Exception:

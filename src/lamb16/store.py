@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .entries import ALL_ENTRIES, SCALARS, TABLES, WIDTH, local_tensors
 from .moments import MOMENTS
+from .step import native
 from .step.blocks import State
 from .wrapped import is_fake
 
@@ -28,6 +29,7 @@ class Store:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.columns: list[Tensor] = []
+        self.room = 0
         self.rows: dict[int, int] = {}  # id of a state -> row: 1, 2, ...
         self.order: list[int] = []  # of all rows
         self.free: list[int] = []  # rows of states that are gone
@@ -37,6 +39,30 @@ class Store:
         self.addresses: list[int] = []
         self.sizes: list[int] = []
         self.versions: list[int] = []
+        self.table: Tensor | None = None  # the addresses once more, int64 [rows, WIDTH]
+
+    def same(self, states: Sequence[dict[str, Any]], rows: list[int], index: Tensor) -> bool:
+        """Whether nothing of the states in these rows has been replaced, given other memory or written to.
+
+        ``index`` int64 has the rows counted from 0.
+        """
+        try:
+            entries = list(chain.from_iterable(map(ALL_ENTRIES, states)))
+        except (KeyError, TypeError):
+            return False
+        everything, found = rows == self.order, _moments(entries)
+        refs, sizes, versions = (
+            x if everything else _of(x, rows, len(MOMENTS)) for x in (self.moments, self.sizes, self.versions)
+        )
+        if not all(map(is_, found, [x() for x in refs])):
+            return False
+        if self.table is None:
+            self.table = torch.tensor(self.addresses)
+        tensors = local_tensors(entries)
+        if native.look(tensors, self.table, None if everything else index, WIDTH, False):
+            return False
+        moments = found if tensors is entries else _moments(tensors)
+        return list(map(Tensor.numel, moments)) == sizes and _versions(moments) == versions
 
     def changed(self, states: Sequence[dict[str, Any]], state_indices: Sequence[int] | None = None) -> list[int]:
         """Which of these are new, or have an entry that was replaced or was given other memory: their places.
@@ -90,14 +116,19 @@ class Store:
         return not self.changed(states)
 
     def adopt(
-        self, states: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]], live: Collection[dict[str, Any]]
+        self,
+        states: Sequence[dict[str, Any]],
+        changed: Sequence[dict[str, Any]],
+        live: Collection[dict[str, Any]],
+        room: int,
     ) -> list[int]:
         """Make the scalars of those states that have changed views of the tables; returns the rows of all.
 
-        ``live`` are all states there are.
+        ``live`` are all states there are; new tables have room for as many as ``room``.
         """
+        self.room = max(self.room, room)
         self._forget_all_but(live)
-        count = len(self.order)
+        count, self.table = len(self.order), None
         for state in changed:
             if id(state) not in self.rows:
                 if not self.free:
@@ -107,12 +138,16 @@ class Store:
         if changed:
             for known, n in self._known():
                 known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
+            used = [state for state in changed if self.rows[id(state)] <= count]
             places = self._places(changed)
-            if len(self.order) > count or not all(places):
+            if len(self.order) >= self._length() or not all(self._places(used)):
                 self._renew(count, live, changed)
                 places = [False] * len(places)
             self._read(changed, places)
         return [self.rows[id(state)] for state in states]
+
+    def _length(self) -> int:
+        return len(self.columns[0]) if self.columns else 0
 
     def _forget_all_but(self, live: Collection[dict[str, Any]]) -> None:
         """Free the rows of states that are gone. An id may be another's by now, whose entries are then new."""
@@ -128,7 +163,7 @@ class Store:
         first = [self.rows[id(state)] * WIDTH - len(SCALARS) for state in states]
         values = {SCALARS.index(name): list(map(itemgetter(name), states)) for name in names}
         return [
-            set(map(type, own)) == {Tensor} and addresses(own) == [self.addresses[place + k] for place in first]
+            set(map(type, own)) <= {Tensor} and addresses(own) == [self.addresses[place + k] for place in first]
             for k, own in values.items()
         ]
 
@@ -138,8 +173,9 @@ class Store:
         Whoever has kept entries that were replaced, or states that were taken out, finds in them what was there.
         """
         columns: list[Tensor] = []
+        length = max(len(self.order), self.room) + 1
         for dtype, names in TABLES.items():
-            columns += torch.zeros(len(self.order) + 1, len(names), dtype=dtype, device=self.device).unbind(1)
+            columns += torch.zeros(length, len(names), dtype=dtype, device=self.device).unbind(1)
         for new, column in zip(columns, self.columns, strict=False):
             new[: len(column)] = column
         self.columns = columns

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks.sharded import check_same, step_refused_elsewhere
+from ..entries import SCALARS
 from ..step.blocks import State
 from ..step.fp8 import as_int32
 from ..step.plan import Plan
@@ -70,7 +71,7 @@ class BoundReduction:
         found = [plan.whole_largest for plan in self.plans]
         states = self._states()
         parts = [
-            torch.stack([g[: len(s.state_index)], *(x[s.state_index].view(torch.int32) for x in (s.max_m, s.max_v))], 1)
+            stepped(s, [g[: len(s.state_index)], *(x[s.state_index].view(torch.int32) for x in (s.max_m, s.max_v))])
             for g, s in zip(found, states, strict=True)
         ]
         maxima = self._filled(parts, 3, torch.int32)
@@ -89,7 +90,7 @@ class BoundReduction:
 
     def _checksums(self) -> None:
         """Make checksums of weights, before a step, those of whole tensors."""
-        sums = [plan.scaled_from[1] for plan in self.plans]
+        sums = [plan.whole_checksum for plan in self.plans]
         pairs = [(x[: len(rows)], rows) for x, rows in zip(sums, self.rows, strict=True) if x is not None]
         table = torch.zeros(self.table.count, 1, dtype=torch.int64, device=self.device)
         for x, rows in pairs:
@@ -100,7 +101,7 @@ class BoundReduction:
 
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
-        own = [x[: len(plan.state_indices)] for x, plan in zip(sums, self.plans, strict=True)]
+        own = [x[: len(plan.ids)] for x, plan in zip(sums, self.plans, strict=True)]
         table = self._filled(own, 2, torch.int64)[:-1]
         self.table.sum(table)
         for x, rows in zip(own, self.rows, strict=True):
@@ -114,7 +115,7 @@ class BoundReduction:
             first = plan.shards.first_rank[: len(s.state_index)]
             shares = 1, 1, 1 if plan.kind.caution else first, 1 if plan.kind.exact else first
             sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum
-            parts.append(torch.stack([x[s.state_index] * share for x, share in zip(sums, shares, strict=True)], 1))
+            parts.append(stepped(s, [x[s.state_index] * share for x, share in zip(sums, shares, strict=True)]))
         width = 4 if self.exact else 3
         table = self._filled([x[:, :width] for x in parts], width, torch.int64)[:-1]
         self.table.sum(table)
@@ -126,7 +127,12 @@ class BoundReduction:
                 s.checksum[s.state_index] = table[rows, 3] & MODULO
 
     def _states(self) -> list[State]:
-        return [plan.store.state(plan.state_index[: len(plan.state_indices)]) for plan in self.plans]
+        return [plan.store.state(plan.state_index[: len(plan.ids)]) for plan in self.plans]
+
+
+def stepped(state: State, numbers: Sequence[Tensor]) -> Tensor:
+    """A row per tensor; 0 for those that are left out."""
+    return torch.stack(list(numbers), 1) * (state.state_index != 0)[:, None]
 
 
 def meet(reductions: Sequence[BoundReduction], signature: int, error: Exception | None) -> None:
@@ -143,16 +149,9 @@ def meet(reductions: Sequence[BoundReduction], signature: int, error: Exception 
 
 def signature(plans: Sequence[Plan]) -> int:
     """31 bits of which split tensors are stepped, by salts and shapes."""
-    return digest(
-        [
-            (int(salt), tuple(p.shape), plan.kind[3:])
-            for plan in plans
-            for salt, p, place in zip(
-                plan.store.state(plan.state_index).salt[plan.state_index].tolist(),
-                plan.params,
-                plan.layouts,
-                strict=False,
-            )
-            if place.groups
-        ]
-    )
+    found = []
+    for plan in plans:
+        split = [(p, row) for i, p, row in plan.stepped() if plan.layouts[i].groups]
+        salts = plan.store.columns[SCALARS.index("salt")].tolist() if split else []
+        found += [(salts[row], tuple(p.shape), plan.kind[3:]) for p, row in split]
+    return digest(found)

@@ -44,6 +44,12 @@ def in_place(tensors: Sequence[Tensor], places: Sequence[Tensor] = ()) -> Block:
     return Block(p, g, m, v, p, m, v, *(places or (None,) * 3), *remainder, *remainder)
 
 
+def memory(block: Block) -> list[Tensor]:
+    """Weights, gradients, moments and, if there are, remainders of a block: the *operands*, in their order."""
+    found = block.p, block.g, block.m, block.v, block.remainder
+    return [x for x in found if x is not None]
+
+
 class IndexMap(NamedTuple):
     """From indices in a shard to global ones, where a tensor is split along inner dimensions; see ``global_index``."""
 

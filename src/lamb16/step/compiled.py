@@ -9,6 +9,7 @@ process made is loaded in its place (``code_cache.py``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -16,13 +17,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import cpu_copying, update
-from .blocks import PACKED_ROW, Block
-from .graph_code import Call, compile_once
+from . import native
+from .blocks import PACKED_ROW, Block, memory
+from .graph_code import Call, Code, compile_once
 from .kinds import Graph, Kind
-from .packing import AddressPacking, ForeachPacking, PackedRows, Packing, TablePacking
+from .row_plan import copy_arguments
 
 log = logging.getLogger(__name__)
 
@@ -30,62 +32,22 @@ log = logging.getLogger(__name__)
 class Executor(Protocol):
     """What runs the step functions of an optimizer; a tool may hand in one of its own as ``Lamb16(compile=...)``."""
 
-    def packing(
-        self,
-        packed_rows: Sequence[PackedRows],
-        block: Block,
-        shapes: Sequence[Sequence[int]],
-        moments: Sequence[torch.dtype],
-    ) -> Packing:
-        """What copies packed tensors into a block and back; arguments as of :class:`ForeachPacking`."""
-
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Called before anything is changed, for every graph that a step will run; RuntimeError where it cannot."""
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the step function."""
 
+    def copy(self, table: Tensor, block: Block, operands: Sequence[int], unpack: bool) -> None:
+        """Copy operands of packed rows into their buffer, where the padding becomes 0, or all but gradients back.
 
-class Eager:
-    """Runs the functions as they are."""
-
-    def packing(
-        self,
-        packed_rows: Sequence[PackedRows],
-        block: Block,
-        shapes: Sequence[Sequence[int]],
-        moments: Sequence[torch.dtype],
-    ) -> Packing:
-        """By torch's own functions."""
-        return ForeachPacking(packed_rows, block, shapes, moments)
-
-    def prepare(self, graph: Graph, kind: Kind) -> None:
-        """Nothing to do."""
-
-    def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
-        """Call the function."""
-        update.FUNCTIONS[graph.function](*arguments)
+        ``table`` [operands, tensors] int64 has the addresses, on the block's device; 0: nothing is copied. The operands
+        are 0 for weights, 1 for gradients, 2 and 3 for the moments, 4 for remainders.
+        """
 
 
 class Compiled:
     """Runs compiled graphs, which all optimizers of the process share."""
-
-    def packing(
-        self,
-        packed_rows: Sequence[PackedRows],
-        block: Block,
-        shapes: Sequence[Sequence[int]],
-        moments: Sequence[torch.dtype],
-    ) -> Packing:
-        """By tables of addresses, with Triton on CUDA and C++ on the CPU."""
-        if block.p.device.type == "cuda":
-            return TablePacking(packed_rows, block, launch_copy)
-        copy = cpu_copying.kernel() if block.p.device.type == "cpu" else None
-        return (
-            ForeachPacking(packed_rows, block, shapes, moments)
-            if copy is None
-            else AddressPacking(packed_rows, block, copy)
-        )
 
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
@@ -93,21 +55,37 @@ class Compiled:
         if lazy.code is None:
             _announce(kind)
         lazy.prepare()
-        if kind.device.type == "cpu":
-            cpu_copying.kernel()
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""
         _graph(graph, graph.kind(kind))(arguments)
 
+    def copy(self, table: Tensor, block: Block, operands: Sequence[int], unpack: bool) -> None:
+        """With a native call for each operand, on CUDA with a launch for all, when it is the gradients' turn."""
+        if block.p.is_cuda:
+            if 1 in operands:
+                launch_copy(table, block, unpack)
+            return
+        for k in operands:
+            if k != 1 or not unpack:
+                native.library().copy_rows(*copy_arguments(table, block, k, unpack))
 
-def launch_copy(*arguments: Any) -> None:
-    """Launch the kernel of ``cuda_copying.py``, see :class:`TablePacking`."""
+    def launches(self, graph: Graph, kind: Kind) -> Code | None:
+        """The code of a graph whose launches are known."""
+        code = _graph(graph, graph.kind(kind)).code
+        return code if isinstance(code, Code) and code.launches is not None else None
+
+
+def launch_copy(table: Tensor, block: Block, unpack: bool) -> None:
+    """Launch the kernel of ``cuda_copying.py``; without remainders the codes stand for them."""
     from .cuda_copying import copy_packed_rows  # Triton is there where CUDA is
 
-    *tensors, exact, unpack = arguments
-    with torch.cuda.device(tensors[0].device):
-        copy_packed_rows[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PACKED_ROW=PACKED_ROW)
+    buffers, exact = memory(block), block.remainder is not None
+    buffers += [buffers[3]] * (5 - len(buffers))
+    places = block.tensor_index, block.start, block.length
+    grid, width = (len(block.p),), table.shape[1]
+    with torch.cuda.device(block.p.device) if block.p.is_cuda else contextlib.nullcontext():
+        copy_packed_rows[grid](table, *buffers, *places, width, EXACT=exact, UNPACK=unpack, PACKED_ROW=PACKED_ROW)
 
 
 @functools.cache
@@ -142,6 +120,8 @@ class _Lazy:
     def _compile(self) -> None:
         try:
             with _disable_current_modes():  # Dynamo compiles nothing under a dispatch mode, as FlopCounterMode is one
+                if self.kind.device.type == "cpu":
+                    native.library()
                 self.code = compile_once(self.graph, self.kind)
         except Exception as error:
             raise RuntimeError(

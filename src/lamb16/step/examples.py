@@ -15,21 +15,35 @@ from .kinds import Graph, Kind
 
 
 def random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
-    """Arguments of an update whose blocks are written to where they are read; the same every time."""
-    blocks, floats, integers, *others = example_inputs(graph, kind)
+    """Arguments whose blocks are written to where they are read; the same every time."""
+    arguments = example_inputs(graph, kind)
     generator = torch.Generator().manual_seed(0)
-    for x in (*flatten([block[:4] for block in blocks]), *floats):
-        values = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-        x.copy_(values * 120 if x.dtype == torch.uint8 else values)
-    for x in integers:
-        x.fill_(-1)
+    for x in flatten(arguments):
+        if isinstance(x, Tensor):
+            values = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+            x.copy_(values if x.is_floating_point() else (values * 119 + 1).int())
+    if graph.function in ("scale", "fold"):
+        for part in arguments:
+            if isinstance(part, State):
+                part.state_index.copy_(torch.arange(1, len(part.state_index) + 1))
+            for stages in (part, *(part if isinstance(part, Inputs) else ())):
+                if isinstance(stages, Stages):
+                    for x in stages:
+                        x.copy_(torch.arange(len(x)).view(x.shape) % 7)
+        return arguments
+    blocks, *others = arguments
     for block in blocks:
         if block.length is not None:
             block.length.fill_(PACKED_ROW - 56)
+            block.start.zero_()
+            block.tensor_index.zero_()
+    if graph.function == "update":
+        for x in others[1]:
+            x.fill_(-1)
     in_place = [
         block._replace(new_p=block.p, new_m=block.m, new_v=block.v, new_remainder=block.remainder) for block in blocks
     ]
-    return in_place, floats, integers, *others
+    return in_place, *others
 
 
 def flatten(arguments: Any) -> list[Any]:

@@ -184,7 +184,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         column.copy_(torch.where(skip, x, y))
     roots = [sqrt64(x.double() * UNIT) for x in (weight_sum, update_sum)]
     for column, x in zip(outputs.report, (*roots, ratio), strict=True):
-        column.copy_(x)
+        column.copy_(torch.where(state_index != 0, x, column))
     outputs.counted.copy_(counted)
     outputs.skipped.add_((skip & (state_index != 0)).sum())
     state.scale_m[state_index] = torch.where(skip, old_m, fresh_m)

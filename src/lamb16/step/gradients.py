@@ -1,9 +1,9 @@
-"""The gradients of a step, checked, and what tells sets of parameters with gradients apart."""
+"""The gradients of a step, checked."""
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,49 +19,26 @@ from ..wrapped import PLAIN, fake_mode
 GRAD, DTYPE, LAYOUT = map(attrgetter, ("grad", "dtype", "layout"))
 
 
-class Gradients(NamedTuple):
-    """Gradients are keyed by their parameter's id: a tensor's hash takes longer than all else that is done for it."""
+def gather(parameters: Parameters, released: dict[int, Tensor] | None) -> dict[int, Tensor]:
+    """The gradients that the parameters have, or those that were ``released``, by parameters' ids: this rank's shards.
 
-    grads: dict[int, Tensor]  # this rank's shards of them
-    params: dict[int, Tensor]
-    key: tuple[Any, ...]  # equal where the same plans will do
-    setting: list[Any]  # what must be equal in steps of parts of these plans
-    starts: list[int]  # where the gradients begin
-
-    def members(self, groups: list[dict[str, Any]]) -> dict[int, Any]:
-        """By parameters' ids what must be equal in plans of which a step can be a part."""
-        grads = self.grads
-        return {id(p): (id(group), grads[id(p)].dtype) for group in groups for p in group["params"] if id(p) in grads}
-
-
-def gather(parameters: Parameters, released: dict[int, Tensor] | None, unclipped: bool) -> Gradients:
-    """The gradients that the parameters have, or those that were ``released``, by parameters' ids."""
+    A tensor's hash takes longer than all else that is done for it.
+    """
     grads: dict[int, Tensor] = {}
-    params_of: dict[int, Tensor] = {}
-    setting: list[Any] = [torch.is_inference_mode_enabled(), unclipped]
-    key: list[Any] = [*setting]
     fake = fake_mode()
     for group in parameters.groups:
-        of_group = (id(group), group["moment_dtype"], group["caution"], group["param_rounding"])
-        setting += of_group
-        key += of_group
         every = group["params"]
         found = list(map(GRAD, every) if released is None else map(released.get, map(id, every)))
         pairs = [(p, g) for p, g in zip(every, found, strict=True) if g is not None]
         params, own = [p for p, _ in pairs], [g for _, g in pairs]
         if fake or not _are_plain(params, own):
             own = [_checked_gradient(parameters, g, group, i, fake) for i, g in enumerate(found) if g is not None]
-        ids = list(map(id, params))
-        grads.update(zip(ids, own, strict=True))
-        params_of.update(zip(ids, params, strict=True))
-        key += ids
-        key += map(DTYPE, own)
+        grads.update(zip(map(id, params), own, strict=True))
     if released is not None:
         check_members(len(grads), len(released))
-    starts = addresses(list(grads.values()))
-    if 0 in starts:
+    if 0 in addresses(list(grads.values())):
         _check_gradients_memory(parameters, grads)
-    return Gradients(grads, params_of, tuple(key), setting, starts)
+    return grads
 
 
 def _checked_gradient(parameters: Parameters, grad: Tensor, group: dict[str, Any], i: int, fake: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import types
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import code_cache, update
 from .examples import example_inputs, flatten, random_inputs
 from .kinds import Graph, Kind
+from .recording import Launches, Program, record
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,18 @@ class Code:
         self.function, self.origins, self.boxed = function, origins, boxed
         self.tensors = itemgetter(*(origin.position for origin in self.origins))
         self.numbers = [k for k, origin in enumerate(self.origins) if origin.what != "tensor"]
+        self.launches: Launches | None = None
 
-    def __call__(self, arguments: tuple[Any, ...]) -> None:
+    def inputs(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """What the function is handed for these arguments of the step function."""
         flat = flatten(arguments)
         inputs = list(self.tensors(flat))
         for k in self.numbers:
             inputs[k] = self.origins[k].value(flat)
+        return inputs
+
+    def __call__(self, arguments: tuple[Any, ...]) -> None:
+        inputs = self.inputs(arguments)
         if self.boxed:
             self.function(inputs)
         else:
@@ -49,17 +57,54 @@ def compile_once(graph: Graph, kind: Kind) -> Call:
     change around a step (threads, autocast, default dtypes, a reset of Dynamo) changes what the code has to do. Made
     anew for real tensors it would be specialised on their sizes.
     """
-    if kept := _kept(graph, kind):
-        return kept
-    code = _compiled(graph, kind, one_loop=True)
-    if graph.function == "update" and not _is_right(code, graph, kind):
-        log.warning(
-            "lamb16: this version of torch does not make one loop of the step for %s; it is slower in two", kind.device
-        )
-        code = _compiled(graph, kind, one_loop=False)
-    if kind.device.type == "cpu" and isinstance(code, Code) and code.boxed:
-        code_cache.save(f"{graph} {kind}", code.function, code.origins)
-    return _kept(graph, kind) or code  # the first without the profiler's mark around it, which takes microseconds
+    code: Call | None = _kept(graph, kind)
+    if code is None:
+        code = _compiled(graph, kind, one_loop=True)
+        if graph.function == "update" and not _is_right(code, graph, kind):
+            log.warning(
+                "lamb16: this version of torch does not make one loop of the step for %s; it is slower in two",
+                kind.device,
+            )
+            code = _compiled(graph, kind, one_loop=False)
+        if kind.device.type == "cpu" and isinstance(code, Code) and code.boxed:
+            code_cache.save(f"{graph} {kind}", code.function, code.origins)
+        code = _kept(graph, kind) or code  # the first without the profiler's mark around it, which takes microseconds
+    if isinstance(code, Code) and code.boxed:
+        code.launches = _launches(code, graph, kind)
+    return code
+
+
+def _launches(code: Code, graph: Graph, kind: Kind) -> Launches | None:
+    """What the code launches; None, with a warning, where launching that does not do what the code does."""
+    try:
+        first, second = (random_inputs(graph, kind) for _ in range(2))
+        call = code.function if hasattr(code.function, "__func__") else generated_call(code.function)
+        found = record(call, code.inputs(second))
+        program = Program(kind.device)
+        program.add("", found, code.inputs(second))
+        program.finish()
+        code(first)
+        program.run("")
+        pairs = zip(flatten(first), flatten(second), strict=True)
+        if all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor)):
+            return found
+        reason = "what is recorded does something else"
+    except Exception as error:  # whatever it is, the code can be called
+        reason = repr(error)
+    _warn(f"lamb16: the step's launches cannot be recorded with this version of torch; it is slower ({reason})")
+    return None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    log.warning(text)
+
+
+def generated_call(code: Any) -> Any:
+    """The method that a ``CompiledFxGraph`` calls, behind what copies tensors that are not aligned."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.load(code.source_code).call
 
 
 def _kept(graph: Graph, kind: Kind) -> Code | None:

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..checks.tensors import check_gradient_device
+from ..checks.tensors import PARAM_DTYPES, check_gradient_device
 from ..hyper import check_hyperparameters
 from ..moments import in_float8
 from ..parameters import Parameters
-from ..store import Store
 from ..wrapped import is_fake
-from .compiled import Compiled, Eager, Executor
+from .compiled import Compiled, Executor
+from .eager import Eager, WholePlan
 from .kinds import Kind
-from .plan import Plan, graphs_of
+from .plan import Member, Plan
+from .row_plan import RowPlan, graphs_of
 
-Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
+LARGEST = 1 << 31  # elements
 
 
-def members_of(parameters: Parameters, grads: dict[int, Tensor]) -> dict[Kind, list[Member]]:
-    """The parameters with gradients by their kinds, checked."""
+def members_of(
+    parameters: Parameters, grads: dict[int, Tensor], known: dict[int, Kind]
+) -> tuple[dict[Kind, list[Member]], set[Kind]]:
+    """The parameters by their kinds, checked where they have gradients, and the kinds of those that have.
+
+    With them those that may come to have some: what is trained, as far as nothing is wrong with it, and what a plan is
+    there for, by ids its kind.
+    """
     members: dict[Kind, list[Member]] = {}
+    needed: set[Kind] = set()
     for group in parameters.groups:
         check_hyperparameters(group, running=True)
         for i, p in enumerate(group["params"]):
-            if id(p) in grads:
+            grad = grads.get(id(p))
+            if grad is not None:
                 parameters.check(group, i)
-                check_gradient_device(p, grads[id(p)], partial(parameters.name, group, i))
-                rounding = "nearest" if p.dtype == torch.float32 else group["param_rounding"]
-                float8 = in_float8(group)
-                kind = Kind(p.device, p.dtype, grads[id(p)].dtype, float8, group["caution"], rounding)
-                members.setdefault(kind, []).append((p, group))
-    return members
+                check_gradient_device(p, grad, partial(parameters.name, group, i))
+            elif not (p.requires_grad or id(p) in known) or not _may_have_gradients(parameters, group, i):
+                continue
+            before = known.get(id(p))
+            dtype = grad.dtype if grad is not None else p.dtype if before is None else before.grad_dtype
+            kind = kind_of(p, dtype, group)
+            if grad is not None:
+                needed.add(kind)
+            members.setdefault(kind, []).append((p, group))
+    return members, needed
 
 
-def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) -> Executor:
+def kind_of(p: Tensor, grad_dtype: Any, group: dict[str, Any]) -> Kind:
+    """The kind of a parameter of this group."""
+    rounding = "nearest" if p.dtype == PARAM_DTYPES[0] else group["param_rounding"]
+    return Kind(p.device, p.dtype, grad_dtype, in_float8(group), group["caution"], rounding)
+
+
+def _may_have_gradients(parameters: Parameters, group: dict[str, Any], i: int) -> bool:
+    try:
+        parameters.check(group, i)
+    except (TypeError, ValueError):
+        return False
+    p = group["params"][i]
+    return not (p.is_meta or is_fake(p)) and p.numel() < LARGEST
+
+
+def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) -> Any:
     """The one that was asked for; eager where there is no memory for generated code to work on."""
     if isinstance(compile, bool):
         params = [p for pairs in members.values() for p, _ in pairs]
@@ -46,7 +73,7 @@ def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) ->
     return compile
 
 
-def prepare(executor: Executor, members: dict[Kind, list[Member]], clips: bool) -> None:
+def prepare(executor: Any, members: dict[Kind, list[Member]], clips: bool) -> None:
     """Have an executor make ready all that plans of these members will run; RuntimeError where it cannot."""
     for kind, pairs in members.items():
         params = [p for p, _ in pairs]
@@ -54,21 +81,6 @@ def prepare(executor: Executor, members: dict[Kind, list[Member]], clips: bool) 
             executor.prepare(graph, kind)
 
 
-def make_plan(
-    kind: Kind,
-    pairs: list[Member],
-    executor: Executor,
-    store: Store,
-    states: dict[Any, Any],
-    changed: Collection[int],
-) -> Plan:
-    """A plan of members of a kind; the store reads those of their states that have ``changed``, by parameters' ids."""
-    slices: list[tuple[dict[str, Any], int, int]] = []
-    for i, (_, group) in enumerate(pairs):
-        if not slices or slices[-1][0] is not group:
-            slices.append((group, i, i))
-        slices[-1] = (group, slices[-1][1], i + 1)
-    params = [p for p, _ in pairs]
-    read = [states[p] for p in params if id(p) in changed]
-    state_indices = store.adopt([states[p] for p in params], read, states.values())
-    return Plan(kind, params, state_indices, store, slices, executor)
+def plan_class(executor: Any) -> Callable[..., Plan]:
+    """What plans are made for this executor."""
+    return WholePlan if type(executor) is Eager else RowPlan

@@ -9,22 +9,42 @@ cost one call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocks import ROW, Stages
+from .blocks import PACKED_ROW, ROW, Stages
 from .kinds import Kind
-from .packing import PackedRows
 
+SMALL = 2 * ROW  # elements from which on a tensor has full rows
 CHUNK = 256  # rows that are reduced together on the way from rows to tensors
+
+
+class PackedRows(NamedTuple):
+    """What is packed of a tensor: its elements from ``start`` on, in the packed rows from ``row`` on."""
+
+    tensor_index: int
+    start: int
+    length: int
+    row: int
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return -(-self.length // PACKED_ROW)
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """(tensor index, first element, length) of each row."""
+        starts = range(self.start, self.start + self.length, PACKED_ROW)
+        return [(self.tensor_index, start, min(PACKED_ROW, self.start + self.length - start)) for start in starts]
 
 
 def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[PackedRows]]:
     """Large blocks as (tensor index, rows), and what is packed, of tensors with these numbers of elements."""
     large, packed_rows, row = [], [], 0
     for i, n in enumerate(sizes):
-        rows = n // ROW if n >= 2 * ROW else 0
+        rows = n // ROW if n >= SMALL else 0
         if rows:
             large.append((i, rows))
         if n > rows * ROW:
@@ -34,12 +54,12 @@ def cut(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[PackedRows]]:
 
 
 class Rows:
-    """The rows of a plan's blocks: those of large tensors, of padding of their last group, then the packed ones."""
+    """The rows of a plan's blocks: those of large tensors, of padding of a group of them, then the packed ones."""
 
     def __init__(self, kind: Kind, sizes: Sequence[int]) -> None:
         device = kind.device
         self.large, self.packed_rows = cut(sizes)
-        self.padding = -len(self.large) % kind.reading_group
+        self.padding = kind.reading_group - 1 if self.large else 0  # at most; any of the tensors may be left out
         heights = [rows for _, rows in self.large] + [2] * self.padding
         packed_count = sum(packed.rows for packed in self.packed_rows)
         packed_count = max(packed_count, 2) if packed_count else 0  # graphs are compiled for two or more of everything

@@ -59,8 +59,9 @@ def inspect(blocks: list[Block], results: list[list[Tensor]], rescale: Tensor | 
         square = torch.clamp(bits(x * x), max=ONE_BITS).view(torch.float32)
         rounded = square + 8.0
         rest = (square - (rounded - 8.0)) * 2.0**20
-        result[0].copy_((rounded.view(torch.int32) - EIGHT_BITS).sum(1, dtype=torch.int32))
-        result[1].copy_(((rest + 12.0).view(torch.int32) - TWELVE_BITS).sum(1, dtype=torch.int32))
+        units_of = (rounded, EIGHT_BITS), (rest + 12.0, TWELVE_BITS)
+        for found, (values, zero) in zip(result, units_of, strict=True):
+            found.copy_((values.view(torch.int32) - zero).sum(1, dtype=found.dtype))
 
 
 # -- reading everything once --------------------------------------------------------------------------------------
@@ -97,6 +98,20 @@ def update(
             words = fp8.element_words(global_index(index, index_maps[k], block.tensor_index) + f.base, f.salt)
         magnitude = columns[1, :width] if columns.device.type == "cpu" else None
         update_block(block, f, words, magnitude, sums[k], stochastic)
+
+
+def update_whole(
+    block: Block, floats: Tensor, integers: Tensor, sums: Sums, index_map: IndexMap | None, stochastic: bool
+) -> None:
+    """One step over a block whose rows are whole tensors of one size, in place; the eager form.
+
+    ``floats`` and ``integers`` [tensors, columns] are their rows of the factor tables.
+    """
+    f = Factors.of(floats, integers)
+    index = fp8.as_int32(torch.arange(block.p.shape[1], device=floats.device))
+    if index_map is not None:
+        index = global_index(index, IndexMap(*(x.T[:, :, None] for x in index_map)), None)
+    update_block(block, f, fp8.element_words(index + f.base, f.salt), None, sums, stochastic)
 
 
 def update_block(

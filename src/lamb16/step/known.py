@@ -1,0 +1,178 @@
+"""The one look by which a step finds that everything is where the steps before left it.
+
+Programs may replace an entry of a state, give it other memory (``.data =``, ``set_``, a resized storage), write codes,
+move weights, or bring gradients of another kind. What is compared is cheap, and nothing is kept alive by it: kinds of
+tensors by the guards that Dynamo checks with, addresses by native code, moments' identities by weak references and what
+others write to them by their version counters. Where one thing differs, the step looks at everything and checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, compress
+from operator import attrgetter, is_not, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..codes import REMAINDER
+from ..moments import MOMENTS, dtypes
+from ..sharding.layout import is_sharded
+from ..wrapped import PLAIN
+from . import native
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+DTYPE, LAYOUT, DEVICE, LOCAL = map(attrgetter, ("dtype", "layout", "device", "_local_tensor"))
+
+
+class Known:
+    """Of every tensor of a plan, where the last step that was checked found it."""
+
+    def __init__(self, count: int, operands: int) -> None:
+        self.there: list[bool] = []  # which have gradients in this step
+        self.rows = [0] * count  # of their states in the store; 0: never stepped
+        self.places = torch.zeros(operands, count, dtype=torch.int64)
+        self.shapes: list[Any] = [None] * count
+        self.specs: list[Any] = [None] * count  # of DTensors
+        self.plain = self.simple = True
+        self.index = self.row_index = torch.zeros(0, dtype=torch.int64)
+        self.all = False
+        self.guards: Callable[..., bool] | None = None
+        self.looks = 0  # since the set of tensors changed
+
+    def note(self, plan: Plan, weights: Sequence[Tensor]) -> None:
+        """Remember what a step that was checked works on; ``weights`` are the parameters' own tensors."""
+        types = set(map(type, plan.params))
+        self.plain = types <= PLAIN and self.plain
+        self.simple = self.simple and all(type(p) in PLAIN or is_sharded(p) for p in plan.params)
+        index = torch.tensor(plan.present)
+        self.places[1] = -1
+        for k, tensors in enumerate((weights, *plan.operands[1:])):
+            if k != 1:
+                self.places[k, index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
+        for i, p, w, row in zip(plan.present, plan.params, weights, plan.state_indices, strict=True):
+            self.rows[i], self.shapes[i], self.specs[i] = row, w.shape, getattr(p, "_spec", None)
+        self._choose(plan)
+
+    def _choose(self, plan: Plan) -> None:
+        count = len(self.rows)
+        own = set(plan.present)
+        self.all = len(own) == count
+        self.index, self.row_index = torch.tensor(plan.present), torch.tensor(plan.state_indices) - 1
+        self.guards, self.looks = None, 0
+        self.there = [i in own for i in range(count)]
+
+    def look(
+        self, plan: Plan, params: list[Tensor], grads: list[Any], states: Mapping[Any, Any], weights: set[int]
+    ) -> bool:
+        """See :meth:`Plan.look`."""
+        there = list(map(is_not, grads, [None] * len(grads)))
+        other = there != self.there
+        if other:
+            present = list(compress(range(len(there)), there))
+            rows = list(compress(self.rows, there))
+            if not self.simple or 0 in rows:
+                return False
+            plan.choose(present, rows)
+            self._choose(plan)
+        if not self.all:
+            params, grads = list(compress(params, there)), list(compress(grads, there))
+        own = list(map(states.get, params))
+        if None in map(type, own) or not all(own) or not plan.store.same(own, plan.state_indices, self.row_index):
+            return False
+        names = (*MOMENTS, REMAINDER) if plan.kind.exact else MOMENTS
+        try:
+            operands = [params, grads, *(list(map(itemgetter(name), own)) for name in names)]
+            if not self.plain:
+                operands = self._local(operands)
+        except (AttributeError, KeyError, TypeError):
+            return False
+        index = None if self.all else self.index
+        if not self._alike(plan, operands):
+            return False
+        for k, tensors in enumerate(operands):
+            if k != 1 and native.look(tensors, self.places[k], index, 1, False):
+                return False
+        changed = native.look(operands[1], self.places[1], index, 1, True)
+        if changed and (changed < 0 or not self._good(operands[1], weights)):
+            self.places[1] = -1
+            return False
+        plan.hold(params, operands)
+        if changed or other:
+            self.place(plan)
+        return True
+
+    def place(self, plan: Plan) -> None:
+        """Hand a plan the addresses of this step."""
+        plan.place_from(self.places if self.all else self.places * torch.tensor(self.there))
+
+    def _good(self, grads: list[Tensor], weights: set[int]) -> bool:
+        """Whether gradients at other addresses have memory, and are no weights."""
+        places = list(map(Tensor.data_ptr, grads))
+        empty = 0 in places and any(not place and g.numel() for place, g in zip(places, grads, strict=True))
+        return not empty and weights.isdisjoint(places)
+
+    def _local(self, operands: list[list[Tensor]]) -> list[list[Tensor]]:
+        """This rank's parts; TypeError where a tensor is not sharded as it was, or a gradient not as its parameter."""
+        specs = self.specs if self.all else list(compress(self.specs, self.there))
+        for p, g, spec in zip(*operands[:2], specs, strict=True):
+            if getattr(p, "_spec", None) is not spec:
+                raise TypeError
+            if spec is not None and g._spec is not spec:
+                other = g._spec
+                if other.placements != spec.placements or other.mesh != spec.mesh or other.shape != spec.shape:
+                    raise TypeError
+        return [
+            [x if spec is None else x._local_tensor for x, spec in zip(own, specs, strict=True)]  # type: ignore[attr-defined]
+            for own in operands
+        ]
+
+    def _alike(self, plan: Plan, operands: list[list[Tensor]]) -> bool:
+        """Whether these are contiguous plain tensors of the plan's dtypes and of known shapes, on its device."""
+        if self.guards is not None and self.guards(*chain.from_iterable(operands)):
+            return True
+        shapes = self.shapes if self.all else list(compress(self.shapes, self.there))
+        kind = plan.kind
+        expected = (kind.param_dtype, kind.grad_dtype, *dtypes(kind.float8), *[torch.int16] * kind.exact)
+        for tensors, dtype in zip(operands, expected, strict=True):
+            if set(map(DTYPE, tensors)) != {dtype} or set(map(DEVICE, tensors)) != {kind.device}:
+                return False
+            if set(map(LAYOUT, tensors)) != {torch.strided} or list(map(Tensor.size, tensors)) != shapes:
+                return False
+            if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
+                return False
+        if self.looks == 1:
+            self.guards = guards(list(chain.from_iterable(operands)))
+        self.looks += 1
+        return True
+
+
+def apart(plans: Sequence[Plan]) -> bool:
+    """Whether, of all that the plans have ever written to, no two have memory in common."""
+    begins, sizes = [], []
+    for plan in plans:
+        numel = torch.tensor(plan.sizes)
+        for k, dtype in enumerate(plan.kind.dtypes):
+            if k != 1:
+                begins.append(plan.known.places[k])
+                sizes.append(numel * dtype.itemsize)
+    if not begins:
+        return True
+    begin, size = torch.cat(begins), torch.cat(sizes)
+    there = (begin != 0) & (size != 0)
+    begin, order = begin[there].sort()
+    end = begin + size[there][order]
+    return bool((end[:-1] <= begin[1:]).all())
+
+
+def guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
+    """Whether tensors are of the types, dtypes, devices, sizes and strides of these, in one native call."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    found = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = found.check
+    return check

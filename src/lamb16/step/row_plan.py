@@ -1,0 +1,342 @@
+"""Plans whose blocks are rows of tensors: how the step's compiled functions are called, or their launches recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks.tensors import check_sizes
+from ..moments import raw
+from ..sharding.layout import layout, local
+from . import native, update
+from .blocks import PACKED_ROW, ROW, Block, IndexMap, Sums, in_place, memory
+from .factors import FLOATS, INTEGERS
+from .kinds import Graph, Kind
+from .plan import Plan
+from .recording import Place, Program
+from .rows import Rows, cut
+from .tables import needs_index_map
+
+BATCH = 64  # packed rows that are stepped together, at least
+Call = tuple[Graph, tuple[Any, ...]]
+
+
+def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
+    """The graphs of a step over these parameters; ValueError for a tensor that is too large for them."""
+    shards = [local(p) for p in params]
+    large, packed_rows = cut([x.numel() for x in shards])
+    if kind.device.type != "cpu":
+        check_sizes([shards[i].shape for i, rows in large if rows * ROW >= 1 << 31])
+    mapped = any(needs_index_map(layout(p)) for p in params)
+    forms = [packed for packed, blocks in ((False, large), (True, packed_rows)) if blocks]
+    found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, mapped) for packed in forms]
+    return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
+
+
+class Batch(NamedTuple):
+    """Some of the packed tensors: their buffer, and the results of their rows."""
+
+    block: Block
+    read: list[Tensor]  # what inspect finds
+    sums: Sums
+    tensors: frozenset[int]
+
+
+class RowPlan(Plan):
+    """A plan that runs compiled functions, by an executor or, where that is known to be the same, their launches."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        kind, count = self.kind, self.count
+        self.rows = rows = Rows(kind, self.sizes)
+        self.stages = rows.stages
+        self.largest = self._zeros(rows.count, dtype=torch.int32)
+        self.checksum = self._zeros(rows.count, dtype=torch.int32) if kind.exact else None
+        self.sums = Sums.of(lambda: self._zeros(rows.count, dtype=torch.int32), kind.caution, kind.exact)
+        self.rescale = self._zeros(2)
+        self.columns = update.make_columns(kind.device)
+        read = [self.largest] if self.checksum is None else [self.largest, self.checksum]
+        self.row_read = [[x[part] for x in read] for part in rows.slices]
+        self.row_sums = [self.sums.rows(part) for part in rows.slices]
+        self.batches = self._batches()
+        self.padding = in_place([self._zeros(2, ROW, dtype=dtype) for dtype in kind.dtypes])  # zeros stay zeros
+        indices = [i for i, _ in rows.large]
+        padding = self._zeros(FLOATS), self._zeros(INTEGERS, dtype=torch.int32)
+        self.row_floats = [self.floats[i] for i in indices] + [padding[0]] * rows.padding
+        self.row_integers = [self.integers[i] for i in indices] + [padding[1]] * rows.padding
+        self.index_maps: list[IndexMap] | None = None
+        if self.shards.index_maps is not None:
+            padded = [*indices, *[count - 1] * rows.padding]
+            self.index_maps = [IndexMap(*(x[i] for x in self.shards.index_maps)) for i in padded]
+        # Where each operand of each tensor begins; 0 for what is left out. On the device for what copies there.
+        self.addresses = torch.zeros(len(kind.dtypes), count, dtype=torch.int64)
+        self.table = self.addresses if kind.device.type == "cpu" else self.addresses.to(kind.device)
+        self.sent = self.addresses.clone()
+        self.captured: list[Tensor] = []
+        self.clips = False  # whether squares are wanted too
+        self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
+        self.program: Program | None = None
+        self.bound: Any = None  # the store's columns that the program has
+
+    def _batches(self) -> list[Batch]:
+        """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
+        kind, rows = self.kind, self.rows
+        most = rows.packed_count
+        if kind.device.type == "cpu":
+            elements = sum(packed.length for packed in rows.packed_rows)
+            largest = max(sum(self.sizes) // 300, elements * 3 // 5)
+            width = PACKED_ROW * sum(dtype.itemsize for dtype in kind.dtypes)
+            most = max(BATCH, largest * kind.dtypes[0].itemsize // width)
+        first = [0]  # packed rows of the batches; a block has at least two
+        for packed in rows.packed_rows:
+            row, end = packed.row, packed.row + packed.rows
+            if end - first[-1] > most and row > first[-1] + 1 and rows.packed_count - row > 1:
+                first.append(row)
+        ends = [*first[1:], rows.packed_count]
+        parts = [slice(a, b) for a, b in zip(first, ends, strict=True)] if rows.packed_rows else []
+        most = max((x.stop - x.start for x in parts), default=0)
+        buffers = [self._zeros(most, PACKED_ROW, dtype=dtype) for dtype in kind.dtypes]
+        begin, places, found = sum(x.stop - x.start for x in rows.slices[:-1]), rows.places(kind.device), []
+        for part in parts:
+            block = in_place([x[: part.stop - part.start] for x in buffers], [x[part] for x in places])
+            result_indices = slice(begin + part.start, begin + part.stop)
+            read = [x[result_indices] for x in (self.largest, self.checksum) if x is not None]
+            own = (x.tensor_index for x in rows.packed_rows if part.start <= x.row < part.stop)
+            found.append(Batch(block, read, self.sums.rows(result_indices), frozenset(own)))
+        return found
+
+    # -- what is called ------------------------------------------------------------------------------------------
+
+    def _reads(self, blocks: Sequence[tuple[int, Block]], squares: bool) -> Iterator[Call]:
+        """The calls of ``inspect`` for large tensors, which are numbered as in ``rows.large``."""
+        graph, rescale = Graph("inspect", squares=squares), self.rescale if squares else None
+        for group in self._groups(blocks, self.kind.reading_group):
+            results = [[x.weights, x.updates] for x in self.row_sums] if squares else self.row_read
+            yield graph, ([block for _, block in group], [results[k] for k, _ in group], rescale)
+
+    def _updates(self, blocks: Sequence[tuple[int, Block]]) -> Iterator[Call]:
+        """The calls of ``update`` for large tensors."""
+        graph = Graph("update", False, self.index_maps is not None)
+        for group in self._groups(blocks, self.kind.group):
+            own = [k for k, _ in group]
+            maps = None if self.index_maps is None else [self.index_maps[k] for k in own]
+            tables = [[x[k] for k in own] for x in (self.row_floats, self.row_integers)]
+            sums = [self.row_sums[k] for k in own]
+            yield graph, ([block for _, block in group], *tables, self.columns, sums, maps, self._stochastic)
+
+    def _groups(self, blocks: Sequence[tuple[int, Block]], size: int) -> Iterator[list[tuple[int, Block]]]:
+        first = len(self.rows.large)
+        for a in range(0, len(blocks), size):
+            group = list(blocks[a : a + size])
+            yield group + [(first + k, self.padding) for k in range(size - len(group))]
+
+    def _packed_read(self, batch: Batch, squares: bool) -> Call:
+        results = [batch.sums.weights, batch.sums.updates] if squares else batch.read
+        graph = Graph("inspect", packed=True, squares=squares)
+        return graph, ([batch.block], [results], self.rescale if squares else None)
+
+    def _packed_update(self, batch: Batch) -> Call:
+        maps = None if self.shards.index_maps is None else [self.shards.index_maps]
+        tables = [self.floats], [self.integers]
+        graph = Graph("update", True, maps is not None)
+        return graph, ([batch.block], *tables, self.columns, [batch.sums], maps, self._stochastic)
+
+    @property
+    def _stochastic(self) -> bool:
+        return self.kind.rounding == "stochastic"
+
+    @property
+    def _before_reading(self) -> list[int]:
+        """The operands that are packed for inspect; the others with the update, and all where a buffer is shared."""
+        return [0, 1] if self.kind.exact else [1]
+
+    @property
+    def _before_update(self) -> list[int]:
+        operands = range(len(self.kind.dtypes))
+        return list(operands) if len(self.batches) > 1 else [k for k in operands if k not in self._before_reading]
+
+    # -- the step's tensors --------------------------------------------------------------------------------------
+
+    def choose(self, present: list[int], state_indices: list[int]) -> None:
+        """As in :class:`Plan`."""
+        if present != self.present:
+            own = set(present)
+            self.batch_present.copy_(torch.tensor([int(not own.isdisjoint(x.tensors)) for x in self.batches]))
+            self.addresses.zero_()
+            if self.kind.group > 1:
+                self.bound = None
+        super().choose(present, state_indices)
+
+    def want(self, clips: bool) -> None:
+        """As in :class:`Plan`."""
+        if clips and not self.clips:
+            self.clips, self.bound = True, None
+
+    def place(self) -> None:
+        """As in :class:`Plan`."""
+        index = torch.tensor(self.present)
+        for row, tensors in zip(self.addresses, self.operands, strict=True):
+            row[index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
+
+    def place_from(self, places: Tensor) -> None:
+        """As in :class:`Plan`."""
+        self.addresses[:, : places.shape[1]] = places
+
+    def _send(self) -> None:
+        """Bring what a GPU is handed up to date where addresses have changed."""
+        if torch.equal(self.addresses, self.sent):
+            return
+        self.sent = self.addresses.clone().pin_memory()
+        if self.program is not None:
+            self.program.fill()
+        if self.batches:
+            self.table.copy_(self.sent, non_blocking=True)
+            if torch.cuda.is_current_stream_capturing():
+                self.captured.append(self.sent)  # a graph reads it again at every replay
+
+    def _blocks(self) -> list[tuple[int, Block]]:
+        """The blocks of those large tensors that are stepped."""
+        place = {i: k for k, i in enumerate(self.present)}
+        return [
+            (k, in_place([raw(x[place[i]]).as_strided((rows, ROW), (ROW, 1)) for x in self.operands]))
+            for k, (i, rows) in enumerate(self.rows.large)
+            if i in place
+        ]
+
+    def _own_batches(self) -> list[Batch]:
+        return [x for x, there in zip(self.batches, self.batch_present.tolist(), strict=True) if there]
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def inspect(self) -> None:
+        """As in :class:`Plan`."""
+        if self.kind.device.type != "cpu":
+            self._send()
+        self._run("inspect", self._inspect_once, squares=False)
+
+    def squares(self, rescale: Tensor) -> None:
+        """As in :class:`Plan`."""
+        self.rescale.copy_(rescale)
+        self._run("squares", self._inspect_once, squares=True)
+
+    def _inspect_once(self, squares: bool) -> None:
+        for batch in self._own_batches():
+            if not squares or len(self.batches) > 1:
+                self.executor.copy(self.table, batch.block, self._before_reading, False)
+            self._call(self._packed_read(batch, squares))
+        for call in self._reads(self._blocks(), squares):
+            self._call(call)
+
+    def run(self) -> None:
+        """As in :class:`Plan`."""
+        self._run("step of whole tensors" if self.from_whole else "step", self._step_once)
+
+    def _step_once(self) -> None:
+        self.execute("scale", self.scale_arguments(self.from_whole))
+        for call in reversed(list(self._updates(self._blocks()))):  # the last gradients are still in the cache
+            self._call(call)
+        for batch in self._own_batches():
+            self.executor.copy(self.table, batch.block, self._before_update, False)
+            self._call(self._packed_update(batch))
+            self.executor.copy(self.table, batch.block, range(len(self.kind.dtypes)), True)
+        self.execute("fold", self.fold_arguments())
+
+    def _call(self, call: Call) -> None:
+        graph, arguments = call
+        self.executor.run(graph, self.kind, *arguments)
+
+    def _run(self, part: str, otherwise: Callable[..., None], **options: Any) -> None:
+        """A part of the recorded step, or, where nothing is recorded, what does the same."""
+        if self.program is None or self.bound is not self.store.columns:
+            self.program, self.bound = self._recorded(), self.store.columns
+        if self.program is None or not self._aligned():
+            otherwise(**options)
+        else:
+            self.program.run(part)
+
+    def _aligned(self) -> bool:
+        """Whether code for CUDA finds tensors where it expects them; the wrapper copies those that are not."""
+        return self.kind.device.type == "cpu" or not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any()
+
+    # -- recording -----------------------------------------------------------------------------------------------
+
+    def _recorded(self) -> Program | None:
+        """All parts of the step as launches; None where some are not known."""
+        launches = getattr(self.executor, "launches", None)
+        if launches is None:
+            return None
+        program = Program(self.kind.device)
+        on_cpu = self.kind.device.type == "cpu"
+        first, width = self.addresses.data_ptr(), 8 * self.count
+
+        def at(operand: int, i: int) -> int:
+            return first + width * operand + 8 * i
+
+        operands, present = range(len(self.kind.dtypes)), set(self.present)
+        blocks = [
+            (k, in_place([Place(at(operand, i), rows, ROW) for operand in operands]))  # type: ignore[misc]
+            for k, (i, rows) in enumerate(self.rows.large)
+            if on_cpu or i in present
+        ]
+        guards = [at(1, self.rows.large[k][0]) if on_cpu else 0 for k, _ in blocks]
+
+        def add(part: str, call: Call, guard: int = 0) -> bool:
+            graph, arguments = call
+            code = launches(graph, self.kind)
+            if code is None:
+                return False
+            program.add(part, code.launches, code.inputs(arguments), guard)
+            return True
+
+        def copy(part: str, batch: Batch, chosen: Sequence[int], unpack: bool, guard: int) -> bool:
+            if not on_cpu:
+                program.then(part, lambda: self.executor.copy(self.table, batch.block, chosen, unpack))
+                return True
+            for k in chosen:
+                if k != 1 or not unpack:
+                    arguments = copy_arguments(self.table, batch.block, k, unpack)
+                    program.launch(part, copy_address(), [(0, x) for x in arguments], guard)
+            return True
+
+        own = [(b, self.batch_present[k].data_ptr() if on_cpu else 0) for k, b in enumerate(self.batches)]
+        if not on_cpu:
+            own = [(b, 0) for b in self._own_batches()]
+        done = True
+        for squares in {False, self.clips}:
+            part = "squares" if squares else "inspect"
+            for batch, guard in own:
+                if not squares or len(self.batches) > 1:
+                    done = done and copy(part, batch, self._before_reading, False, guard)
+                done = done and add(part, self._packed_read(batch, squares), guard)
+            for k, call in enumerate(self._reads(blocks, squares)):
+                done = done and add(part, call, guards[k] if on_cpu else 0)
+        for part, whole in (("step", False), ("step of whole tensors", True)):
+            done = done and add(part, (Graph("scale"), self.scale_arguments(whole)))
+            updates = list(self._updates(blocks))
+            for k in reversed(range(len(updates))):
+                done = done and add(part, updates[k], guards[k] if on_cpu else 0)
+            for batch, guard in own:
+                done = done and copy(part, batch, self._before_update, False, guard)
+                done = done and add(part, self._packed_update(batch), guard)
+                done = done and copy(part, batch, operands, True, guard)
+            done = done and add(part, (Graph("fold"), self.fold_arguments()))
+        if not done:
+            return None
+        program.finish()
+        return program
+
+
+def copy_arguments(table: Tensor, block: Block, operand: int, unpack: bool) -> list[int]:
+    """Of ``copy_rows`` in :mod:`lamb16.step.native`."""
+    buffer = memory(block)[operand]
+    tables = table[operand], block.tensor_index, block.start, block.length, buffer
+    addresses = [x.data_ptr() for x in tables if x is not None]
+    return [*addresses, *buffer.shape, buffer.element_size(), int(unpack)]
+
+
+def copy_address() -> int:
+    """Where ``copy_rows`` is."""
+    return native.address_of(native.library().copy_rows)
