@@ -10,7 +10,7 @@ from torch import nn
 
 from lamb16 import Lamb16
 from lamb16.cli import main
-from lamb16.lab import bench, registry, releasing, timing
+from lamb16.lab import bench, beside_adamw, registry, releasing, timing
 from lamb16.lab.errors import CommandError
 from lamb16.lab.shapes import SETS
 
@@ -36,6 +36,7 @@ def test_a_run_reports_every_optimizer(
 ) -> None:
     monkeypatch.setitem(SETS, "mlp", lambda: [(70, 70), (9,)])
     monkeypatch.setitem(bench.OWN, "broken", _broken)
+    monkeypatch.setattr(beside_adamw, "MOST_ELEMENTS", 300_000)
     file, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     options = ["--rounds", "2", "--passes", "--release", "--device", "cpu", "--json", str(file), "--plot", str(picture)]
     options += ["--sizes", "4000", "30", "--size-plot", str(tmp_path / "sizes.svg")]
@@ -59,9 +60,74 @@ def test_a_run_reports_every_optimizer(
     assert all(f"| {name} |" in table for name in costs)
     assert "<svg" in picture.read_text()
     assert [row["numel"] for row in written["sizes"]] == [30, 4000]
-    assert all(row["ns_per_param"] > 0 and row["to_adamw"] > 0 for row in written["sizes"])
-    assert "| 4,000 |" in table
+    several = {(row["numel"], row["tensors"]): row for row in written["several"]}
+    assert several.keys() == {(30, 10), (30, 60), (30, 400), (4000, 10), (4000, 60)}
+    assert [place for place, row in several.items() if row.get("new_to_same", 0) > 0] == [
+        (30, 60),
+        (30, 400),
+        (4000, 60),
+    ]
+    assert all(row["ns_per_param"] > 0 and row["to_adamw"] > 0 for row in written["sizes"] + written["several"])
+    assert beside_adamw.size_table(written["sizes"]) in table
+    ratios = [row["to_adamw"] for row in (written["sizes"][1], several[4000, 10], several[4000, 60])]
+    assert f"| 4,000 | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} | left out |" in table
+    assert f"| 4,000 | {several[4000, 60]['new_to_same']:.2f} | left out |" in table
     assert "<svg" in (tmp_path / "sizes.svg").read_text()
+
+
+def test_a_new_set_is_another_one_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tenths of the tensors, beside those that stay the same."""
+    params = timing.make_params([(3,)] * 20, torch.float32, torch.device("cpu"))
+    stepped: list[frozenset[int]] = []
+
+    class Noting(torch.optim.SGD):
+        def step(self) -> None:
+            stepped.append(frozenset(k for k, p in enumerate(params) if p.grad is not None))
+
+    monkeypatch.setattr(beside_adamw, "lamb16", lambda params: Noting(params))
+    assert beside_adamw.new_to_same(params, torch.device("cpu"), 3) > 0
+    assert {len(each) for each in stepped} == {18}
+    assert (len({*stepped[::2]}), len({*stepped[1::2]})) == (5, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_hosts_work_is_that_of_a_step_without_kernels(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SETS, "resnet18", lambda: [(70, 70), (9,)])
+    monkeypatch.setattr(bench, "HOST_SHAPES", ["resnet18"])
+    file = tmp_path / "host.json"
+    assert main(["bench", "--host", "--device", "cpu", "--dtype", dtype, "--rounds", "2", "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written.keys() == {"settings", "host"}
+    (row,) = written["host"]
+    assert (row["name"], row["tensors"], row["parameters"]) == ("resnet18", 2, 4909)
+    assert min(row["median_ms"], row["adamw_median_ms"], row["to_adamw"]) > 0
+    assert beside_adamw.table([row]) in capsys.readouterr().out
+    params = timing.make_params([(70, 70), (9,)], bench.DTYPES[dtype], torch.device("cpu"))
+    before = [p.detach().clone() for p in params]
+    with beside_adamw.without_kernels() as factory:
+        factory(params).step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_the_step_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(beside_adamw, "SHARDED", [[(7, 3), (5,)], [(64, 64)]])
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    file, threads = tmp_path / "ranks.json", torch.get_num_threads()
+    assert main(["bench", "--ranks", "2", "--device", "cpu", "--rounds", "2", "--json", str(file)]) == 0
+    torch.set_num_threads(threads)
+    written = json.loads(file.read_text())
+    assert (written["settings"]["threads"], written["ranks"]["count"]) == (1, 2)
+    rows = written["ranks"]["rows"]
+    assert [(row["tensors"], row["parameters"]) for row in rows] == [(2, 26), (1, 4096)]
+    assert all(min(row["median_ms"], row["adamw_median_ms"], row["to_adamw"]) > 0 for row in rows)
+    assert beside_adamw.table(rows) in capsys.readouterr().out
+
+
+def test_a_rank_that_fails_is_reported() -> None:
+    with pytest.raises(CommandError, match=r"a rank failed: RuntimeError: .*negative"):
+        beside_adamw.ranks([[(-1,)]], 2, torch.float32, rounds=1)
 
 
 def test_the_compiled_step_is_the_one_that_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +210,36 @@ def test_compile_times_are_taken_in_processes_of_their_own(monkeypatch: pytest.M
         ["--plot", "/nowhere/b.svg"],
         ["--sizes", "0"],
         ["--size-plot", "sizes.svg"],
+        ["--ranks", "1"],
+        ["--ranks", "9999"],
+        ["--ranks", "0"],
     ],
 )
 def test_wrong_values_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
     assert options[0 if options[0] == "--size-plot" else 1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "--sizes", "5"], "--host has a table of its own; leave --sizes out"),
+        (["--host", "--ranks", "2"], "--host has a table of its own; leave --ranks out"),
+        (["--ranks", "2", "--compile-time"], "--ranks has a table of its own; leave --compile-time out"),
+        (["--ranks", "2", "--threads", "1"], "one thread per rank; leave --threads out"),
+        (["--ranks", "2", "--shapes", "mlp"], "tensors of its own, and one thread per rank; leave --shapes out"),
+    ],
+)
+def test_what_has_a_table_of_its_own_goes_with_few_options(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    assert main(["bench", "--device", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_are_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(bench, "_device", torch.device)
+    assert main(["bench", "--ranks", "2", "--device", "cuda"]) == 2
+    assert "add --device cpu" in capsys.readouterr().err

@@ -156,6 +156,7 @@ def test_a_run_reports_every_optimizer_that_is_installed(
 @pytest.mark.parametrize("options", [[f"--{name.replace('_', '-')}"] for name in bench.TIMES_ONLY])
 def test_options_of_times_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     values = {"--dtype": "bfloat16", "--rounds": "3", "--sizes": "5", "--plot": "x.svg", "--size-plot": "x.svg"}
+    values |= {"--ranks": "2"}
     options += [values[x] for x in options if x in values]
     assert main(["bench", "--memory", *options]) == 2
     assert f"--memory takes no times; leave {options[0]} out" in capsys.readouterr().err

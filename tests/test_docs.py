@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lamb16.lab import bench, compare, cuda_report, memory
+from lamb16.lab import bench, beside_adamw, compare, cuda_report, memory
 from lamb16.lab.cuda.gpus import ADAMW_BYTES, LAMB16_BYTES
 from lamb16.lab.study import fidelity, report, runs
 from lamb16.lab.study.sizes import FULL
@@ -77,7 +77,7 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
     many, one, cuda = (results_of(name) for name in ("bench", "bench-1-thread", "cuda"))
     avx2, avx2_one = (results_of(name) for name in ("bench-avx2", "bench-avx2-1-thread"))
     tables = [bench.table(rows) for content in (many, one, avx2, avx2_one) for rows in content["results"].values()]
-    tables.append(bench.size_table(many["sizes"]))
+    tables.append(beside_adamw.size_table(many["sizes"]))
     tables += [bench.compile_table(many["compile_time"]), bench.pass_table(one["passes"]["mlp"])]
     tables += [cuda_report.summary(cuda), *(cuda_report.kernels(row) for row in cuda if row["arch"] == "sm_90")]
     assert [table for table in tables if table not in document] == []

@@ -7,6 +7,11 @@ compilation included, takes beyond parameters, gradients and state, in percent o
 
 With `--memory` no times are taken: the table says where the bytes of a training step go, for float32 and bfloat16
 weights, and the peak that was measured.
+
+With `--host` the table has only the host's part of the step: its time with all kernels left out, beside that of fused
+AdamW's step over as many tensors of one element.
+
+With `--ranks` it has only the step of parameters that FSDP2 splits over ranks on the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 from torch.optim import AdamW
 
 from lamb16 import Lamb, Lamb16, PublishedLamb16
-from lamb16.lab import memory, registry, releasing, timing
+from lamb16.lab import beside_adamw, memory, registry, releasing, timing
 from lamb16.lab.errors import CommandError
 from lamb16.lab.shapes import SETS, Shape
 from lamb16.lab.study import report
@@ -45,8 +50,15 @@ PEERS = ("adamwfp8", "adamw8bit", "adamw4bit", "adamw8bit-bnb", "lamb-timm", "la
 # The options, with their defaults, that mean nothing where memory is measured.
 TIMES_ONLY: dict[str, Any] = {
     "dtype": "float32", "rounds": 20, "peers": False, "compile_time": False, "passes": False, "release": False,
-    "sizes": None, "plot": None, "size_plot": None,
+    "sizes": None, "host": False, "ranks": None, "plot": None, "size_plot": None,
 }  # fmt: skip
+# What stands alone: why, and which of these options it goes with.
+ALONE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "memory": ("takes no times", ()),
+    "host": ("has a table of its own", ("host", "dtype", "rounds")),
+    "ranks": ("has a table of its own", ("ranks", "dtype", "rounds")),
+}
+SHAPES, HOST_SHAPES = ["mlp", "tiny-tensors"], ["resnet50", "bert-base", "tiny-tensors", "mlp"]
 COMPILE_LAYERS, COMPILE_WIDTH = [2, 25], 256  # 37 and 405 tensors with the shapes of BERT-large, scaled down
 
 
@@ -74,7 +86,10 @@ def add_parser(subparsers: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", choices=SETS, default=["mlp", "tiny-tensors"], help="parameter shapes")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SETS,
+        help=f"parameter shapes (default: {' '.join(SHAPES)}; of --host: {' '.join(HOST_SHAPES)})",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default=TIMES_ONLY["dtype"], help="of parameters and gradients")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -91,11 +106,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--release", action="store_true", help="also training steps with gradients released and without"
     )
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="N", help="also one tensor of so many elements each")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, metavar="N",
+        help="also 1, 10, 60 and 400 tensors of N elements each, and new sets of 60 and 400 at every step",
+    )  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="bytes per parameter of a training step, and no times")
+    parser.add_argument("--host", action="store_true", help="the step without its kernels, and nothing else")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="the step on N ranks of FSDP2 (CPU, one thread each), and nothing else"
+    )
     parser.add_argument("--json", metavar="FILE", help="write settings and results")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (SVG)")
-    parser.add_argument("--size-plot", metavar="FILE", help="write a chart of the time against --sizes (SVG)")
+    parser.add_argument("--size-plot", metavar="FILE", help="write a chart of one tensor's time against --sizes (SVG)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,9 +128,13 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and not 1 <= args.threads <= most:
         raise CommandError(f"--threads must be from 1 to {most}, the processors there are, not {args.threads}")
     device = _device(args.device)
-    unused = [name for name, default in TIMES_ONLY.items() if args.memory and getattr(args, name) != default]
-    if unused:
-        raise CommandError(f"--memory takes no times; leave --{unused[0].replace('_', '-')} out")
+    for alone, (why, fitting) in ALONE.items():
+        unused = [name for name, default in TIMES_ONLY.items() if getattr(args, name) != default]
+        unused = [name for name in unused if name not in fitting]
+        if getattr(args, alone) and unused:
+            raise CommandError(f"--{alone} {why}; leave --{unused[0].replace('_', '-')} out")
+    if args.ranks is not None:
+        _check_ranks(args, most, device)
     if args.sizes and min(args.sizes) < 1:
         raise CommandError(f"--sizes must be at least 1, not {min(args.sizes)}")
     if args.size_plot and not args.sizes:
@@ -118,37 +144,93 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(f"cannot write {file}: {Path(file).resolve().parent} is no folder")
     if args.threads:
         torch.set_num_threads(args.threads)
-    threads = torch.get_num_threads()
-    if args.memory:
-        return _run_memory(args, device)
-    factories = OWN | ({registry.REGISTRY[name].label: _peer(name) for name in PEERS} if args.peers else {})
-    written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
-    for name in args.shapes:
-        shapes, numel, told = _set(name)
-        where = f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        print(f"\n{told}, {args.dtype}, {where}\n")
-        written["results"][name] = measure(shapes, DTYPES[args.dtype], device, args.rounds, factories)
-        print(table(written["results"][name]), flush=True)
-        if args.passes:
-            passes = timing.pass_times(shapes, DTYPES[args.dtype], device, args.rounds)
-            written.setdefault("passes", {})[name] = {key: seconds / numel * 1e9 for key, seconds in passes.items()}
-            print("\n" + pass_table(written["passes"][name]))
-        if args.release:
-            written.setdefault("release", {})[name] = releasing.measure(shapes, DTYPES[args.dtype], device, args.rounds)
-            print("\n" + releasing.table(written["release"][name]))
-    if args.sizes:
-        written["sizes"] = [size_row(n, DTYPES[args.dtype], device, args.rounds) for n in sorted(args.sizes)]
-        print("\none tensor\n\n" + size_table(written["sizes"]))
-    if args.compile_time:
-        written["compile_time"] = timing.compile_times(COMPILE_LAYERS, COMPILE_WIDTH, args.dtype, threads)
-        print("\nfirst step on the CPU, in a process of its own\n\n" + compile_table(written["compile_time"]))
+    args.shapes = args.shapes or (HOST_SHAPES if args.host else SHAPES)
+    measured = _memory if args.memory else _host if args.host else _ranks if args.ranks else _times
+    written = {"settings": _settings(args, device)} | measured(args, device)
     if args.json:
         Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
     if args.plot:
         plot(written["results"], Path(args.plot))
     if args.size_plot:
-        plot_sizes(written["sizes"], Path(args.size_plot))
+        beside_adamw.plot_sizes(written["sizes"], Path(args.size_plot))
     return 0
+
+
+def _check_ranks(args: argparse.Namespace, most: int, device: torch.device) -> None:
+    if not 2 <= args.ranks <= most:
+        raise CommandError(f"--ranks must be from 2 to {most}, the processors there are, not {args.ranks}")
+    if device.type != "cpu":
+        raise CommandError(f"--ranks runs on the CPU, not on {device}; add --device cpu")
+    for name in ("shapes", "threads"):
+        if getattr(args, name):
+            raise CommandError(f"--ranks has tensors of its own, and one thread per rank; leave --{name} out")
+    args.threads = 1
+
+
+def _times(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What is written of the optimizers' tables, and of the others that are taken with them."""
+    factories = OWN | ({registry.REGISTRY[name].label: _peer(name) for name in PEERS} if args.peers else {})
+    dtype, threads = DTYPES[args.dtype], torch.get_num_threads()
+    written: dict[str, Any] = {"results": {}}
+    for name in args.shapes:
+        shapes, numel, told = _set(name)
+        print(f"\n{told}, {args.dtype}, {_where(device)}\n")
+        written["results"][name] = measure(shapes, dtype, device, args.rounds, factories)
+        print(table(written["results"][name]), flush=True)
+        if args.passes:
+            passes = timing.pass_times(shapes, dtype, device, args.rounds)
+            written.setdefault("passes", {})[name] = {key: seconds / numel * 1e9 for key, seconds in passes.items()}
+            print("\n" + pass_table(written["passes"][name]))
+        if args.release:
+            written.setdefault("release", {})[name] = releasing.measure(shapes, dtype, device, args.rounds)
+            print("\n" + releasing.table(written["release"][name]))
+    if args.sizes:
+        written |= _sizes(args, device)
+    if args.compile_time:
+        written["compile_time"] = timing.compile_times(COMPILE_LAYERS, COMPILE_WIDTH, args.dtype, threads)
+        print("\nfirst step on the CPU, in a process of its own\n\n" + compile_table(written["compile_time"]))
+    return written
+
+
+def _sizes(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One tensor of every size, and several."""
+    rows = beside_adamw.sizes(args.sizes, DTYPES[args.dtype], device, args.rounds)
+    one, several = ([row for row in rows if (row["tensors"] == 1) == alone] for alone in (True, False))
+    print("\none tensor\n\n" + beside_adamw.size_table(one))
+    print(f"\nratio to {BASELINE}; left out is what has more than {beside_adamw.MOST_ELEMENTS:,} elements in all\n")
+    print(beside_adamw.ratio_table(rows, "to_adamw", beside_adamw.COUNTS))
+    print("\na new set at every step, nine tenths of the tensors, to the same set at every step\n")
+    print(beside_adamw.ratio_table(rows, "new_to_same", beside_adamw.CHANGING))
+    return {"sizes": one, "several": several}
+
+
+def _memory(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    results: dict[str, list[Row]] = {}
+    for name in args.shapes:
+        shapes, _, told = _set(name)
+        print(f"\n{told}, {device}\n")
+        results[name] = memory.measure(shapes, device)
+        print(memory.table(results[name]), flush=True)
+    return {"results": results}
+
+
+def _host(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    rows = beside_adamw.host(args.shapes, DTYPES[args.dtype], device, args.rounds)
+    print(f"\nthe host's work alone: no kernels, AdamW with tensors of one element; {args.dtype}, {_where(device)}\n")
+    print(beside_adamw.table(rows))
+    return {"host": rows}
+
+
+def _ranks(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    rows = beside_adamw.ranks(beside_adamw.SHARDED, args.ranks, DTYPES[args.dtype], args.rounds)
+    print(f"\nFSDP2 over {args.ranks} ranks, gloo, {device}, one thread each, {args.dtype}\n")
+    print(beside_adamw.table(rows))
+    return {"ranks": {"count": args.ranks, "rows": rows}}
+
+
+def _where(device: torch.device) -> str:
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _set(name: str) -> tuple[list[Shape], int, str]:
@@ -156,26 +238,6 @@ def _set(name: str) -> tuple[list[Shape], int, str]:
     shapes = SETS[name]()
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     return shapes, numel, f"{name}: {len(shapes)} tensors, {numel:,} parameters"
-
-
-def _run_memory(args: argparse.Namespace, device: torch.device) -> int:
-    written: dict[str, Any] = {"settings": _settings(args, device), "results": {}}
-    for name in args.shapes:
-        shapes, _, told = _set(name)
-        print(f"\n{told}, {device}\n")
-        written["results"][name] = memory.measure(shapes, device)
-        print(memory.table(written["results"][name]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
-    return 0
-
-
-def size_row(numel: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
-    """Nanoseconds per parameter of Lamb16 and of the baseline on one tensor, and the median of their ratios."""
-    rows = {row["name"]: row for row in measure([(numel,)], dtype, device, rounds, {COMPILED: OWN[COMPILED]})}
-    own, other = rows[COMPILED], rows[BASELINE]
-    times = {"ns_per_param": own["ns_per_param"], "adamw_ns_per_param": other["ns_per_param"]}
-    return {"numel": numel, **times, "to_adamw": own["to_adamw"]}
 
 
 def _device(name: str) -> torch.device:
@@ -253,24 +315,6 @@ def compile_table(rows: list[Row]) -> str:
     forms = {"tensors": "{}", "parameters": "{:,}", "cold_s": "{:.1f} s", "warm_s": "{:.1f} s"}
     cells = [[form.format(row[key]) for key, form in forms.items()] for row in rows]
     return report.table(["tensors", "parameters", "empty cache", "full cache"], cells)
-
-
-def size_table(rows: list[Row]) -> str:
-    """The rows of :func:`size_row` as Markdown."""
-    forms = {"numel": "{:,}", "ns_per_param": "{:.2f}", "adamw_ns_per_param": "{:.2f}", "to_adamw": "{:.2f}"}
-    cells = [[form.format(row[key]) for key, form in forms.items()] for row in rows]
-    return report.table(["elements", "ns per parameter", f"{BASELINE}, ns per parameter", "ratio"], cells)
-
-
-def plot_sizes(rows: list[Row], path: Path) -> None:
-    """Nanoseconds per parameter against the size of the one tensor."""
-    with report.figure(path, 1) as (axes,):
-        for key, label, colour in (("ns_per_param", COMPILED, "lamb16"), ("adamw_ns_per_param", BASELINE, "adamw")):
-            lines = [row["numel"] for row in rows], [row[key] for row in rows]
-            axes.plot(*lines, marker="o", markersize=3, label=label, color=report.COLOURS[colour])
-        axes.set(xlabel="elements of the tensor", ylabel="ns per parameter", xscale="log", yscale="log")
-        axes.legend()
-    print(f"\nwrote {path}")
 
 
 def plot(results: dict[str, list[Row]], path: Path) -> None:

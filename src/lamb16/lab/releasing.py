@@ -34,7 +34,7 @@ def measure(shapes: list[Shape], dtype: torch.dtype, device: torch.device, round
         {
             "name": name,
             "cost_s": statistics.median(costs[name]),
-            "to_ordinary": statistics.median(a / b for a, b in zip(costs[name], costs[ORDINARY], strict=True)),
+            "to_ordinary": timing.ratio(costs[name], costs[ORDINARY]),
         }
         for name in (ORDINARY, RELEASED, EACH)
     ]

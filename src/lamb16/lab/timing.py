@@ -71,15 +71,30 @@ def copy_of(numel: int, device: torch.device) -> Callable[[], Tensor]:
     return run
 
 
-def side_by_side(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round; all take turns, after two rounds of warm-up."""
+def side_by_side(
+    calls: dict[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    before: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round; all take turns, after two rounds of warm-up.
+
+    What is to be called ``before`` the call of the same name is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(rounds + 2):
         for name, call in calls.items():
+            if before:
+                before[name]()
             seconds = timed(call, device)
             if k >= 2:
                 times[name].append(seconds)
     return times
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median of the ratios that two calls have in the same round."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def measure(
@@ -118,7 +133,7 @@ def measure(
         rows[name] |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
         rows[name]["ns_per_param"] = rows[name]["median_s"] / numel * 1e9
         for key, other in (("to_adamw", baseline), ("to_copy", copy)):
-            rows[name][key] = statistics.median(a / b for a, b in zip(seconds, times[other], strict=True))
+            rows[name][key] = ratio(seconds, times[other])
     return list(rows.values())
 
 
