@@ -36,10 +36,10 @@ from lamb16 import Lamb16, reference
 from lamb16.lab.cuda import fake
 from lamb16.lab.cuda.kernels import Program
 from lamb16.parameters import tensor_salt
-from lamb16.step.blocks import PACKED_ROW, Block, State, Sums
-from lamb16.step.compiled import Eager
+from lamb16.step.blocks import Block, State, Sums
+from lamb16.step.compiled import launch_copy
+from lamb16.step.eager import Eager
 from lamb16.step.kinds import Graph, Kind
-from lamb16.step.packing import PackedRows, TablePacking
 from lamb16.step.rows import Rows
 
 SHAPES = ((7, 3), (2100,), (3, 1024), (5, 5, 41), (), (1024,), (0,), (2049,))
@@ -59,10 +59,6 @@ class Interpreted:
         with fake.device(90):
             self.programs = {key: Program(key[0].name, code) for key, code in generated.items()}
 
-    def packing(self, packed_rows: Sequence[PackedRows], block: Block, *_: Any) -> TablePacking:
-        """With the copying kernel, as on CUDA."""
-        return TablePacking(packed_rows, block, self.copy)
-
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """The code is there."""
 
@@ -72,12 +68,10 @@ class Interpreted:
         group = kind.group if (*key, kind.group) in self.programs else 16
         self.programs[(*key, group)](*arguments, interpret=True)
 
-    def copy(self, *arguments: Any) -> None:
+    def copy(self, table: torch.Tensor, block: Block, operands: Sequence[int], unpack: bool) -> None:
         """Run the copying kernel."""
-        from lamb16.step.cuda_copying import copy_packed_rows
-
-        *tensors, exact, unpack = arguments
-        copy_packed_rows[(tensors[-1].shape[0],)](*tensors, EXACT=exact, UNPACK=unpack, PACKED_ROW=PACKED_ROW)
+        if 1 in operands:
+            launch_copy(table, block, unpack)
 
 
 def main(file: str) -> None:

@@ -353,7 +353,7 @@ def test_checkpoints_are_written_and_read_meanwhile(tmp_path: Path, monkeypatch:
     assert away.offloaded == CPU
     assert_same(snapshot(away), snapshot(plain))
     assert {x.device for x in held(away).values()} == {CPU}
-    assert away._stepper.plans.cached == away._stepper.stores == {}
+    assert away._stepper.plans == away._stepper.stores == {}
     checkpoint.load(tmp_path / "saved", networks[0], away)
     assert away.offloaded is None
     for optimizer in (away, plain):
@@ -375,12 +375,12 @@ def test_checkpoints_are_written_and_read_meanwhile(tmp_path: Path, monkeypatch:
 )
 def test_devices_that_cannot_hold_a_state_are_refused(device: Any, text: str) -> None:
     optimizer = trained()
-    before, plans = [id(x) for x in entries(optimizer)], dict(optimizer._stepper.plans.cached)
+    before, plans = [id(x) for x in entries(optimizer)], dict(optimizer._stepper.plans)
     with pytest.raises(ValueError, match=text):
         optimizer.offload(device)
     assert [id(x) for x in entries(optimizer)] == before
     assert optimizer.offloaded is None
-    assert dict(optimizer._stepper.plans.cached) == plans
+    assert dict(optimizer._stepper.plans) == plans
 
 
 def test_nothing_comes_back_to_the_meta_device() -> None:

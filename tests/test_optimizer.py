@@ -976,7 +976,7 @@ def test_what_is_packed_in_batches_does_not_mix(compile_mode: bool, rows: int, m
             optimizer.step()
         finite = torch.cat([grad for grad in grads if grad.isfinite().all()])
         assert float(one.grad_norm) == pytest.approx(float(finite.double().norm()), rel=1e-6)
-    assert len(one._stepper.last[0].batches) > 1
+    assert len(one._stepper.last[0].plan.batches) > 1
     assert one.skipped == 1
     for p, q, optimizer in zip(together, alone, each, strict=True):
         assert torch.equal(p, q)

@@ -21,8 +21,6 @@ import parallel
 import refused
 from helpers import SCHEDULERS, all_params, assert_same, differing, snapshot
 from lamb16 import Lamb16, release, release_gradients, stepping
-from lamb16.step.parts import Part
-from lamb16.step.remembered import CACHED_PLANS
 from ranks import Ranks
 from test_whole_step import DYNAMOS_WARNINGS
 
@@ -165,10 +163,10 @@ def test_checkpointed_segments_are_stepped_as_ever(reentrant: bool) -> None:
             model(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        plans.append(len(optimizer._stepper.plans.cached))
+        plans.append(len(optimizer._stepper.plans))
         found.append(snapshot(optimizer))
     assert_same(*found)
-    assert plans == [1, 1], "one bucket, at the end of the outermost pass"
+    assert plans == [1, 1]
 
 
 def test_gradients_that_are_only_computed_step_nothing() -> None:
@@ -248,21 +246,22 @@ def test_gradients_do_not_exist_all_at_once(bucket_bytes: int | None, compile_mo
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of parameters of all plans that are made."""
+    """How many tensors were stepped by each step that looked at everything."""
     numbers: list[int] = []
-    original = stepping.make_plan
+    original = stepping._prepare
 
-    def make_plan(kind: Any, pairs: Any, *others: Any) -> Any:
-        numbers.append(len(pairs))
-        return original(kind, pairs, *others)
+    def prepare(*arguments: Any) -> Any:
+        plans = original(*arguments)
+        numbers.append(sum(len(plan.present) for plan in plans))
+        return plans
 
-    monkeypatch.setattr(stepping, "make_plan", make_plan)
+    monkeypatch.setattr(stepping, "_prepare", prepare)
     return numbers
 
 
 def test_steady_steps_make_no_plans(made: list[int]) -> None:
-    """More buckets than an optimizer otherwise remembers sets of parameters; a branch changes only its own bucket."""
-    model = deep(3 * CACHED_PLANS)
+    """However many buckets there are, and whatever is missing in one."""
+    model = deep(24)
     extra = nn.Linear(50, 50)
     optimizer = Lamb16([*model.named_parameters(), *((f"extra.{k}", p) for k, p in extra.named_parameters())])
     release_gradients(nn.ModuleList([model, extra]), optimizer, bucket_bytes=20_000)
@@ -273,30 +272,28 @@ def test_steady_steps_make_no_plans(made: list[int]) -> None:
         model[1:](h).sum().backward()
         optimizer.step()
 
-    for with_extra in (True, False, False):  # what comes for the first time may be a part of what is there
-        step(with_extra)
-    assert sum(made) >= len(all_params(optimizer))
-    assert len(made) > CACHED_PLANS
+    step(True)
+    assert sum(made) == len(all_params(optimizer))
+    assert len(made) > 8
+    assert len(optimizer._stepper.plans) == 1
     made.clear()
     for t in range(6):
-        step(t % 2 == 0)
+        step(t % 2 == 1)
     assert made == []
 
 
-def test_sets_that_come_again_have_plans_of_their_own() -> None:
-    """Parts of more buckets than an optimizer otherwise remembers sets of parameters."""
-    model = deep(3 * CACHED_PLANS)
+def test_any_part_of_a_bucket_is_stepped_by_its_plan(made: list[int]) -> None:
+    model = deep(24)
     optimizer = Lamb16(model.named_parameters(), compile=False)
     release_gradients(model, optimizer, bucket_bytes=20_000)
-    parts = []
     for biases in (True, False, False, True):
         for layer in model:
             layer.bias.requires_grad_(biases)  # type: ignore[union-attr, operator]
         model(torch.ones(2, 50)).sum().backward()
         optimizer.step()
-        parts.append(sum(isinstance(plan, Part) for plan in optimizer._stepper.last))
-    assert parts[1] > CACHED_PLANS
-    assert [parts[0], *parts[2:]] == [0, 0, 0]
+        if biases:
+            made.clear()
+    assert made == []
 
 
 def test_parts_of_a_bucket_in_one_iteration_keep_their_stats() -> None:
@@ -313,7 +310,7 @@ def test_parts_of_a_bucket_in_one_iteration_keep_their_stats() -> None:
             for loss in [sum(losses)] if together else losses:
                 loss.backward()  # type: ignore[union-attr]
             each.step()
-    assert [type(plan) for plan in optimizer._stepper.last] == [Part, Part]
+    assert len(optimizer._stepper.last) == 2, "two steps of one plan"
     assert optimizer.layer_stats() == ordinary.layer_stats()
     assert_same(snapshot(optimizer), snapshot(ordinary))
 
@@ -368,7 +365,7 @@ def test_ordinary_and_released_steps_may_follow_each_other(way: str, compile_mod
     train(model, optimizer, range(4, 6))
     train(other, ordinary, range(6))
     assert_same(snapshot(optimizer), snapshot(ordinary))
-    assert len(optimizer._stepper.plans.cached) <= 2
+    assert len(optimizer._stepper.plans) == 1
     optimizer.zero_grad()
     with release_gradients(model, optimizer):
         train(model, optimizer, range(6, 7))
@@ -464,7 +461,7 @@ def test_a_parameter_that_is_resized_is_released() -> None:
             assert (model["a"].grad is None) == released
             optimizer.step()
             optimizer.zero_grad()
-        assert len(optimizer._stepper.plans.cached) == 1, "the bucket goes on with the new parameter"
+        assert len(optimizer._stepper.plans) == 1
         found.append(snapshot(optimizer))
     assert_same(*found)
 

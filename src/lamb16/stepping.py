@@ -135,7 +135,9 @@ def _prepare(stepper: Stepper, request: Request, new: New) -> list[Plan]:
         executor = executor_for(members, request.compile)
         present = {kind: [pair for pair in pairs if id(pair[0]) in grads] for kind, pairs in members.items()}
         changed = unknown(parameters, stepper.stores, present)
-        ready_states(parameters, stepper.stores, grads, changed, new, inference, partial(prepare, executor, members, clips))
+        ready_states(
+            parameters, stepper.stores, grads, changed, new, inference, partial(prepare, executor, members, clips)
+        )
         changed.update(map(id, new.made))
         for device in {kind.device for kind in members} - set(stepper.skipped):
             stepper.skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
@@ -157,11 +159,12 @@ def _prepare(stepper: Stepper, request: Request, new: New) -> list[Plan]:
         if not plan.fits(every_kind.get(kind, [])):  # some are gone, or of another kind by now
             del stepper.plans[kind]
     stepper.places = [[place[key] for key in plan.ids] for plan in stepper.plans.values()]
+    if fake_mode():
+        return plans
     stepper.weights = {start for plan in stepper.plans.values() for start in plan.known.places[0].tolist()} - {0}
-    # Weights as gradients, which the step would change as it reads them:
     for plan in plans:
         plan.separate(stepper.weights)
-    if not fake_mode() and apart(list(stepper.plans.values())):
+    if apart(list(stepper.plans.values())):
         stepper.key = _key(parameters, every, request)
     return plans
 

@@ -51,9 +51,8 @@ class Store:
         except (KeyError, TypeError):
             return False
         everything, found = rows == self.order, _moments(entries)
-        refs, sizes, versions = (
-            x if everything else _of(x, rows, len(MOMENTS)) for x in (self.moments, self.sizes, self.versions)
-        )
+        two = len(MOMENTS)
+        refs = self.moments if everything else _of(self.moments, rows, two)
         if not all(map(is_, found, [x() for x in refs])):
             return False
         if self.table is None:
@@ -62,6 +61,7 @@ class Store:
         if native.look(tensors, self.table, None if everything else index, WIDTH, False):
             return False
         moments = found if tensors is entries else _moments(tensors)
+        sizes, versions = (x if everything else _of(x, rows, two) for x in (self.sizes, self.versions))
         return list(map(Tensor.numel, moments)) == sizes and _versions(moments) == versions
 
     def changed(self, states: Sequence[dict[str, Any]], state_indices: Sequence[int] | None = None) -> list[int]:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed, nn
@@ -30,8 +31,9 @@ from lamb16.lab.memory import COMMON, Chain
 from lamb16.lab.shapes import SETS, Shape
 from lamb16.lab.study import report
 from lamb16.lab.timing import Factory, Row
-from lamb16.step.blocks import Block
-from lamb16.step.packing import AddressPacking, PackedRows, Packing, TablePacking
+from lamb16.step.examples import flatten
+from lamb16.step.kinds import Graph, Kind
+from lamb16.step.recording import Launches, Mark, Place, Program
 
 CPU = torch.device("cpu")
 COUNTS, MOST_ELEMENTS = (1, 10, 60, 400), 64_000_000  # of --sizes: tensors, and what several have at most in all
@@ -85,12 +87,9 @@ def table(rows: list[Row]) -> str:
 
 
 class _Nothing:
-    """An executor that launches nothing; it finds the addresses of what is packed, as compiled steps do."""
+    """An executor whose graphs are each one kernel of Triton's that does nothing with all of their arguments."""
 
-    def packing(self, packed_rows: Sequence[PackedRows], block: Block, *_: Any) -> Packing:
-        """Without the copies."""
-        form = TablePacking if block.p.is_cuda else AddressPacking
-        return form(packed_rows, block, self.run)
+    launchers = (lambda *arguments, stream: None,)
 
     def prepare(self, *_: Any) -> None:
         """Compile nothing."""
@@ -98,11 +97,28 @@ class _Nothing:
     def run(self, *_: Any) -> None:
         """Launch nothing."""
 
+    copy = run
+
+    def record(
+        self, program: Program, part: str, graph: Graph, kind: Kind, arguments: tuple[Any, ...], guard: int
+    ) -> bool:
+        """One launch."""
+        inputs = [x for x in flatten(arguments) if isinstance(x, (Place, torch.Tensor))]
+        marks = [Mark(False, k, 1) for k in range(len(inputs))]
+        program.add(part, Launches([(self, marks)], []), inputs, guard)
+        return True
+
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[Factory]:
-    """Yield what makes a Lamb16 whose steps, in this context, do the host's work and launch no kernel."""
-    yield lambda params: lamb16(params, compile=_Nothing())
+    """Yield what makes a Lamb16 whose steps, in this context, do the host's work for CUDA and launch no kernel."""
+    grouped = Kind(torch.device("cuda"))
+    with (
+        mock.patch.object(Kind, "group", grouped.group),
+        mock.patch.object(Kind, "reading_group", grouped.reading_group),
+        mock.patch("torch._C._cuda_getCurrentRawStream", return_value=0),
+    ):
+        yield lambda params: lamb16(params, compile=_Nothing())
 
 
 def host(names: list[str], dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:

@@ -22,7 +22,6 @@ from lamb16.lab.shapes import Shape, transformer
 from lamb16.lab.training import state_bytes
 from lamb16.step.compiled import Compiled
 from lamb16.step.kinds import Graph, Kind
-from lamb16.step.packing import AddressPacking, Packing, TablePacking
 
 BYTES = 20  # what a step moves for a float32 parameter: 4 to inspect the gradients, 10 + 6 to update
 
@@ -205,14 +204,6 @@ class Stopwatch:
         self.inner, self.device = Compiled(), device
         self.spent: dict[str, float] = {}
 
-    def packing(self, *arguments: Any) -> Packing:
-        """The compiled step's, with the time of its copies."""
-        packing = self.inner.packing(*arguments)
-        if isinstance(packing, (AddressPacking, TablePacking)):
-            launch = packing.launch
-            packing.launch = lambda *arguments: self._add("copy", lambda: launch(*arguments))
-        return packing
-
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile."""
         self.inner.prepare(graph, kind)
@@ -220,6 +211,10 @@ class Stopwatch:
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""
         self._add(graph.name, lambda: self.inner.run(graph, kind, *arguments))
+
+    def copy(self, *arguments: Any) -> None:
+        """Copy what is packed."""
+        self._add("copy", lambda: self.inner.copy(*arguments))
 
     def _add(self, name: str, call: Callable[[], None]) -> None:
         self.spent[name] = self.spent.get(name, 0.0) + timed(call, self.device)

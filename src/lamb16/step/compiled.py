@@ -24,6 +24,7 @@ from . import native
 from .blocks import PACKED_ROW, Block, memory
 from .graph_code import Call, Code, compile_once
 from .kinds import Graph, Kind
+from .recording import Program
 from .row_plan import copy_arguments
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,15 @@ class Compiled:
             if k != 1 or not unpack:
                 native.library().copy_rows(*copy_arguments(table, block, k, unpack))
 
-    def launches(self, graph: Graph, kind: Kind) -> Code | None:
-        """The code of a graph whose launches are known."""
+    def record(
+        self, program: Program, part: str, graph: Graph, kind: Kind, arguments: tuple[Any, ...], guard: int
+    ) -> bool:
+        """Add the launches of a call to a program, if they are known; see :meth:`Program.add`."""
         code = _graph(graph, graph.kind(kind)).code
-        return code if isinstance(code, Code) and code.launches is not None else None
+        if not isinstance(code, Code) or code.launches is None:
+            return False
+        program.add(part, code.launches, code.inputs(arguments), guard)
+        return True
 
 
 def launch_copy(table: Tensor, block: Block, unpack: bool) -> None:

@@ -80,8 +80,8 @@ class Known:
             self._choose(plan)
         if not self.all:
             params, grads = list(compress(params, there)), list(compress(grads, there))
-        own = list(map(states.get, params))
-        if None in map(type, own) or not all(own) or not plan.store.same(own, plan.state_indices, self.row_index):
+        own: list[Any] = list(map(states.get, params))
+        if not all(own) or not plan.store.same(own, plan.state_indices, self.row_index):
             return False
         names = (*MOMENTS, REMAINDER) if plan.kind.exact else MOMENTS
         try:
@@ -161,11 +161,11 @@ def apart(plans: Sequence[Plan]) -> bool:
                 sizes.append(numel * dtype.itemsize)
     if not begins:
         return True
-    begin, size = torch.cat(begins), torch.cat(sizes)
-    there = (begin != 0) & (size != 0)
-    begin, order = begin[there].sort()
-    end = begin + size[there][order]
-    return bool((end[:-1] <= begin[1:]).all())
+    size = torch.cat(sizes)
+    begin, order = torch.where(size != 0, torch.cat(begins), 0).sort()
+    end = torch.where(begin != 0, begin + size[order], 0)
+    found: bool = (end[:-1] <= begin[1:]).all().tolist()
+    return found
 
 
 def guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
@@ -173,6 +173,6 @@ def guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
     from torch._C._dynamo.guards import TensorGuards
 
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-    found = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    found = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
     check: Callable[..., bool] = found.check
     return check

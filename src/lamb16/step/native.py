@@ -117,9 +117,10 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """The functions of :data:`SOURCE`; raises what Inductor does where C++ does not compile."""
-    from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as data_ptr
+    from torch._C._dynamo import guards
     from torch._inductor.codecache import CppCodeCache
 
+    data_ptr: int = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     free = CppCodeCache.load(SOURCE)
     look = ctypes.PyDLL(free._name).look
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -150,7 +151,7 @@ def look(tensors: list[Tensor], known: Tensor, index: Tensor | None, width: int,
     rows_known = known.view(-1, width)
     before = rows_known if index is None else rows_known[index]
     now = torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64).view(-1, width)
-    changed = int((now != before[: len(now)]).sum())
+    changed: int = (now != before[: len(now)]).sum().tolist()
     if note:
         rows_known[torch.arange(len(now)) if index is None else index] = now
     return changed

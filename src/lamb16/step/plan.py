@@ -18,7 +18,7 @@ from ..codes import REMAINDER
 from ..moments import MOMENTS
 from ..sharding.layout import layout, local, sharding_of
 from ..store import Store
-from ..wrapped import PLAIN
+from ..wrapped import PLAIN, fake_mode
 from . import factors
 from .blocks import Inputs, Outputs, Stages, Sums
 from .factors import FLOATS, INTEGERS
@@ -59,6 +59,9 @@ class Plan(ABC):
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.present: list[int] = []  # the tensors of this step
         self.state_indices: list[int] = []  # theirs
+        # Where each operand of each tensor begins; 0 for what is left out.
+        self.addresses = torch.zeros(len(kind.dtypes), count, dtype=torch.int64)
+        self.clips = False
         self.known = Known(len(params), len(kind.dtypes))
         device = kind.device
         self.hyper = HyperTable(_slices(members), count, device)
@@ -100,8 +103,9 @@ class Plan(ABC):
             kept = [list(map(local, x)) for x in kept]
         self.hold(params, [contiguous, list(map(Tensor.resolve_neg, map(Tensor.contiguous, grads))), *kept])
         self.copies = [(w, c) for w, c in zip(weights, contiguous, strict=True) if w is not c]
-        self.place()
-        self.known.note(self, weights)
+        if not fake_mode():
+            self.place()
+            self.known.note(self, weights)
 
     def hold(self, params: Sequence[Tensor], operands: list[list[Tensor]]) -> None:
         """Keep the tensors of this step: weights, gradients, moments and remainders, contiguous plain tensors."""
@@ -110,6 +114,7 @@ class Plan(ABC):
 
     def want(self, clips: bool) -> None:
         """From now on squares may be asked for too."""
+        self.clips = self.clips or clips
 
     def separate(self, weights: set[int]) -> None:
         """Copy gradients that are weights, which begin at these addresses: the step would change them as it reads."""
@@ -121,9 +126,13 @@ class Plan(ABC):
 
     def place(self) -> None:
         """Note where the tensors of this step are."""
+        index = torch.tensor(self.present)
+        for row, tensors in zip(self.addresses, self.operands, strict=True):
+            row[index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
 
     def place_from(self, places: Tensor) -> None:
         """They are here: int64 [operands, tensors], 0 for what is left out."""
+        self.addresses[:, : places.shape[1]] = places
 
     def look(self, params: list[Tensor], grads: list[Any], states: Mapping[Any, Any], weights: set[int]) -> bool:
         """Whether all of a step is where it is known to be; the step has then begun.
@@ -136,6 +145,7 @@ class Plan(ABC):
         """Step these tensors, whose states have these rows of the store."""
         if (present, state_indices) == (self.present, self.state_indices):
             return
+        self.addresses.zero_()
         everywhere = [0] * self.count
         for i, state_index in zip(present, state_indices, strict=True):
             everywhere[i] = state_index

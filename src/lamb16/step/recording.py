@@ -2,7 +2,7 @@
 
 The wrapper that Inductor generates around kernels takes tensors apart at every call: it reads sizes, checks them,
 allocates temporaries and hands each kernel its arguments. :func:`record` runs it once with marks in place of tensors;
-what the kernels are handed then are :class:`Launches`: each argument is one of the inputs, a temporary, or a number that
+what kernels are handed then are :class:`Launches`: each argument is one of the inputs, a temporary, or a number that
 follows from sizes. A :class:`Program` has launches with the addresses of real tensors filled in, or with the places at
 which these addresses stand when it is run. It keeps no tensor alive.
 """
@@ -31,7 +31,7 @@ class Mark(NamedTuple):
     """In place of a tensor: an input (by its position) or a temporary, from an offset in bytes on."""
 
     temporary: bool
-    index: int
+    number: int
     itemsize: int
     offset: int = 0
 
@@ -93,7 +93,11 @@ def record(call: Any, inputs: Sequence[Any]) -> Launches:
         own = Mark(False, k, x.element_size()) if isinstance(x, Tensor) else Number.make(x, operator.itemgetter(k))
         marks.append(own)
     replaced = dict(call.__func__.__globals__)
-    stubs = {"assert_size_stride": _nothing, "assert_size_stride_grouped": _nothing, "assert_alignment": _nothing}
+    stubs: dict[str, Any] = {
+        "assert_size_stride": _nothing,
+        "assert_size_stride_grouped": _nothing,
+        "assert_alignment": _nothing,
+    }
     stubs |= {"reinterpret_tensor": _reinterpreted, "get_raw_stream": lambda _: 0}
     for name, value in replaced.items():
         if name.startswith("empty_strided"):
@@ -176,7 +180,7 @@ class Program:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.parts: dict[str, Any] = {}
+        self.parts: dict[str, tuple[Tensor, int, int]] = {}
         self.words: dict[str, list[int]] = {}
         self.calls: dict[str, list[tuple[Any, list[int], list[tuple[int, int, int]]]]] = {}
         self.walk: Any = None
@@ -212,8 +216,8 @@ class Program:
         if not isinstance(x, Mark):
             return 0, _value(x, inputs)
         if x.temporary:
-            return self.arena.data_ptr(), offsets[x.index] + x.offset
-        found = inputs[x.index]
+            return self.arena.data_ptr(), offsets[x.number] + x.offset
+        found = inputs[x.number]
         return (found.at, x.offset) if isinstance(found, Place) else (0, found.data_ptr() + x.offset)
 
     def finish(self) -> None:
@@ -243,12 +247,12 @@ class Program:
             _, begin, end = self.parts[part]
             self.walk(begin, end)
         if part in self.calls:
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0)
             for kernel, arguments, _ in self.calls[part]:
                 launcher(kernel)(*arguments, stream=stream)
 
 
 def launcher(kernel: Any) -> Any:
     """What launches a kernel of Triton's: the only one there is, once it has been compiled and chosen."""
-    launchers = getattr(kernel, "launchers", ())
+    launchers: list[Any] = list(getattr(kernel, "launchers", ()))
     return launchers[0] if len(launchers) == 1 else kernel.run

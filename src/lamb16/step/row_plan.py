@@ -51,6 +51,7 @@ class RowPlan(Plan):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         kind, count = self.kind, self.count
+        self.native = kind.group == 1  # each large tensor has calls of its own
         self.rows = rows = Rows(kind, self.sizes)
         self.stages = rows.stages
         self.largest = self._zeros(rows.count, dtype=torch.int32)
@@ -71,15 +72,13 @@ class RowPlan(Plan):
         if self.shards.index_maps is not None:
             padded = [*indices, *[count - 1] * rows.padding]
             self.index_maps = [IndexMap(*(x[i] for x in self.shards.index_maps)) for i in padded]
-        # Where each operand of each tensor begins; 0 for what is left out. On the device for what copies there.
-        self.addresses = torch.zeros(len(kind.dtypes), count, dtype=torch.int64)
+        # The addresses on the device, for what copies there, as they were sent.
         self.table = self.addresses if kind.device.type == "cpu" else self.addresses.to(kind.device)
         self.sent = self.addresses.clone()
         self.captured: list[Tensor] = []
-        self.clips = False  # whether squares are wanted too
         self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
         self.program: Program | None = None
-        self.bound: Any = None  # the store's columns that the program has
+        self.bound: Any = None  # what it is made for: the store's columns, and whether squares are wanted
 
     def _batches(self) -> list[Batch]:
         """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
@@ -165,36 +164,22 @@ class RowPlan(Plan):
         if present != self.present:
             own = set(present)
             self.batch_present.copy_(torch.tensor([int(not own.isdisjoint(x.tensors)) for x in self.batches]))
-            self.addresses.zero_()
-            if self.kind.group > 1:
+            if not self.native:
                 self.bound = None
         super().choose(present, state_indices)
-
-    def want(self, clips: bool) -> None:
-        """As in :class:`Plan`."""
-        if clips and not self.clips:
-            self.clips, self.bound = True, None
-
-    def place(self) -> None:
-        """As in :class:`Plan`."""
-        index = torch.tensor(self.present)
-        for row, tensors in zip(self.addresses, self.operands, strict=True):
-            row[index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
-
-    def place_from(self, places: Tensor) -> None:
-        """As in :class:`Plan`."""
-        self.addresses[:, : places.shape[1]] = places
 
     def _send(self) -> None:
         """Bring what a GPU is handed up to date where addresses have changed."""
         if torch.equal(self.addresses, self.sent):
             return
-        self.sent = self.addresses.clone().pin_memory()
+        self.sent = self.addresses.clone()
+        if self.kind.device.type == "cuda":
+            self.sent = self.sent.pin_memory()
         if self.program is not None:
             self.program.fill()
-        if self.batches:
+        if self.batches and self.table is not self.addresses:
             self.table.copy_(self.sent, non_blocking=True)
-            if torch.cuda.is_current_stream_capturing():
+            if self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self.captured.append(self.sent)  # a graph reads it again at every replay
 
     def _blocks(self) -> list[tuple[int, Block]]:
@@ -213,7 +198,7 @@ class RowPlan(Plan):
 
     def inspect(self) -> None:
         """As in :class:`Plan`."""
-        if self.kind.device.type != "cpu":
+        if not self.native:
             self._send()
         self._run("inspect", self._inspect_once, squares=False)
 
@@ -250,8 +235,8 @@ class RowPlan(Plan):
 
     def _run(self, part: str, otherwise: Callable[..., None], **options: Any) -> None:
         """A part of the recorded step, or, where nothing is recorded, what does the same."""
-        if self.program is None or self.bound is not self.store.columns:
-            self.program, self.bound = self._recorded(), self.store.columns
+        if self.bound is None or self.bound[0] is not self.store.columns or self.bound[1] != self.clips:
+            self.program, self.bound = self._recorded(), (self.store.columns, self.clips)
         if self.program is None or not self._aligned():
             otherwise(**options)
         else:
@@ -259,70 +244,67 @@ class RowPlan(Plan):
 
     def _aligned(self) -> bool:
         """Whether code for CUDA finds tensors where it expects them; the wrapper copies those that are not."""
-        return self.kind.device.type == "cpu" or not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any()
+        return self.native or not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
 
     # -- recording -----------------------------------------------------------------------------------------------
 
     def _recorded(self) -> Program | None:
-        """All parts of the step as launches; None where some are not known."""
-        launches = getattr(self.executor, "launches", None)
-        if launches is None:
+        """All parts of the step as launches; None where some are not known.
+
+        On the CPU a launch looks by itself whether its tensor has a gradient; on CUDA, where one is for many tensors,
+        the program is made for those that have.
+        """
+        record = getattr(self.executor, "record", None)
+        if record is None:
             return None
-        program = Program(self.kind.device)
-        on_cpu = self.kind.device.type == "cpu"
-        first, width = self.addresses.data_ptr(), 8 * self.count
+        program, begin = Program(self.kind.device), self.addresses.data_ptr()
 
         def at(operand: int, i: int) -> int:
-            return first + width * operand + 8 * i
+            return begin + 8 * (operand * self.count + i)
 
         operands, present = range(len(self.kind.dtypes)), set(self.present)
         blocks = [
             (k, in_place([Place(at(operand, i), rows, ROW) for operand in operands]))  # type: ignore[misc]
             for k, (i, rows) in enumerate(self.rows.large)
-            if on_cpu or i in present
+            if self.native or i in present
         ]
-        guards = [at(1, self.rows.large[k][0]) if on_cpu else 0 for k, _ in blocks]
+        guards = [at(1, self.rows.large[k][0]) if self.native else 0 for k, _ in blocks]
+        batches = [(batch, 0) for batch in self._own_batches()]
+        if self.native:
+            batches = [(batch, self.batch_present[k].data_ptr()) for k, batch in enumerate(self.batches)]
+        done = True
 
-        def add(part: str, call: Call, guard: int = 0) -> bool:
-            graph, arguments = call
-            code = launches(graph, self.kind)
-            if code is None:
-                return False
-            program.add(part, code.launches, code.inputs(arguments), guard)
-            return True
+        def add(part: str, calls: Sequence[Call], guards: Sequence[int]) -> None:
+            nonlocal done
+            for (graph, arguments), guard in zip(calls, guards, strict=False):
+                done = done and record(program, part, graph, self.kind, arguments, guard)
 
-        def copy(part: str, batch: Batch, chosen: Sequence[int], unpack: bool, guard: int) -> bool:
-            if not on_cpu:
+        def copy(part: str, batch: Batch, chosen: Sequence[int], unpack: bool, guard: int) -> None:
+            if not self.native:
                 program.then(part, lambda: self.executor.copy(self.table, batch.block, chosen, unpack))
-                return True
+                return
             for k in chosen:
                 if k != 1 or not unpack:
-                    arguments = copy_arguments(self.table, batch.block, k, unpack)
-                    program.launch(part, copy_address(), [(0, x) for x in arguments], guard)
-            return True
+                    arguments = [(0, x) for x in copy_arguments(self.table, batch.block, k, unpack)]
+                    program.launch(part, native.address_of(native.library().copy_rows), arguments, guard)
 
-        own = [(b, self.batch_present[k].data_ptr() if on_cpu else 0) for k, b in enumerate(self.batches)]
-        if not on_cpu:
-            own = [(b, 0) for b in self._own_batches()]
-        done = True
         for squares in {False, self.clips}:
             part = "squares" if squares else "inspect"
-            for batch, guard in own:
+            for batch, guard in batches:
                 if not squares or len(self.batches) > 1:
-                    done = done and copy(part, batch, self._before_reading, False, guard)
-                done = done and add(part, self._packed_read(batch, squares), guard)
-            for k, call in enumerate(self._reads(blocks, squares)):
-                done = done and add(part, call, guards[k] if on_cpu else 0)
+                    copy(part, batch, self._before_reading, False, guard)
+                add(part, [self._packed_read(batch, squares)], [guard])
+            reads = list(self._reads(blocks, squares))
+            add(part, reads, guards if self.native else [0] * len(reads))
         for part, whole in (("step", False), ("step of whole tensors", True)):
-            done = done and add(part, (Graph("scale"), self.scale_arguments(whole)))
+            add(part, [(Graph("scale"), self.scale_arguments(whole))], [0])
             updates = list(self._updates(blocks))
-            for k in reversed(range(len(updates))):
-                done = done and add(part, updates[k], guards[k] if on_cpu else 0)
-            for batch, guard in own:
-                done = done and copy(part, batch, self._before_update, False, guard)
-                done = done and add(part, self._packed_update(batch), guard)
-                done = done and copy(part, batch, operands, True, guard)
-            done = done and add(part, (Graph("fold"), self.fold_arguments()))
+            add(part, updates[::-1], guards[::-1] if self.native else [0] * len(updates))
+            for batch, guard in batches:
+                copy(part, batch, self._before_update, False, guard)
+                add(part, [self._packed_update(batch)], [guard])
+                copy(part, batch, operands, True, guard)
+            add(part, [(Graph("fold"), self.fold_arguments())], [0])
         if not done:
             return None
         program.finish()
@@ -335,8 +317,3 @@ def copy_arguments(table: Tensor, block: Block, operand: int, unpack: bool) -> l
     tables = table[operand], block.tensor_index, block.start, block.length, buffer
     addresses = [x.data_ptr() for x in tables if x is not None]
     return [*addresses, *buffer.shape, buffer.element_size(), int(unpack)]
-
-
-def copy_address() -> int:
-    """Where ``copy_rows`` is."""
-    return native.address_of(native.library().copy_rows)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lamb16 import Lamb16
-from lamb16.step.blocks import PACKED_ROW, Block
+from lamb16.step.blocks import PACKED_ROW, Block, memory
 from lamb16.step.kinds import Graph, Kind
-from lamb16.step.packing import PackedRows, TablePacking
 
 from . import fake, gpus, sass
 from .kernels import Binary, Kernel, Launch, Program, Resources, Slots, assemble, program
@@ -96,7 +95,7 @@ class Code:
         if unpack not in self._copying:
             from lamb16.step.cuda_copying import copy_packed_rows
 
-            types = ["*i64"] * 5 + ["*fp32", "*fp32", "*u8", "*u8", "*u8", "*i32"]
+            types = ["*i64", "*fp32", "*fp32", "*u8", "*u8", "*u8", "*i64", "*i32", "*i32", "i32"]
             signature = dict(zip(copy_packed_rows.arg_names, [*types, *["constexpr"] * 3], strict=True))
             constants = {"EXACT": False, "UNPACK": unpack, "PACKED_ROW": PACKED_ROW}
             self._copying[unpack] = assemble(copy_packed_rows, signature, constants, self.capability)
@@ -121,10 +120,6 @@ class Recorder:
         self.copied: list[Eager] = []
         self.used: dict[str, Program] = {}
 
-    def packing(self, packed_rows: Sequence[PackedRows], block: Block, *_: Any) -> TablePacking:
-        """As on CUDA."""
-        return TablePacking(packed_rows, block, self.copy)
-
     def clear(self) -> None:
         """Forget what was launched."""
         self.launches, self.copied = [], []
@@ -141,10 +136,10 @@ class Recorder:
             self.launches += [(graph.name, launch) for launch in called(*arguments)]
             self.copied += [Eager(f"copy to align, {graph.name}", 1, 2 * x.nbytes) for x in called.copies]
 
-    def copy(self, *arguments: Any) -> None:
+    def copy(self, _: Tensor, block: Block, operands: Sequence[int], unpack: bool) -> None:
         """Note the launch of the copying kernel."""
-        *tensors, _, unpack = arguments
-        self.launches.append((COPIES, copying(tensors, unpack)))
+        if 1 in operands:
+            self.launches.append((COPIES, copying(block, unpack)))
 
 
 class CountedSteps:
@@ -167,9 +162,9 @@ class CountedSteps:
         return self.recorder.launches
 
 
-def copying(tensors: Sequence[Tensor], unpack: bool) -> Launch:
+def copying(block: Block, unpack: bool) -> Launch:
     """The launch of the copying kernel: it reads and writes as much as the packed buffer holds."""
-    copied = {k: x for k, x in zip("pgmv", tensors[5:9], strict=True) if k != "g" or not unpack}
+    copied = {k: x for k, x in zip("pgmv", memory(block), strict=True) if k != "g" or not unpack}
     moved = {f"{side}_ptr_{k}": x for side in ("in", "out") for k, x in copied.items()}
     return Launch("copy_packed_rows", moved | {"UNPACK": unpack})
 
