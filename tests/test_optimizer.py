@@ -37,7 +37,7 @@ from helpers import (
 from lamb16 import Lamb16, reference
 from lamb16.entries import ENTRIES, SCALARS
 from lamb16.reference import Hyper
-from lamb16.step import plan
+from lamb16.step import row_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASE = {"lr": 0.01, "weight_decay": 0.1}
@@ -954,15 +954,15 @@ def test_kinds_side_by_side_change_kind_and_keep_their_state(compile_mode: bool)
 
 
 @pytest.mark.parametrize("rows", [2, 64])
-def test_what_is_packed_in_batches_does_not_mix(compile_mode: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_packed_in_batches_does_not_mix(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small tensors of very different gradients, one of them not finite, give the bits of one optimizer each."""
-    monkeypatch.setattr(plan, "BATCH", rows)
+    monkeypatch.setattr(row_plan, "BATCH", rows)
     generator = torch.Generator().manual_seed(0)
     sizes = [1 + 613 * k % 1999 for k in range(60)]
     starts = [torch.randn(n, generator=generator) for n in sizes]
     together, alone = ([nn.Parameter(x.clone()) for x in starts] for _ in range(2))
     names = [str(k) for k in range(len(sizes))]
-    options = {"lr": 0.01, "max_grad_norm": math.inf, "compile": compile_mode}
+    options = {"lr": 0.01, "max_grad_norm": math.inf}
     one = Lamb16(list(zip(names, together, strict=True)), **options)
     each = [Lamb16([(name, p)], **options) for name, p in zip(names, alone, strict=True)]
     for step in range(3):

@@ -66,5 +66,5 @@ class Stepper:
         try:
             return run(self, request)
         finally:
-            for plan in (*self.plans.values(), *(stepped.plan for stepped in self.last)):
+            for plan in {*self.plans.values(), *(stepped.plan for stepped in self.last)}:
                 plan.drop_tensors()

@@ -8,6 +8,7 @@ others write to them by their version counters. Where one thing differs, the ste
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter, is_not, itemgetter
@@ -35,6 +36,7 @@ class Known:
         self.there: list[bool] = []  # which have gradients in this step
         self.rows = [0] * count  # of their states in the store; 0: never stepped
         self.places = torch.zeros(operands, count, dtype=torch.int64)
+        self.rows_of_places = list(self.places)
         self.shapes: list[Any] = [None] * count
         self.specs: list[Any] = [None] * count  # of DTensors
         self.plain = self.simple = True
@@ -69,7 +71,7 @@ class Known:
         self, plan: Plan, params: list[Tensor], grads: list[Any], states: Mapping[Any, Any], weights: set[int]
     ) -> bool:
         """See :meth:`Plan.look`."""
-        there = list(map(is_not, grads, [None] * len(grads)))
+        there = list(map(is_not, grads, itertools.repeat(None)))
         other = there != self.there
         if other:
             present = list(compress(range(len(there)), there))
@@ -93,10 +95,10 @@ class Known:
         index = None if self.all else self.index
         if not self._alike(plan, operands):
             return False
-        for k, tensors in enumerate(operands):
-            if k != 1 and native.look(tensors, self.places[k], index, 1, False):
+        for k in (0, 4) if plan.kind.exact else (0,):  # the store has looked at the moments
+            if native.look(operands[k], self.rows_of_places[k], index, 1, False):
                 return False
-        changed = native.look(operands[1], self.places[1], index, 1, True)
+        changed = native.look(operands[1], self.rows_of_places[1], index, 1, True)
         if changed and (changed < 0 or not self._good(operands[1], weights)):
             self.places[1] = -1
             return False
@@ -164,8 +166,8 @@ def apart(plans: Sequence[Plan]) -> bool:
     size = torch.cat(sizes)
     begin, order = torch.where(size != 0, torch.cat(begins), 0).sort()
     end = torch.where(begin != 0, begin + size[order], 0)
-    found: bool = (end[:-1] <= begin[1:]).all().tolist()
-    return found
+    found: Any = (end[:-1] <= begin[1:]).all().tolist()
+    return bool(found)
 
 
 def guards(tensors: list[Tensor]) -> Callable[..., bool] | None:

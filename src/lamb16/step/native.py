@@ -7,7 +7,6 @@ Inductor compiles it, and keeps it on disk, as it does with its own code.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -114,9 +113,14 @@ class Library(NamedTuple):
     types: tuple[int, int, int]  # what `look` has to know of Python
 
 
-@functools.cache
 def library() -> Library:
     """The functions of :data:`SOURCE`; raises what Inductor does where C++ does not compile."""
+    if not _loaded:
+        _loaded.append(_load())
+    return _loaded[0]
+
+
+def _load() -> Library:
     from torch._C._dynamo import guards
     from torch._inductor.codecache import CppCodeCache
 
@@ -132,7 +136,10 @@ def library() -> Library:
 
 def loaded() -> Library | None:
     """The functions, if a compiled step has loaded them before."""
-    return library() if library.cache_info().currsize else None
+    return _loaded[0] if _loaded else None
+
+
+_loaded: list[Library] = []
 
 
 def look(tensors: list[Tensor], known: Tensor, index: Tensor | None, width: int, note: bool) -> int:
@@ -151,10 +158,10 @@ def look(tensors: list[Tensor], known: Tensor, index: Tensor | None, width: int,
     rows_known = known.view(-1, width)
     before = rows_known if index is None else rows_known[index]
     now = torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64).view(-1, width)
-    changed: int = (now != before[: len(now)]).sum().tolist()
+    changed: Any = (now != before[: len(now)]).sum().tolist()
     if note:
         rows_known[torch.arange(len(now)) if index is None else index] = now
-    return changed
+    return int(changed)
 
 
 def address_of(function: Any) -> int:

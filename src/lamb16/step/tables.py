@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,18 +25,22 @@ class HyperTable:
 
     def check(self) -> None:
         """Raise ValueError for a hyperparameter that was changed to a wrong value since the last step."""
-        for (group, _, _), seen in zip(self.groups, self.seen, strict=True):
+        self.changed: list[tuple[int, Any]] = []
+        for k, (group, _, _) in enumerate(self.groups):
             try:
-                same = seen is not None and _values(group) == seen
+                values = _values(group)
+                same = values == self.seen[k]
             except (KeyError, TypeError, ValueError):
                 same = False
             if not same:
                 check_hyperparameters(group, running=True)
+            if not same or values[0] is None:
+                self.changed.append((k, _values(group)))
 
-    def fill(self) -> Tensor:
-        """The table [tensors, NUMBERS]; learning rates on a device are copied there, others only when they change."""
-        for k, (group, a, b) in enumerate(self.groups):
-            values = _values(group)
+    def fill(self) -> None:
+        """Bring the table up to date with what was checked; learning rates on a device are copied there."""
+        for k, values in self.changed:
+            group, a, b = self.groups[k]
             if values != self.seen[k]:
                 lr = 0.0 if values[0] is None else values[0]
                 row = list(numbers_of({**group, "lr": lr}).values())
@@ -43,14 +48,16 @@ class HyperTable:
                 self.seen[k] = values
             if values[0] is None:
                 self.table[a:b, NUMBERS.index("lr")] = group["lr"].to(torch.float64)
-        return self.table
+
+
+OTHERS = itemgetter(*NAMES[2:])
 
 
 def _values(group: dict[str, Any]) -> tuple[Any, ...]:
     """What to compare to see a change; None for a learning rate that it takes a device to read."""
     lr = group["lr"]
     number = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
-    return (number, *group["betas"], *(group[name] for name in NAMES[2:]))
+    return (number, *group["betas"], *OTHERS(group))
 
 
 class Shards:
