@@ -18,6 +18,7 @@ from ..wrapped import is_fake
 from .compiled import Compiled, Eager, Executor
 from .kinds import Kind
 from .plan import Plan, graphs_of
+from .waiting import WAIT
 
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
 
@@ -48,10 +49,11 @@ def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) ->
 
 def prepare(executor: Executor, members: dict[Kind, list[Member]], clips: bool) -> None:
     """Have an executor make ready all that plans of these members will run; RuntimeError where it cannot."""
-    for kind, pairs in members.items():
-        params = [p for p, _ in pairs]
-        for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
-            executor.prepare(graph, kind)
+    with WAIT:
+        for kind, pairs in members.items():
+            params = [p for p, _ in pairs]
+            for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
+                executor.prepare(graph, kind)
 
 
 def make_plan(
