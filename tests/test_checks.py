@@ -281,19 +281,19 @@ def test_a_broken_compiler_changes_nothing_and_names_the_way_out(monkeypatch: py
 NO_COMPILER = """
 import sys
 import torch
-import torch._dynamo
 from lamb16 import Lamb16
 
 p = torch.nn.Parameter(torch.ones(5))
 p.grad = torch.ones(5)
 optimizer = Lamb16([p], weight_decay=0.1)
+compile, torch.compile = torch.compile, lambda *args, **more: sys.exit("it traces before it looks for a compiler")
 try:
     optimizer.step()
 except RuntimeError as error:
     print(error)
 else:
     raise SystemExit("compiled without a compiler")
-assert not torch._dynamo.utils.counters["stats"]["unique_graphs"], "traced before it was said"
+torch.compile = compile
 assert torch.equal(p.detach(), torch.ones(5)) and not optimizer.state_dict()["state"], optimizer.state
 Lamb16([p], weight_decay=0.1, compile=False).step()
 assert not torch.equal(p.detach(), torch.ones(5))
