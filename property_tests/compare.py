@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lamb16 import Lamb16, reference
 from lamb16.entries import SCALARS
 from lamb16.reference import Hyper, State
 from lamb16.remainder import REMAINDER
+from lamb16.step.fp8 import wrapped
 from strategies import Case
 
 DEVICE = torch.device(os.environ.get("LAMB16_TEST_DEVICE", "cpu"))  # of Lamb16; the reference runs on the CPU
@@ -44,11 +46,19 @@ def make(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     return params, Lamb16(params, **case.words, **case.hyper, compile=compile, seed=case.seed)
 
 
+def set_counts(state: dict[str, Tensor], case: Case) -> None:
+    """Make step and salt of a state those of the case."""
+    for name, value in case.counts.items():
+        state[name].fill_(wrapped(value))
+
+
 def run(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     """The run of a case through Lamb16 alone."""
     params, optimizer = make(case, compile)
     for step in range(len(case.kinds)):
         step_with(optimizer, case.gradients(step, case.weights()))
+        for state in optimizer.state.values() if step == 0 else ():
+            set_counts(state, case)
     return params, optimizer
 
 
@@ -84,5 +94,8 @@ def run_beside_reference(case: Case, compile: bool, rule: StepFunction = referen
             weights[i], states[i], stats = rule(weights[i], grad, state, hyper)
             skipped += stats.skipped
             assert_same_state(f"step {step}, tensor {i} {tuple(p.shape)}", p, mine, weights[i], states[i])
+            if step == 0:
+                set_counts(mine, case)
+                states[i] = replace(states[i], **case.counts)
     assert optimizer.skipped == skipped
     return skipped

@@ -119,6 +119,7 @@ class Case:
     exponent: int = 0
     weight_exponent: int = 0
     seed: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # what step and salt are set to after the first step
 
     @property
     def words(self) -> dict[str, str]:
@@ -149,6 +150,11 @@ KINDS = [
 ]  # fmt: skip
 
 
+LAST_STEP = 2**31 - 1
+# Near the end of the count of steps, and of a salt as an int32 and as a number of 32 bits.
+ENDS = [{"step": LAST_STEP - left, "salt": salt} for left in (2, 1, 0) for salt in (2**31 - 1, 2**32 - 1)]
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -177,6 +183,7 @@ def cases(
         exponent=draw(st.integers(-12, 4)),
         weight_exponent=draw(st.integers(-4, 1)),
         seed=draw(st.integers(0, 2**20)),
+        counts=draw(st.sampled_from([{}] * len(ENDS) + ENDS)),
     )
     assert missing([*case.hyper, *case.words]) == set()
     return case

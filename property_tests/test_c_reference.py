@@ -20,7 +20,7 @@ from lamb16 import capi, reference
 from lamb16.hyper import ROUNDINGS, Hyper
 from lamb16.lab.sweep_weights import boundaries
 from lamb16.reference import State, Stats
-from strategies import Case, cases
+from strategies import LAST_STEP, Case, cases
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, capi.COMPILERS)), reason="no C compiler is installed")
 
@@ -84,13 +84,15 @@ def run_c_beside_reference(
 ) -> None:
     """All tensors of a step in one call of C, against the reference one by one; step k has the k-th factor, in turn.
 
-    Tensor i has the i-th dtype of gradients, in turn. Before every second step something else sets a weight.
+    Tensor i has the i-th dtype of gradients, in turn. Before every second step something else sets a weight. Step and
+    salt are the case's, if it has any, from the first step on.
     """
     hyper = Hyper(**case.hyper, **case.words)
     weights, rounding = case.weights(), case.param_rounding
     states = [reference.init(w, case.seed * 977 + i, param_rounding=rounding) for i, w in enumerate(weights)]
     for w, state in zip(weights, states, strict=True):
         assert_same("before", (w, library.init(w, state.salt, rounding), NO_STATS), (w, state, NO_STATS))
+    states = [replace(state, **case.counts) for state in states]
     for step in range(len(case.kinds)):
         grads, factor = case.gradients(step, [w.float() for w in weights]), factors[step % len(factors)]
         tensors = {
@@ -383,7 +385,19 @@ CHANGES = {
     "fused": ("f->beta2 * old_v + f->new2 * (g * g)", "fmaf(f->beta2, old_v, f->new2 * (g * g))"),
     "never zero": ("code_v == 0 && e.v > 0.0f", "code_v == 0 && e.v > 1e30f"),
     "skipped": ("!(isfinite(largest) && isfinite(bound_m) && bound_v < OVERFLOW_V)", "bound_v >= OVERFLOW_V"),
-    "salt where nothing is counted": ("x->salt += 1;", "x->salt += 0;"),
+    "salt where nothing is counted": (
+        "x->salt += 1; /* but the weights",
+        "x->salt += 0; /* but the weights",
+    ),
+    "count that wraps": (
+        "x->step = step_number(x);",
+        "x->step = x->step < INT32_MAX ? x->step + 1 : INT32_MIN;",
+    ),
+    "salt at the end of the count": ("            x->salt += 1;\n", "            x->salt += 0;\n"),
+    "words at the end of the count": (
+        "lamb16_word(i, x->salt, t);",
+        "lamb16_word(i, x->salt, t) + (x->step == INT32_MAX) * GOLDEN;",
+    ),
     "salt without decay": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->lr != 0.0) {"),
     "salt without a rate": ("h->lr != 0.0 && h->weight_decay != 0.0) {", "h->weight_decay != 0.0) {"),
     "counted": ("if (bound_m > 0.0f || bound_v > 0.0f)", "if (1)"),
@@ -451,6 +465,7 @@ WITNESSES: list[tuple[Case, Sequence[float]]] = [
     ),
     # Gradients of zero only: without decay, and with a rate of 0, the salt stays.
     *((Case([(7,)], CONTROL.hyper | {name: 0.0}, kinds=[["zero"]]), (1.0,)) for name in ("weight_decay", "lr")),
+    (replace(CONTROL, counts={"step": LAST_STEP - 1, "salt": 2**32 - 1}), (1.0,)),
     # Weights that become infinite, and then NaN.
     (Case([(64,)], CONTROL.hyper | {"weight_decay": 1e300}, kinds=[["normal"]] * 3), (1.0,)),
 ]

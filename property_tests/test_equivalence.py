@@ -16,7 +16,8 @@ from helpers import step_with
 from lamb16 import reference
 from lamb16.entries import MOMENTS, SCALARS
 from lamb16.reference import Hyper, State
-from strategies import Case, cases
+from lamb16.step.fp8 import wrapped
+from strategies import LAST_STEP, Case, cases
 
 CONTROL = Case(
     shapes=[(2049,), (70, 3)],
@@ -162,6 +163,36 @@ WRONG = [
     _norms_of_this_step, _first_norm_stays, _scale_from_the_maximum, _bound_from_the_scale,
     patched("clamped_sum", _truncated), _share_of_this_step, _no_caution,
 ]  # fmt: skip
+
+
+def _count_wraps(p, grad, state, h):
+    p, new, stats = reference.step(p, grad, state, h)
+    return p, replace(new, step=wrapped(state.step + 1)), stats
+
+
+def _words_repeat_at_the_end(p, grad, state, h):
+    p, new, stats = reference.step(p, grad, state, h)
+    return p, replace(new, salt=state.salt), stats
+
+
+def _words_go_on_at_the_end(p, grad, state, h):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "LAST_STEP", 2**31)
+        p, new, stats = reference.step(p, grad, state, h)
+    ends = new.step >= LAST_STEP
+    return p, replace(new, step=min(new.step, LAST_STEP), salt=(state.salt + ends) % 2**32), stats
+
+
+@pytest.mark.parametrize("wrong", [_count_wraps, _words_repeat_at_the_end, _words_go_on_at_the_end])
+def test_a_wrong_end_of_the_count_fails(compile: bool, wrong) -> None:
+    """The count of steps stays at its end, and what comes of it is finite; the salt goes on."""
+    case = replace(CONTROL, counts={"step": LAST_STEP - 1, "salt": 2**32 - 1})
+    run_beside_reference(case, compile)
+    params, optimizer = run(case, compile)
+    assert all(torch.isfinite(p).all() for p in params)
+    assert [[int(s["step"]), int(s["salt"])] for s in optimizer.state.values()] == [[LAST_STEP, 2]] * 2
+    with pytest.raises(AssertionError, match="differ"):
+        run_beside_reference(case, compile, rule=wrong)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

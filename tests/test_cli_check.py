@@ -134,6 +134,23 @@ def test_a_changed_gradient_is_found(exported: Path, tmp_path: Path) -> None:
         run_edited(exported, tmp_path, "        step_reference(&p", "((float *)p.tensors[0].grad)[0] = 1;")
 
 
+def test_the_count_of_steps_ends_as_in_the_reference(exported: Path, tmp_path: Path) -> None:
+    """All counts are set to one below their end, where they stay, and the salts to where they begin anew."""
+    edit = """
+        for (size_t i = 0; i < p.count; i++) {
+            int32_t *counters = p.counters + COUNTERS * i;
+            if (step == 1) {
+                counters[0] = p.tensors[i].reference.step = INT32_MAX - 1;
+                counters[1] = -1;
+                p.tensors[i].reference.salt = UINT32_MAX;
+            }
+            if (step == 7 && p.tensors[i].reference.numel > 0 && (counters[0] != INT32_MAX || counters[1] < 0))
+                quit("the count is not at its end");
+        }"""
+    found = run_edited(exported, tmp_path, "        fill_gradients(&p, step);", edit, steps=8)
+    assert (found.codes, found.scalars, found.weights) == (0, 0, 0)
+
+
 def run_edited(exported: Path, tmp_path: Path, before: str, edit: str, steps: int = 1) -> check.Row:
     """Steps of a harness that has something more in its loop."""
     text = (capi.include() / "harness.c").read_text()

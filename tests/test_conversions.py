@@ -188,6 +188,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no step": (lambda s: s.pop("step"), "step of parameter 1 is None"),
     "a negative step": (lambda s: s.update(step=-1), "step of parameter 1 is -1"),
+    "a step beyond int32": (lambda s: s.update(step=2**31 + 1), "step of parameter 1 is 2147483649"),
     "too few blocks": (
         lambda s: s.update(
             state1=torch.zeros(4097, dtype=torch.uint8),
@@ -310,3 +311,14 @@ def test_sharded_states_get_the_codes_of_one_process(ranks: Ranks) -> None:
         for found, fault in ranks.run(world, convert_sharded, placement):
             assert_same(found, expected)
             assert "Lamb16.load_state_dict" in fault
+
+
+def test_the_end_of_the_count_comes_back_from_float32() -> None:
+    mine = Lamb16(parameters(SHAPES), **BASE)
+    take_steps(mine, [0])
+    for state in mine.state.values():
+        state["step"].fill_(2**31 - 1)
+    back = Lamb16(parameters(SHAPES), **BASE)
+    back.load_state_dict(mine.float32_state_dict())
+    take_steps(back, [1])
+    assert {int(state["step"]) for state in back.state.values()} == {2**31 - 1}

@@ -1,7 +1,6 @@
 """Lamb16 inside of what others trace, count, fake and fork: compiled training steps, dispatch modes, processes."""
 
 import functools
-import logging
 import multiprocessing.connection
 import pickle
 from collections.abc import Callable
@@ -89,7 +88,6 @@ class Passing(TorchDispatchMode):
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """As in a new process, without the compiler's time; the graphs that are compiled, with the modes around it."""
     monkeypatch.setattr(compiled, "_graph", functools.cache(compiled._Lazy))
-    monkeypatch.setattr(compiled, "_announce", functools.cache(compiled._announce.__wrapped__))
     found: list[object] = []
 
     def compile_once(graph: Graph, kind: Kind) -> Call:
@@ -123,18 +121,6 @@ def test_a_graph_really_compiles_under_a_mode() -> None:
     with Passing():
         lazy.prepare()
     assert lazy.code is not None
-
-
-def test_the_wait_for_the_compiler_is_one_line_of_log_per_kind(
-    nothing_compiled: list[object], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "lamb16")
-    for dtype in (torch.float32, torch.bfloat16, torch.float32):
-        take_steps(Lamb16(parameters(dtype=dtype), **BASE), range(2))
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("lamb16")]
-    assert len(lines) == 2
-    for line, dtype in zip(lines, ("float32", "bfloat16"), strict=True):
-        assert line.startswith(f"lamb16 compiles its step for {parameters()[0].device} (weights torch.{dtype}")
 
 
 # -- tensors without memory ----------------------------------------------------------------------------------------

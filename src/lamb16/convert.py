@@ -23,7 +23,7 @@ from .hyper import check_hyperparameters
 from .moments import BYTES, MOMENTS, are_codes
 from .sharding.layout import is_sharded, like, local
 from .step import fp8
-from .step.factors import new_scale
+from .step.factors import LAST_STEP, new_scale
 from .step.fp8 import E4M3, E5M2, Format
 
 ADAM, BITSANDBYTES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
@@ -89,7 +89,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
         largest.append(torch.tensor(max(-low, high), dtype=torch.float32, device=local(whole).device))
     step: Any = state.get("step", group.get("step"))
     check_step(step, name)
-    return Foreign(state, keys, int(step), largest)
+    return Foreign(state, keys, min(int(step), LAST_STEP), largest)  # which float32 rounds up to 2^31
 
 
 def moment(state: dict[str, Any], key: str) -> Tensor:

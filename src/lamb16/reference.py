@@ -25,6 +25,7 @@ E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 MIN_SCALE_M, MIN_SCALE_V = 2.0**-117, 2.0**-110  # smallest scales: every decoded moment is a normal float32
 WEIGHT_FLOOR = 0.01  # a weight counts in its tensor's norm with a square of at least this: biases start at 0
 SUM_UNITS = 2**20  # of the norms' sums: squares of at most 1 are rounded to multiples of 2^-20
+LAST_STEP = 2**31 - 1  # at which the count of steps stays
 OVERFLOW_V = 2.0**127  # a second moment from here on cannot be rounded up safely: the step is skipped
 
 
@@ -100,7 +101,7 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
     bound_v = f32(f32(f32(beta2) * max_v) + f32(f32(1 - beta2) * f32(largest_g * largest_g)))
     if not (math.isfinite(largest_g) and math.isfinite(bound_m) and bound_v < OVERFLOW_V):  # a NaN compares as false
         return p.clone(), state, Stats(math.nan, math.nan, math.nan, skipped=True)
-    t = state.step + 1
+    t = min(state.step + 1, LAST_STEP)
 
     # The moments, in float32. Scales are powers of two, so multiplying by one is exact.
     old_m = decode(state.exp_avg_codes, torch.float8_e4m3fn) * state.exp_avg_scale if fp8 else state.exp_avg_codes
@@ -157,6 +158,8 @@ def step(p: Tensor, grad: Tensor, state: State, h: Hyper, grad_factor: float = 1
         if h.lr != 0 and h.weight_decay != 0:  # but the weights are rounded, the next time by other words
             state = replace(state, salt=(state.salt + 1) & 0xFFFFFFFF)
         return new_p, state, stats
+    if t == LAST_STEP:  # which stays, so that the words of the next step would be those of this one
+        state = replace(state, salt=(state.salt + 1) & 0xFFFFFFFF)
     return (
         new_p,
         replace(

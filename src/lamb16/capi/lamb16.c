@@ -395,7 +395,7 @@ const char *lamb16_status_string(lamb16_status status)
     case LAMB16_BAD_WEIGHT_SUM: return "weight_sum is negative: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_UPDATE_SUM: return "update_sum is negative: it is damaged, or lamb16_init was not called";
     case LAMB16_BAD_MASK_COUNT: return "mask_count is not in [0, numel]: it is damaged, or lamb16_init was not called";
-    case LAMB16_BAD_STEP: return "step is invalid; it must be in [0, 2^31 - 2]";
+    case LAMB16_BAD_STEP: return "step is invalid; it must be in [0, 2^31 - 1]";
     case LAMB16_BAD_PARAM_ROUNDING:
         return "param_rounding is invalid; it must be LAMB16_ROUNDING_STOCHASTIC, LAMB16_ROUNDING_NEAREST or "
                "LAMB16_ROUNDING_EXACT";
@@ -593,7 +593,7 @@ static lamb16_status check_scalars(const lamb16_tensor *x)
         return LAMB16_BAD_MASK_COUNT;
     if (x->param_checksum < 0 || x->param_checksum > UINT32_MAX)
         return LAMB16_BAD_PARAM_CHECKSUM;
-    if (x->step < 0 || x->step == INT32_MAX)
+    if (x->step < 0)
         return LAMB16_BAD_STEP;
     return LAMB16_OK;
 }
@@ -778,6 +778,9 @@ lamb16_status lamb16_init(lamb16_tensor *tensor)
     return LAMB16_OK;
 }
 
+/* The number of this step, 1 for the first; the last number stays. */
+static int32_t step_number(const lamb16_tensor *x) { return x->step < INT32_MAX ? x->step + 1 : INT32_MAX; }
+
 /* The scalars of a step, each computed in double and rounded once. */
 typedef struct {
     float gradient;     /* what the gradient is multiplied with: negative where the step ascends */
@@ -829,7 +832,7 @@ static double trust_ratio(const lamb16_tensor *x, const lamb16_hyper *h)
 
 static factors make_factors(const lamb16_tensor *x, const lamb16_hyper *h, double grad_factor)
 {
-    double t = x->step + 1.0;
+    double t = step_number(x);
     double c1 = h->bias_correction ? 1.0 - pow(h->beta1, t) : 1.0;
     double c2 = h->bias_correction ? 1.0 - pow(h->beta2, t) : 1.0;
     double c3 = h->bias_correction ? 1.0 - pow(h->beta1, t + 1.0) : 1.0; /* of the next step */
@@ -891,10 +894,11 @@ typedef struct {
 static totals apply(lamb16_tensor *x, const lamb16_hyper *h, const factors *f, float scale_m, float scale_v)
 {
     totals found = {0.0f, 0.0f, 0, 0, 0};
+    int32_t t = step_number(x);
     for (size_t i = 0; i < x->numel; i++) {
         float weight = load_weight(x, i, h);
         element e = evaluate(x, i, weight, f);
-        uint32_t word = lamb16_word(i, x->salt, x->step + 1);
+        uint32_t word = lamb16_word(i, x->salt, t);
         uint8_t code_m = encode(e.m / scale_m, word, &E4M3);
         uint8_t code_v = encode(e.v / scale_v, word, &E5M2);
         if (code_v == 0 && e.v > 0.0f)
@@ -949,7 +953,9 @@ static lamb16_stats step_tensor(lamb16_tensor *x, const lamb16_hyper *h, double 
         x->update_sum = found.update_sum;
         if (h->caution)
             x->mask_count = found.mask_count;
-        x->step += 1;
+        x->step = step_number(x);
+        if (x->step == INT32_MAX) /* which stays: the words of the next step would be those of this one */
+            x->salt += 1;
     } else if (h->lr != 0.0 && h->weight_decay != 0.0) { /* all moments are 0 and stay so: no step to count */
         x->salt += 1; /* but the weights are rounded, the next time by other words */
     }

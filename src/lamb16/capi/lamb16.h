@@ -78,7 +78,7 @@ typedef struct {
     int64_t update_sum;    /* sum over the last step's update of clamp(u^2, eps, 1); numel * 2^20 before the first */
     int64_t mask_count;    /* elements of that update with the gradient's sign, 0 .. numel; counted with caution only */
     int64_t param_checksum; /* of the weights that param_remainder belongs to, see below; 0 .. 2^32 - 1 */
-    int32_t step;          /* steps that counted so far, 0 .. 2^31 - 2 */
+    int32_t step;          /* steps that counted so far; it stays at 2^31 - 1 */
     uint32_t salt;         /* enters the rounding words; any number, best another for every tensor */
 } lamb16_tensor;
 
@@ -125,7 +125,7 @@ typedef enum {
     LAMB16_BAD_WEIGHT_SUM = 24,      /* negative */
     LAMB16_BAD_UPDATE_SUM = 25,      /* negative */
     LAMB16_BAD_MASK_COUNT = 26,      /* negative or above numel */
-    LAMB16_BAD_STEP = 27,            /* negative, or 2^31 - 1, after which no step can be counted */
+    LAMB16_BAD_STEP = 27,            /* negative */
     LAMB16_BAD_PARAM_ROUNDING = 28,  /* no lamb16_rounding */
     LAMB16_BAD_PARAM_DTYPE = 29,     /* no lamb16_dtype; for lamb16_round_weights LAMB16_FLOAT32 too */
     LAMB16_BAD_GRAD_DTYPE = 30,      /* no lamb16_dtype */
@@ -248,7 +248,8 @@ lamb16_status lamb16_check(const lamb16_tensor *tensor, const lamb16_hyper *hype
  * moment could reach 2^127, judged by the largest magnitudes in gradient and state, is left exactly as it is, its step
  * count too; that is no error: the status is LAMB16_OK and stats->skipped is 1. A step that leaves all moments 0 is not
  * counted, and its sums are not kept; where decay alone changes the weights it adds 1 to the salt, so that they are not
- * rounded by the same words again. Weights are not checked: one that is NaN stays NaN and counts as 1 in the sums.
+ * rounded by the same words again, and so does a step that leaves the count at its end. Weights are not checked: one
+ * that is NaN stays NaN and counts as 1 in the sums.
  *
  * With LAMB16_ROUNDING_EXACT and bfloat16 the weights are read as param_remainder says, and written so with a new
  * param_checksum. Before anything else, and even where the tensor is then skipped, remainders that are not those of the

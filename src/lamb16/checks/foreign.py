@@ -45,7 +45,7 @@ def check_extremes(low: float, high: float, where: str, second: bool) -> None:
 
 def check_step(step: Any, name: str) -> None:
     """Raise ValueError for what is no number of steps."""
-    if step is None or (isinstance(step, Tensor) and step.numel() != 1) or not 0 <= float(step) < 2**31:
+    if step is None or (isinstance(step, Tensor) and step.numel() != 1) or not 0 <= float(step) <= 2**31:
         raise ValueError(
             f"Lamb16.load_state_dict: step of parameter {name} is {step!r}, expected a number of steps in its state or "
             "its group"

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import threading
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,8 +26,7 @@ from .graph_code import Call, Code, compile_once
 from .kinds import Graph, Kind
 from .recording import Program
 from .row_plan import copy_arguments
-
-log = logging.getLogger(__name__)
+from .waiting import WAIT
 
 
 class Executor(Protocol):
@@ -53,9 +52,10 @@ class Compiled:
     def prepare(self, graph: Graph, kind: Kind) -> None:
         """Compile the graph, unless that has been done; raises RuntimeError where no compiler works."""
         lazy = _graph(graph, graph.kind(kind))
-        if lazy.code is None:
-            _announce(kind)
-        lazy.prepare()
+        with WAIT:
+            if lazy.code is None:
+                WAIT.begin(kind)
+            lazy.prepare()
 
     def run(self, graph: Graph, kind: Kind, *arguments: Any) -> None:
         """Call the compiled code."""
@@ -99,18 +99,6 @@ def _graph(graph: Graph, kind: Kind) -> _Lazy:
     return _Lazy(graph, kind)
 
 
-@functools.cache
-def _announce(kind: Kind) -> None:
-    """One line per process and kind, since nothing else is heard of a first step for up to a minute."""
-    log.info(
-        "lamb16 compiles its step for %s (weights %s, gradients %s): seconds where it is cached on disk, else up to a "
-        "minute, once per process", kind.device, kind.param_dtype, kind.grad_dtype,
-    )  # fmt: skip
-
-
-COMPILING = threading.RLock()  # one at a time: torch's classes are patched meanwhile
-
-
 class _Lazy:
     """One graph, compiled when it is first :meth:`prepared <prepare>` or called."""
 
@@ -119,23 +107,27 @@ class _Lazy:
         self.code: Call | None = None
 
     def prepare(self) -> None:
-        with COMPILING:
+        with WAIT:  # one at a time: torch's classes are patched meanwhile
             if self.code is None:
                 self._compile()
 
     def _compile(self) -> None:
         try:
+            if self.kind.device.type == "cpu" and _inductor_compiles():
+                from torch._inductor.cpp_builder import get_cpp_compiler
+
+                get_cpp_compiler()  # which Inductor would miss only after it has made the code
             with _disable_current_modes():  # Dynamo compiles nothing under a dispatch mode, as FlopCounterMode is one
                 if self.kind.device.type == "cpu":
                     native.library()
                 self.code = compile_once(self.graph, self.kind)
         except Exception as error:
+            cause = getattr(error, "inner_exception", error)  # of Dynamo's and Inductor's own errors
             raise RuntimeError(
                 f"lamb16 could not compile its {self.graph.function} step for {self.kind.device.type} with "
-                f"torch.compile ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}). "
-                "Install a working compiler (a C++ compiler for the CPU, Triton for CUDA), or pass compile=False to "
-                "run the same step eagerly. Nothing was changed."
+                f"torch.compile ({type(cause).__name__}: "
+                f"{str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause)}). "
+                f"{_needed(self.kind.device)}, or pass compile=False to run the same step eagerly. Nothing was changed."
             ) from error
 
     def __call__(self, arguments: tuple[Any, ...]) -> None:
@@ -143,3 +135,28 @@ class _Lazy:
             self.prepare()
         assert self.code is not None
         self.code(arguments)
+
+
+def _inductor_compiles() -> bool:
+    """Whether ``torch.compile`` does its usual work: torch can be told to run everything eagerly."""
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import _stance
+
+    return not config.disable and _stance.stance == "default" and _stance.backend is None
+
+
+def _needed(device: torch.device) -> str:
+    """Which compilers torch.compile looks for, and how they are installed."""
+    if device.type == "cuda":
+        return (
+            f"It takes Triton (pip install triton) and a C compiler, which is {os.environ.get('CC', 'gcc or clang')} "
+            "(CC names another one): install what is missing (Debian, Ubuntu: apt install gcc)"
+        )
+    from torch._inductor import config
+
+    cxx = config.cpp.cxx if sys.platform != "win32" else os.environ.get("CXX", "cl")
+    name = " or ".join(filter(None, [cxx] if isinstance(cxx, str) else cxx))
+    return (
+        f"It takes a C++ compiler that works, and looks for {name} (CXX names another one): install it (Debian, "
+        "Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+    )

@@ -17,6 +17,7 @@ from .floats import INF_BITS, OVERFLOW_BITS, UNIT, bits, sqrt64
 from .fp8 import E4M3, E5M2
 
 GOLDEN = 0x9E3779B9 - (1 << 32)
+LAST_STEP = (1 << 31) - 1
 
 
 # -- two-stage reduction: rows to tensors ---------------------------------------------------------------------------
@@ -136,7 +137,8 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     fresh_m, encode_m = new_scale(bound_m, E4M3, float8)
     fresh_v, encode_v = new_scale(bound_v, E5M2, float8)
 
-    t = step.double() + 1
+    count = torch.clamp(step, max=LAST_STEP - 1) + 1
+    t = count.double()
     corrected, nesterov = h["bias_correction"] != 0, h["nesterov"] != 0
     c1, c2, c3 = (torch.where(corrected, 1 - x, 1.0) for x in (beta1**t, beta2**t, beta1 ** (t + 1)))
     a = torch.where(nesterov, beta1 / c3, 1 / c1)
@@ -167,7 +169,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
         encode_m=encode_m,
         encode_v=encode_v,
         step_size=(lr * ratio).float(),
-        offset=((step + 1) * GOLDEN) ^ fp8.SIGN_BIT,
+        offset=(count * GOLDEN) ^ fp8.SIGN_BIT,
         salt=state.salt[state_index],
         base=inputs.base,
         keep=torch.full_like(step, -1),
@@ -189,10 +191,12 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     outputs.skipped.add_((skip & (state_index != 0)).sum())
     state.scale_m[state_index] = torch.where(skip, old_m, fresh_m)
     state.scale_v[state_index] = torch.where(skip, old_v, fresh_v)
-    state.step[state_index] = step + counted.int()
-    # Where decay alone moves the weights, which is no step to count, they are to be rounded by other words each time.
+    state.step[state_index] = torch.where(counted, count, step)
+    # Where decay alone moves the weights, which is no step to count, or the count stays at its end, they are to be
+    # rounded by other words each time.
     decays = (lr != 0) & (h["weight_decay"] != 0) & torch.logical_not(skip | counted)
-    state.salt[state_index] = state.salt[state_index] + decays.int()
+    stays = counted & (count == LAST_STEP)
+    state.salt[state_index] = state.salt[state_index] + (decays | stays).int()
 
 
 def fold(rows: Sums, stages: Stages, counted: Tensor, first_rank: Tensor, state: State, float8: bool) -> None:

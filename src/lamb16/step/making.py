@@ -18,6 +18,7 @@ from .eager import Eager, WholePlan
 from .kinds import Kind
 from .plan import Member, Plan
 from .row_plan import RowPlan, graphs_of
+from .waiting import WAIT
 
 LARGEST = 1 << 31  # elements
 
@@ -75,10 +76,11 @@ def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) ->
 
 def prepare(executor: Any, members: dict[Kind, list[Member]], clips: bool) -> None:
     """Have an executor make ready all that plans of these members will run; RuntimeError where it cannot."""
-    for kind, pairs in members.items():
-        params = [p for p, _ in pairs]
-        for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
-            executor.prepare(graph, kind)
+    with WAIT:
+        for kind, pairs in members.items():
+            params = [p for p, _ in pairs]
+            for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
+                executor.prepare(graph, kind)
 
 
 def plan_class(executor: Any) -> Callable[..., Plan]:

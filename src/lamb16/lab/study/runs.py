@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import signal
@@ -246,6 +247,7 @@ def _failed(future: Future[Result]) -> bool:
 
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
+    logging.getLogger("lamb16").setLevel(logging.WARNING)  # the study's own lines say how far it is
 
 
 def summary(result: Result) -> str:
