@@ -38,7 +38,7 @@ template <size_t... N> constexpr std::array<Caller, sizeof...(N)> callers(std::i
 }
 static constexpr auto CALLERS = callers(std::make_index_sequence<MOST + 1>());
 
-extern "C" void walk(const int64_t* program, const int64_t* end) {
+static void walk_one(const int64_t* program, const int64_t* end) {
     int64_t arguments[MOST];
     while (program < end) {
         const int64_t *found = program, count = program[2];
@@ -49,6 +49,13 @@ extern "C" void walk(const int64_t* program, const int64_t* end) {
             arguments[k] = found[4 + 2 * k] + (first ? *reinterpret_cast<const int64_t*>(first) : 0);
         }
         CALLERS[count](found[1], arguments);
+    }
+}
+
+// `parts` has where each of them begins and ends.
+extern "C" void walk(const int64_t* parts, const int64_t count) {
+    for (int64_t k = 0; k < count; k++) {
+        walk_one(reinterpret_cast<const int64_t*>(parts[2 * k]), reinterpret_cast<const int64_t*>(parts[2 * k + 1]));
     }
 }
 
@@ -129,7 +136,7 @@ def _load() -> Library:
     look = ctypes.PyDLL(free._name).look
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     look.restype, look.argtypes = number, [ctypes.py_object, *[pointer] * 5, number, number]
-    for function, pointers, numbers in ((free.walk, 2, 0), (free.copy_rows, 5, 4), (free.largest, 3, 1)):
+    for function, pointers, numbers in ((free.walk, 1, 1), (free.copy_rows, 5, 4), (free.largest, 3, 1)):
         function.restype, function.argtypes = None, [pointer] * pointers + [number] * numbers
     return Library(free.walk, free.copy_rows, free.largest, look, (data_ptr, id(Tensor), id(nn.Parameter)))
 

@@ -180,7 +180,8 @@ class Program:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.parts: dict[str, tuple[Tensor, int, int]] = {}
+        self.parts: dict[str, Tensor] = {}
+        self.walks: dict[tuple[str, ...], tuple[Tensor, int, int]] = {}  # where parts that are run together are
         self.words: dict[str, list[int]] = {}
         self.calls: dict[str, list[tuple[Any, list[int], list[tuple[int, int, int]]]]] = {}
         self.walk: Any = None
@@ -225,9 +226,7 @@ class Program:
         self.memory = torch.empty(self.bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
         self.arena.fill_(-(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT)
         for part, words in self.words.items():
-            found = torch.tensor(words)
-            begin = found.data_ptr()
-            self.parts[part] = found, begin, begin + 8 * len(words)
+            self.parts[part] = torch.tensor(words)
         self.words = {}
         if self.calls:
             self.fill()
@@ -241,14 +240,17 @@ class Program:
                 for k, at, added in holes:
                     arguments[k] = ctypes.c_int64.from_address(at).value + added
 
-    def run(self, part: str) -> None:
-        """Launch what a part has."""
-        if part in self.parts:
-            _, begin, end = self.parts[part]
-            self.walk(begin, end)
-        if part in self.calls:
+    def run(self, *parts: str) -> None:
+        """Launch what these parts have; on the CPU nothing of Python runs in between."""
+        if self.parts:
+            if parts not in self.walks:
+                there = [x for part in parts if (x := self.parts.get(part)) is not None]
+                table = torch.tensor([(x.data_ptr(), x.data_ptr() + x.nbytes) for x in there], dtype=torch.int64)
+                self.walks[parts] = table, table.data_ptr(), len(there)
+            self.walk(*self.walks[parts][1:])
+        for part in parts if self.calls else ():
             stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0)
-            for kernel, arguments, _ in self.calls[part]:
+            for kernel, arguments, _ in self.calls.get(part, ()):
                 launcher(kernel)(*arguments, stream=stream)
 
 

@@ -200,12 +200,12 @@ class RowPlan(Plan):
         """As in :class:`Plan`."""
         if not self.native:
             self._send()
-        self._run("inspect", self._inspect_once, squares=False)
+        self._run(["inspect"], self._inspect_once, squares=False)
 
     def squares(self, rescale: Tensor) -> None:
         """As in :class:`Plan`."""
         self.rescale.copy_(rescale)
-        self._run("squares", self._inspect_once, squares=True)
+        self._run(["squares"], self._inspect_once, squares=True)
 
     def _inspect_once(self, squares: bool) -> None:
         for batch in self._own_batches():
@@ -217,7 +217,7 @@ class RowPlan(Plan):
 
     def run(self) -> None:
         """As in :class:`Plan`."""
-        self._run("step of whole tensors" if self.from_whole else "step", self._step_once)
+        self._run(["scale of whole tensors" if self.from_whole else "scale", "update"], self._step_once)
 
     def _step_once(self) -> None:
         self.execute("scale", self.scale_arguments(self.from_whole))
@@ -233,14 +233,14 @@ class RowPlan(Plan):
         graph, arguments = call
         self.executor.run(graph, self.kind, *arguments)
 
-    def _run(self, part: str, otherwise: Callable[..., None], **options: Any) -> None:
-        """A part of the recorded step, or, where nothing is recorded, what does the same."""
+    def _run(self, parts: list[str], otherwise: Callable[..., None], **options: Any) -> None:
+        """Parts of the recorded step, or, where nothing is recorded, what does the same."""
         if self.bound is None or self.bound[0] is not self.store.columns or self.bound[1] != self.clips:
             self.program, self.bound = self._recorded(), (self.store.columns, self.clips)
         if self.program is None or not self._aligned():
             otherwise(**options)
         else:
-            self.program.run(part)
+            self.program.run(*parts)
 
     def _aligned(self) -> bool:
         """Whether code for CUDA finds tensors where it expects them; the wrapper copies those that are not."""
@@ -296,15 +296,15 @@ class RowPlan(Plan):
                 add(part, [self._packed_read(batch, squares)], [guard])
             reads = list(self._reads(blocks, squares))
             add(part, reads, guards if self.native else [0] * len(reads))
-        for part, whole in (("step", False), ("step of whole tensors", True)):
+        for part, whole in (("scale", False), ("scale of whole tensors", True)):
             add(part, [(Graph("scale"), self.scale_arguments(whole))], [0])
-            updates = list(self._updates(blocks))
-            add(part, updates[::-1], guards[::-1] if self.native else [0] * len(updates))
-            for batch, guard in batches:
-                copy(part, batch, self._before_update, False, guard)
-                add(part, [self._packed_update(batch)], [guard])
-                copy(part, batch, operands, True, guard)
-            add(part, [(Graph("fold"), self.fold_arguments())], [0])
+        updates = list(self._updates(blocks))
+        add("update", updates[::-1], guards[::-1] if self.native else [0] * len(updates))
+        for batch, guard in batches:
+            copy("update", batch, self._before_update, False, guard)
+            add("update", [self._packed_update(batch)], [guard])
+            copy("update", batch, operands, True, guard)
+        add("update", [(Graph("fold"), self.fold_arguments())], [0])
         if not done:
             return None
         program.finish()
