@@ -57,7 +57,10 @@ class Store:
             return False
         if self.table is None:
             self.table = torch.tensor(self.addresses)
-        tensors = local_tensors(entries)
+        try:
+            tensors = local_tensors(entries)
+        except (AttributeError, TypeError):  # one is no tensor
+            return False
         if native.look(tensors, self.table, None if everything else index, WIDTH, False):
             return False
         moments = found if tensors is entries else _moments(tensors)

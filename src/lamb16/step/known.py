@@ -90,11 +90,11 @@ class Known:
             operands = [params, grads, *(list(map(itemgetter(name), own)) for name in names)]
             if not self.plain:
                 operands = self._local(operands)
-        except (AttributeError, KeyError, TypeError):
+            if not self._alike(plan, operands):
+                return False
+        except (AttributeError, KeyError, TypeError):  # something is missing, or no tensor
             return False
         index = None if self.all else self.index
-        if not self._alike(plan, operands):
-            return False
         for k in (0, 4) if plan.kind.exact else (0,):  # the store has looked at the moments
             if native.look(operands[k], self.rows_of_places[k], index, 1, False):
                 return False
