@@ -114,7 +114,8 @@ class Known:
     def _good(self, grads: list[Tensor], weights: set[int]) -> bool:
         """Whether gradients at other addresses have memory, and are no weights."""
         places = list(map(Tensor.data_ptr, grads))
-        empty = 0 in places and any(not place and g.numel() for place, g in zip(places, grads, strict=True))
+        pairs = zip(places, grads, strict=True)
+        empty = 0 in places and any(not place and g.numel() and not g.is_meta for place, g in pairs)
         return not empty and weights.isdisjoint(places)
 
     def _local(self, operands: list[list[Tensor]]) -> list[list[Tensor]]:

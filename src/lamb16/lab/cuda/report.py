@@ -35,19 +35,21 @@ class Eager:
 
 
 class EagerOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation that would launch a kernel."""
+    """Notes every operation that would launch a kernel; what is done on the host's tensors does not."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[Eager] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not METADATA.match(str(func)):
-            lists = [x for x in args if isinstance(x, (list, tuple))]
-            tensors = [x for y in [*lists, args] for x in y if isinstance(x, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        lists = [x for x in args if isinstance(x, (list, tuple))]
+        tensors = [x for y in [*lists, args] for x in y if isinstance(x, Tensor)]
+        on_host = all(x.is_cpu for x in [*tensors, result] if isinstance(x, Tensor))
+        if not (on_host or METADATA.match(str(func))):
             launches = -(-len(lists[0]) // FOREACH_TENSORS) if "foreach" in str(func) else 1
             self.seen.append(Eager(str(func), launches, sum(x.nbytes for x in tensors)))
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 @dataclass(frozen=True)
