@@ -84,6 +84,19 @@ def test_the_benchmarks_are_those_of_the_results() -> None:
     assert many["settings"]["processor"] in document
 
 
+def test_the_tables_of_called_steps_are_those_of_the_results() -> None:
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    for dtype in ("", "-bfloat16"):
+        host, sizes, ranks = (results_of(f"bench-{name}{dtype}") for name in ("host", "sizes", "ranks"))
+        rows = [*sizes["sizes"], *sizes["several"]]
+        tables = [beside_adamw.table(host["host"]), beside_adamw.table(ranks["ranks"]["rows"])]
+        tables.append(beside_adamw.ratio_table(rows, "to_adamw", beside_adamw.COUNTS))
+        tables.append(beside_adamw.ratio_table(rows, "new_to_same", beside_adamw.CHANGING))
+        assert [table for table in tables if table not in document] == []
+        for content in (host, sizes, ranks):
+            assert content["settings"]["processor"] in document
+
+
 GRAPH = f"{bench.COMPILED}, CUDA graph"
 
 

@@ -118,8 +118,8 @@ class _Lazy:
 
                 get_cpp_compiler()  # which Inductor would miss only after it has made the code
             with _disable_current_modes():  # Dynamo compiles nothing under a dispatch mode, as FlopCounterMode is one
-                if self.kind.device.type == "cpu":
-                    native.library()
+                with contextlib.nullcontext() if self.kind.device.type == "cpu" else contextlib.suppress(Exception):
+                    native.library()  # on CUDA it only saves time
                 self.code = compile_once(self.graph, self.kind)
         except Exception as error:
             cause = getattr(error, "inner_exception", error)  # of Dynamo's and Inductor's own errors

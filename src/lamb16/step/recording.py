@@ -9,6 +9,7 @@ which these addresses stand when it is run. It keeps no tensor alive.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import operator
 import types
@@ -248,7 +249,12 @@ class Program:
                 table = torch.tensor([(x.data_ptr(), x.data_ptr() + x.nbytes) for x in there], dtype=torch.int64)
                 self.walks[parts] = table, table.data_ptr(), len(there)
             self.walk(*self.walks[parts][1:])
-        for part in parts if self.calls else ():
+        if self.calls:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                self._call(parts)
+
+    def _call(self, parts: Sequence[str]) -> None:
+        for part in parts:
             stream = torch._C._cuda_getCurrentRawStream(self.device.index or 0)
             for kernel, arguments, _ in self.calls.get(part, ()):
                 launcher(kernel)(*arguments, stream=stream)

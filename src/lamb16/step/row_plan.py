@@ -75,7 +75,10 @@ class RowPlan(Plan):
         # The addresses on the device, for what copies there, as they were sent.
         self.table = self.addresses if kind.device.type == "cpu" else self.addresses.to(kind.device)
         self.sent = self.addresses.clone()
+        # Where tensors are not where code for CUDA expects them, its wrapper copies them.
+        self.aligned = not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
         self.captured: list[Tensor] = []
+        self.aligned, self.new_set = True, False
         self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
         self.program: Program | None = None
         self.bound: Any = None  # what it is made for: the store's columns, and whether squares are wanted
@@ -165,7 +168,7 @@ class RowPlan(Plan):
             own = set(present)
             self.batch_present.copy_(torch.tensor([int(not own.isdisjoint(x.tensors)) for x in self.batches]))
             if not self.native:
-                self.bound = None
+                self.bound, self.new_set = None, True
         super().choose(present, state_indices)
 
     def _send(self) -> None:
@@ -173,6 +176,8 @@ class RowPlan(Plan):
         if torch.equal(self.addresses, self.sent):
             return
         self.sent = self.addresses.clone()
+        # Where tensors are not where code for CUDA expects them, its wrapper copies them.
+        self.aligned = not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
         if self.kind.device.type == "cuda":
             self.sent = self.sent.pin_memory()
         if self.program is not None:
@@ -218,6 +223,7 @@ class RowPlan(Plan):
     def run(self) -> None:
         """As in :class:`Plan`."""
         self._run(["scale of whole tensors" if self.from_whole else "scale", "update"], self._step_once)
+        self.new_set = False
 
     def _step_once(self) -> None:
         self.execute("scale", self.scale_arguments(self.from_whole))
@@ -234,17 +240,21 @@ class RowPlan(Plan):
         self.executor.run(graph, self.kind, *arguments)
 
     def _run(self, parts: list[str], otherwise: Callable[..., None], **options: Any) -> None:
-        """Parts of the recorded step, or, where nothing is recorded, what does the same."""
+        """Parts of the recorded step, or, where nothing is recorded, what does the same.
+
+        On CUDA a program is made for a set of gradients when it comes again, and none is captured in a graph, which may
+        live longer.
+        """
+        captured = self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.new_set or captured or not self.aligned:
+            otherwise(**options)
+            return
         if self.bound is None or self.bound[0] is not self.store.columns or self.bound[1] != self.clips:
             self.program, self.bound = self._recorded(), (self.store.columns, self.clips)
-        if self.program is None or not self._aligned():
+        if self.program is None:
             otherwise(**options)
         else:
             self.program.run(*parts)
-
-    def _aligned(self) -> bool:
-        """Whether code for CUDA finds tensors where it expects them; the wrapper copies those that are not."""
-        return self.native or not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
 
     # -- recording -----------------------------------------------------------------------------------------------
 
