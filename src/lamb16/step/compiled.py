@@ -113,7 +113,7 @@ class _Lazy:
 
     def _compile(self) -> None:
         try:
-            if self.kind.device.type == "cpu" and _inductor_compiles():
+            if self.kind.device.type == "cpu" and inductor_compiles():
                 from torch._inductor.cpp_builder import get_cpp_compiler
 
                 get_cpp_compiler()  # which Inductor would miss only after it has made the code
@@ -137,7 +137,7 @@ class _Lazy:
         self.code(arguments)
 
 
-def _inductor_compiles() -> bool:
+def inductor_compiles() -> bool:
     """Whether ``torch.compile`` does its usual work: torch can be told to run everything eagerly."""
     from torch._dynamo import config
     from torch._dynamo.eval_frame import _stance

@@ -13,7 +13,8 @@ from ..hyper import check_hyperparameters
 from ..moments import in_float8
 from ..parameters import Parameters
 from ..wrapped import is_fake
-from .compiled import Compiled, Executor
+from . import native
+from .compiled import Compiled, Executor, inductor_compiles
 from .eager import Eager, WholePlan
 from .kinds import Kind
 from .plan import Member, Plan
@@ -67,11 +68,12 @@ def _may_have_gradients(parameters: Parameters, group: dict[str, Any], i: int) -
 
 
 def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) -> Any:
-    """The one that was asked for; eager where there is no memory for generated code to work on."""
-    if isinstance(compile, bool):
-        params = [p for pairs in members.values() for p, _ in pairs]
-        return Compiled() if compile and not any(p.is_meta or is_fake(p) for p in params) else Eager()
-    return compile
+    """The one that was asked for; eager without memory for generated code to work on, or where torch compiles nothing."""
+    if not isinstance(compile, bool):
+        return compile
+    params = [p for pairs in members.values() for p, _ in pairs]
+    possible = native.loaded() is not None or inductor_compiles()
+    return Compiled() if compile and possible and not any(p.is_meta or is_fake(p) for p in params) else Eager()
 
 
 def prepare(executor: Any, members: dict[Kind, list[Member]], clips: bool) -> None:

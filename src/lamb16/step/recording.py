@@ -261,6 +261,11 @@ class Program:
 
 
 def launcher(kernel: Any) -> Any:
-    """What launches a kernel of Triton's: the only one there is, once it has been compiled and chosen."""
+    """What launches a kernel of Triton's: the only one there is, once it has been compiled and chosen.
+
+    A function of :meth:`Program.then` is called as it is.
+    """
+    if isinstance(kernel, types.FunctionType):
+        return kernel
     launchers: list[Any] = list(getattr(kernel, "launchers", ()))
     return launchers[0] if len(launchers) == 1 else kernel.run
