@@ -68,7 +68,7 @@ def _may_have_gradients(parameters: Parameters, group: dict[str, Any], i: int) -
 
 
 def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) -> Any:
-    """The one that was asked for; eager without memory for generated code to work on, or where torch compiles nothing."""
+    """The one that was asked for; eager without memory for generated code, or where torch compiles nothing."""
     if not isinstance(compile, bool):
         return compile
     params = [p for pairs in members.values() for p, _ in pairs]
