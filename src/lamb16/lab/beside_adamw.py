@@ -31,6 +31,7 @@ from lamb16.lab.memory import COMMON, Chain
 from lamb16.lab.shapes import SETS, Shape
 from lamb16.lab.study import report
 from lamb16.lab.timing import Factory, Row
+from lamb16.step import native
 from lamb16.step.examples import flatten
 from lamb16.step.kinds import Graph, Kind
 from lamb16.step.recording import Launches, Mark, Place, Program
@@ -92,7 +93,8 @@ class _Nothing:
     launchers = (lambda *arguments, stream: None,)
 
     def prepare(self, *_: Any) -> None:
-        """Compile nothing."""
+        """Compile nothing of the step."""
+        native.library()
 
     def run(self, *_: Any) -> None:
         """Launch nothing."""
