@@ -211,6 +211,8 @@ def swap(p: nn.Parameter) -> None:
 
 
 def load_float32(program: Program, factor: float) -> None:
+    if program.optimizer.offloaded is not None:  # refused
+        return
     weights = program.optimizer.float32_weights()
     program.optimizer.load_float32_weights({name: w * factor for name, w in weights.items()})
 
