@@ -49,6 +49,7 @@ class Program:
     saved: dict[str, Any] | None = None  # a state dict
     taken_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # states, by their parameters' names
     old: list[Any] = field(default_factory=list)  # memory that was replaced: what is made next shall be elsewhere
+    kept: list[Any] = field(default_factory=list)  # memory that is not freed
 
     @property
     def names(self) -> list[str]:
