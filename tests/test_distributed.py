@@ -197,6 +197,27 @@ def test_a_step_that_ranks_differ_in_is_refused_on_all(
             assert text.startswith("RuntimeError: Lamb16: the ranks that share parameters do not step the same ones")
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("what", refused.DIFFERENT)
+def test_such_a_step_is_refused_later_where_it_takes_waiting_to_know(
+    ranks: Ranks, what: str, max_grad_norm: float | None
+) -> None:
+    """It changes nothing; all ranks raise at the next step, and at ``state_dict()`` before."""
+    found = ranks.run(2, refused.different_steps, what, "rows over 2", True, True, max_grad_norm)
+    for rank, (text, differ) in enumerate(found):
+        assert differ == []
+        own = "ValueError: Lamb16: " if what.startswith("a wrong") and rank else "RuntimeError: Lamb16: "
+        assert text.startswith(own)
+        assert what.startswith("a wrong") == ("the ranks that share parameters do not step the same ones" not in text)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_step_waits_for_no_device(ranks: Ranks, at_once: bool) -> None:
+    for read, differ in ranks.run(2, refused.waits_for_nothing, at_once):
+        assert (read == []) != at_once
+        assert differ == []
+
+
 def test_whole_states_load_into_shards(ranks: Ranks) -> None:
     for before, after in ranks.run(2, refused.whole_state_into_shards):
         assert_same(after, before)

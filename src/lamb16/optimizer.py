@@ -236,9 +236,14 @@ class Lamb16(BetweenSteps):
         """The optimizer's state as torch's optimizers give it, with the fp8 codes as uint8 views.
 
         Always uint8: collectives, pickle and checkpoint code fail on fp8 tensors or cast them silently.
+
+        Raises:
+            RuntimeError, ValueError: the last step could not be taken by all ranks, and changed nothing; see ``step``.
         """
         from .codes import as_bytes, map_codes
 
+        if (error := self._stepper.settle()) is not None:
+            raise error
         state_dict = super().state_dict()
         state_dict["state"] = {key: map_codes(state, as_bytes) for key, state in state_dict["state"].items()}
         return state_dict

@@ -14,7 +14,7 @@ from torch import Tensor
 from .parameters import Parameters
 
 if TYPE_CHECKING:
-    from .sharding.reduction import BoundReduction, Reduction
+    from .sharding.reduction import BoundReduction, Late, Reduction
     from .step.compiled import Executor
     from .step.kinds import Kind
     from .step.plan import Plan
@@ -48,6 +48,9 @@ class Stepper:
         self.last: list[Stepped] = []  # by the last step
         self.skipped: dict[torch.device, Tensor] = {}
         self.grad_norm: Tensor | None = None
+        self.agreed: bool | None = None  # whether gradients were clipped in the last step that all ranks took together
+        self.late: list[Late] = []  # what they will have told about the last step
+        self.error: Exception | None = None  # of that step, which the others go on with
         self.clear()
 
     def clear(self) -> None:
@@ -58,6 +61,11 @@ class Stepper:
         self.weights: set[int] = set()  # where the parameters of all plans begin
         self.reductions: list[Reduction] | None = None
         self.bound: tuple[Any, list[BoundReduction], int] | None = None  # for what they are bound, and its signature
+
+    def settle(self) -> Exception | None:
+        """What kept the ranks from taking the last step together, if they did not wait to hear of it."""
+        found = (self.error, *(late.error() for late in self.late))
+        return next((error for error in found if error is not None), None)
 
     def step(self, request: Request) -> list[Stepped]:
         """Step the parameters that have gradients, or whose gradients were released; returns which."""

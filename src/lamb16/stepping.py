@@ -14,11 +14,11 @@ from .parameters import Parameters
 from .ready import New, add_up, ready_states, unknown
 from .sharding.exchange import digest
 from .sharding.layout import is_sharded
-from .sharding.reduction import BoundReduction, Reduction, meet, signature
+from .sharding.reduction import BoundReduction, Reduction, is_told_at_once, meet, signature
 from .step.gradient_norm import clip
 from .step.gradients import gather
 from .step.known import apart
-from .step.making import executor_for, members_of, plan_class, prepare
+from .step.making import executor_for, gathered, members_of, plan_class, prepare
 from .step.plan import Plan
 from .stepper import Request, Stepped, Stepper
 from .wrapped import fake_mode
@@ -41,22 +41,28 @@ def run(stepper: Stepper, request: Request) -> list[Stepped]:
 def _run(stepper: Stepper, request: Request) -> list[Stepped]:
     plans, reductions = _begin(stepper, request)
     grad_scale = request.grad_scale
-    factor = None if grad_scale is None else grad_scale.double().reciprocal().view(())
+    factor = None if grad_scale is None or not plans else grad_scale.double().reciprocal().view(())
     stepper.grad_norm = None
     if request.max_grad_norm is not None and plans:
         stepper.grad_norm, factor = clip(plans, reductions, request.max_grad_norm, factor)
     for plan in plans:
-        plan.update(request.found_inf, factor)
+        plan.update(request.found_inf, factor, next((reduction.stop for reduction in reductions), None))
     for reduction in reductions:
         reduction.after()
     return [Stepped(plan, plan.present) for plan in plans]
 
 
 def _begin(stepper: Stepper, request: Request) -> tuple[list[Plan], list[BoundReduction]]:
-    """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed."""
+    """Plans that have read the gradients, and what the ranks reduce; raises on all ranks with nothing changed.
+
+    Where others go on with a step that this rank cannot take with them, there are no plans, and all raise at the next.
+    """
+    if (error := stepper.settle()) is not None:
+        stepper.agreed, stepper.error, stepper.late = None, None, []
+        raise error
     plans: list[Plan] = []
     reductions: list[BoundReduction] = []
-    new, error, number = New([], []), None, 0
+    new, number = New([], []), 0
     parameters, state = request.parameters, request.parameters.states
     try:
         request.check()
@@ -71,21 +77,32 @@ def _begin(stepper: Stepper, request: Request) -> tuple[list[Plan], list[BoundRe
         error = _cause(caught, parameters)
     try:
         if error is not None:
-            reductions = [reduction.bind([]) for reduction in Reduction.of(list(parameters))]
+            reductions = [reduction.bind([]) for reduction in Reduction.of(parameters)]
         if reductions:
             salts = [[int(state[p]["salt"]) for p in part if is_sharded(p)] for part in new]
-            clips = request.max_grad_norm is not None and [len(plans) > 0, [x.alone for x in reductions]]
-            meet(reductions, digest([number, salts, clips]), error)
+            clips = request.max_grad_norm is not None and len(plans) > 0
+            # Where all do what they did before, nothing is waited for.
+            same = error is None and not any(new) and clips == stepper.agreed
+            goes_on = same and len(reductions) == 1 and not is_told_at_once(reductions[0].device)
+            stepper.late, error = meet(reductions, digest([number, salts, clips]), error, goes_on, clips)
+            stepper.agreed, stepper.error = clips, error
+            if error is not None:
+                _roll_back(stepper, new, state)
+                return [], []
         elif error is not None:
             raise error
         add_up({p: state[p] for p in (*new.made, *new.completed)})
     except BaseException:
-        new.roll_back(state)
-        if any(new):
-            stepper.clear()
-            stepper.stores.clear()
+        _roll_back(stepper, new, state)
         raise
     return plans, reductions
+
+
+def _roll_back(stepper: Stepper, new: New, states: dict[Any, Any]) -> None:
+    new.roll_back(states)
+    if any(new):
+        stepper.clear()
+        stepper.stores.clear()
 
 
 def _look(stepper: Stepper, request: Request) -> list[Plan] | None:
@@ -146,7 +163,7 @@ def _prepare(stepper: Stepper, request: Request, new: New) -> list[Plan]:
             plan, store = stepper.plans.get(kind), stepper.stores[kind.device]
             if plan is None or not (plan.fits(pairs) and plan.store is store and _same(plan.executor, executor)):
                 plan = stepper.plans[kind] = make(kind, pairs, executor, store, stepper.skipped[kind.device])
-            plan.want(clips)
+            plan.want(clips, gathered(members))
             own = [p for p, _ in present[kind]]
             read = [states[p] for p in own if id(p) in changed]
             room = sum(len(x) for k, x in members.items() if k.device == kind.device)
@@ -176,7 +193,7 @@ def _same(one: Any, other: Any) -> bool:
 def _reductions(stepper: Stepper, parameters: Parameters, plans: list[Plan]) -> tuple[list[BoundReduction], int]:
     """What the ranks reduce in this step, and the signature of what is stepped."""
     if not stepper.key or stepper.reductions is None:
-        stepper.reductions, stepper.bound = Reduction.of(list(parameters)), None
+        stepper.reductions, stepper.bound = Reduction.of(parameters), None
     if not stepper.reductions:
         return [], 0
     key = [(plan, plan.present) for plan in plans]

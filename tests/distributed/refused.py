@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import traceback
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -153,7 +155,7 @@ def bad_eps(optimizer: Lamb16) -> None:
 
 
 def clipping(optimizer: Lamb16) -> None:
-    optimizer.max_grad_norm = 1.0
+    optimizer.max_grad_norm = 1.0 if optimizer.max_grad_norm is None else None
 
 
 def bad_clipping(optimizer: Lamb16) -> None:
@@ -176,13 +178,32 @@ DIFFERENT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
-def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[str, list[str]]:
-    """The message of a step that the ranks differ in, and which entries then differ from a run without it."""
+@contextlib.contextmanager
+def device_is_waited_for(waits: bool = True) -> Iterator[None]:
+    """The CPU's answers are put off as a GPU's are."""
+    with mock.patch("lamb16.stepping.is_told_at_once", return_value=False) if waits else contextlib.nullcontext():
+        yield
+
+
+def different_steps(
+    what: str, placement: str, stepped_before: bool, late: bool = False, max_grad_norm: float | None = None
+) -> tuple[str, list[str]]:
+    """The message of a step that the ranks differ in, and which entries then differ from a run without it.
+
+    With ``late`` it is that of the next step.
+    """
+    with device_is_waited_for(late):
+        return _different_steps(what, placement, stepped_before, late, max_grad_norm)
+
+
+def _different_steps(
+    what: str, placement: str, stepped_before: bool, late: bool, max_grad_norm: float | None
+) -> tuple[str, list[str]]:
     shard, rank = sharded.sharder(placement), torch.distributed.get_rank()
     optimizers = []
     for _ in range(2):
         params = [nn.Parameter(shard(torch.ones(6, 4) * (k + 1))) for k in range(4)]
-        optimizers.append(Lamb16(params, lr=0.01, compile=False))
+        optimizers.append(Lamb16(params, lr=0.01, compile=False, max_grad_norm=max_grad_norm))
         for which in ((0, 1), (1, 2), (0, 1, 2), (1,)) if stepped_before else ():
             set_gradients(params, which)
             optimizers[-1].step()
@@ -193,8 +214,13 @@ def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[st
     set_gradients(params, sets[rank % 2])
     if change and rank % 2:
         change(one)
+    if late:
+        one.step()
+        assert_same(snapshot_of(one), before)
+        assert message(one.state_dict) == message(one.state_dict) != ""
     found = message(one.step)
     assert_same(snapshot_of(one), before)
+    assert one.skipped == 0
     one.param_groups[0]["eps"], one.max_grad_norm = old
     vars(one).pop("grad_scale", None)
     for optimizer in optimizers:
@@ -202,6 +228,55 @@ def different_steps(what: str, placement: str, stepped_before: bool) -> tuple[st
             set_gradients(optimizer.param_groups[0]["params"], which)
             optimizer.step()
     return found, differing(snapshot_of(one), snapshot_of(other))
+
+
+READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu")
+
+
+def waits_for_nothing(at_once: bool) -> tuple[list[str], list[str]]:
+    """What is read of tensors by what the ranks reduce, in clipped steps of several kinds, and how these steps differ.
+
+    From steps of which the answers are read ``at_once``.
+    """
+    shard, read, optimizers = sharded.sharder("rows over 2"), [], []
+
+    def reading(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def call(self: torch.Tensor, *arguments: Any) -> Any:
+            frames = traceback.extract_stack(limit=6)
+            files = [frame.filename for frame in frames if frame.name != "error"]  # of answers that are on the host
+            if any(file.endswith(("reduction.py", "exchange.py", "gradient_norm.py")) for file in files):
+                read.append(name)
+            return original(self, *arguments)
+
+        return mock.patch.object(torch.Tensor, name, call)
+
+    for watched in (True, False):
+        params = [nn.Parameter(shard(torch.ones(6, 4) * (k + 1)), requires_grad=True) for k in range(4)]
+        groups = [{"params": params[:2]}, {"params": params[2:], "caution": True}]
+        optimizers.append(Lamb16(groups, lr=0.01, compile=False, max_grad_norm=1.0))
+        with device_is_waited_for(watched and not at_once):
+            for t in range(5):
+                set_gradients(params, (0, 1, 2, 3))
+                with contextlib.ExitStack() as stack:
+                    for name in READS if watched and t > 1 else ():
+                        stack.enter_context(reading(name))
+                    optimizers[-1].step()
+    found, expected = (
+        {f"{k} {name}": x for k, group in enumerate(optimizer.param_groups) for name, x in states_of(optimizer, group)}
+        for optimizer in optimizers
+    )
+    return read, differing(found, expected)
+
+
+def states_of(optimizer: Lamb16, group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """This rank's part of a group's states and weights."""
+    return [
+        (f"{i}.{key}", raw(local(value)))
+        for i, p in enumerate(group["params"])
+        for key, value in (optimizer.state[p] | {"weight": p}).items()
+    ]
 
 
 def released_ddp() -> tuple[str, str, str, str]:
@@ -267,11 +342,7 @@ def different_releases(what: str) -> str:
 
 def snapshot_of(optimizer: Lamb16) -> dict[str, Any]:
     """This rank's part."""
-    return {
-        f"{i}.{key}": raw(local(value))
-        for i, p in enumerate(optimizer.param_groups[0]["params"])
-        for key, value in (optimizer.state[p] | {"weight": p}).items()
-    }
+    return dict(states_of(optimizer, optimizer.param_groups[0]))
 
 
 def whole_state_into_shards() -> tuple[sharded.Found, sharded.Found]:
@@ -296,7 +367,7 @@ def wrong_rule(fault: str) -> sharded.Found:
     """Three steps by rows on two ranks with a fault put in."""
     faults = {
         "indices of the shard": mock.patch("lamb16.step.plan.layout", lambda p: layout(p)._replace(base=0)),
-        "maxima of the shard": mock.patch.object(BoundReduction, "before", return_value=(False, False)),
+        "maxima of the shard": mock.patch.object(BoundReduction, "before", lambda _, own: own),
         "sums of the shard": mock.patch.object(BoundReduction, "after", return_value=None),
         "squares of the shard": mock.patch.object(BoundReduction, "squares", return_value=None),
         "no fault": contextlib.nullcontext(),

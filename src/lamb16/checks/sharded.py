@@ -58,14 +58,13 @@ def check_gradient_kind(param: Tensor, grad: Tensor, name: str) -> None:
         )
 
 
-def check_same(differ: bool) -> None:
-    """Raise RuntimeError where ranks do not step, or ask for, the same parameters."""
-    if differ:
-        raise RuntimeError(
-            "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of them, "
-            "groups or names differ, or max_grad_norm is None on some. Give every rank a gradient (of zeros). Nothing "
-            "was changed."
-        )
+def differing_steps() -> RuntimeError:
+    """What is raised where ranks do not step, or ask for, the same parameters."""
+    return RuntimeError(
+        "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of them, "
+        "groups or names differ, or max_grad_norm is None on some. Give every rank a gradient (of zeros). Nothing "
+        "was changed."
+    )
 
 
 def refused_elsewhere(where: str) -> ValueError:

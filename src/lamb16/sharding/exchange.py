@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks.sharded import check_same, refused_elsewhere
+from ..checks.sharded import differing_steps, refused_elsewhere
 from .layout import Layout, is_sharded, layout
 
 MOST, MODULO = 0x7FFFFFFF, 0xFFFFFFFF
@@ -72,7 +72,8 @@ def whole_sums(params: Sequence[Tensor], sums: Sequence[Tensor], salts: Sequence
     for group, _ in table.groups:
         both = torch.tensor([number, -number], device=device)
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group)
-        check_same(both.tolist() != [number, -number])
+        if both.tolist() != [number, -number]:
+            raise differing_steps()
     values = torch.stack(list(sums))[:, None]
     table.sum(values)
     for x, value in zip(sums, values[:, 0], strict=True):

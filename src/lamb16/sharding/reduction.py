@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks.sharded import check_same, step_refused_elsewhere
+from ..checks.sharded import differing_steps, step_refused_elsewhere
 from ..entries import SCALARS
+from ..parameters import Parameters
+from ..remainder import is_exact
 from ..step.blocks import State
 from ..step.fp8 import as_int32
 from ..step.plan import Plan
-from .exchange import MODULO, MOST, Table, agree, digest
+from ..step.tables import sent
+from .exchange import MODULO, MOST, Table, digest
 from .layout import is_sharded, layout
 
 REDUCED_BYTES = 36  # per tensor and split mesh axis: three maxima of 4 and three sums of 8
@@ -26,71 +30,135 @@ class Reduction:
     Before the update the bits of the largest gradient and moments, int32, which order like the magnitudes and put inf
     and NaN on top, and where gradients are clipped the sums of their squares; after it the sums that the next step
     needs. All are integers, so that no order shows. Every rank takes part with a row for every tensor, in every step:
-    none waits for another, whatever has gradients there. Below the maxima goes a signature of what is stepped.
+    none waits for another, whatever has gradients there. Below the maxima goes a :class:`Message`.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.device = params[0].device
-        self.table = Table([layout(p) for p in params], self.device)
+    def __init__(self, parameters: Parameters, device: torch.device) -> None:
+        params = [p for p in parameters if p.device == device]
+        self.device = device
+        self.table = Table([layout(p) for p in params], device)
         self.row = {id(p): row for row, p in enumerate(params)}
+        self.exact = any(
+            is_sharded(p) and p.device == device and is_exact(p, group)
+            for group in parameters.groups
+            for p in group["params"]
+        )
+        # Whether all tensors are shared by all ranks that share any, which then know the same of them.
+        self.alone = len(params) == len(list(parameters)) and all(rows is None for _, rows in self.table.groups)
 
     @classmethod
-    def of(cls, params: Sequence[Tensor]) -> list[Reduction]:
+    def of(cls, parameters: Parameters) -> list[Reduction]:
         """One for every device of parameters that are split."""
-        devices = {p.device: None for p in params if is_sharded(p) and layout(p).groups}
-        return [cls([p for p in params if p.device == device]) for device in devices]
+        devices = {p.device: None for p in parameters if is_sharded(p) and layout(p).groups}
+        return [cls(parameters, device) for device in devices]
 
     def bind(self, plans: Sequence[Plan]) -> BoundReduction:
         """The reduction for these plans, of which it takes those of its device."""
-        return BoundReduction(self, [plan for plan in plans if plan.kind.device == self.device], len(plans))
+        return BoundReduction(self, [plan for plan in plans if plan.kind.device == self.device])
+
+
+class Message(NamedTuple):
+    """What a rank tells the others about its step; they hear of each number the largest."""
+
+    signature: int  # 31 bits of what is stepped
+    negated: int  # MOST less that
+    failed: int  # 1: it cannot take this step
+    goes_on: int  # 1: it takes the step without waiting for the answer
+    clips: int  # 1: it does, and clips gradients
+
+    def check(self, told: Message) -> Exception | None:
+        """The error of a rank that has told this and was ``told`` that."""
+        if told.failed:
+            return step_refused_elsewhere()
+        return differing_steps() if told[:2] != self[:2] else None
+
+
+class Late(NamedTuple):
+    """An answer that is on its way to the host."""
+
+    own: Message
+    told: Tensor
+    event: Any  # None on the CPU
+
+    def error(self) -> Exception | None:
+        """What is wrong with the step; waits for the answer."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.own.check(Message(*self.told.tolist()))
 
 
 class BoundReduction:
     """A :class:`Reduction` and the plans of a step."""
 
-    def __init__(self, reduction: Reduction, plans: Sequence[Plan], count: int) -> None:
-        self.plans, self.table, self.device = plans, reduction.table, reduction.device
+    def __init__(self, reduction: Reduction, plans: Sequence[Plan]) -> None:
+        self.reduction, self.plans, self.table, self.device = reduction, plans, reduction.table, reduction.device
+        self.exact, self.alone = reduction.exact, reduction.alone
         self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
-        # Whether all tensors of the step are shared by all ranks that share any, which then know the same of them.
-        self.exact = any(plan.kind.exact and plan.sharded for plan in self.plans)
-        self.alone = len(self.plans) == count and all(rows is None for _, rows in self.table.groups)
+        self.stop: Tensor | None = None  # whether the step is frozen, bool 0-d, where nobody waits for that
+        self.kept: list[list[Tensor]] = []  # the sums in the state, in case it is
+        self.sent: tuple[Message, Tensor] | None = None  # the last message
 
-    def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
-        """A table with a row per tensor of the device and one more; what is not stepped has zeros."""
-        table = torch.zeros(self.table.count + 1, width, dtype=dtype, device=self.device)
+    def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype, more: int = 0) -> Tensor:
+        """A table with a row per tensor of the device and some more; what is not stepped has zeros."""
+        table = torch.zeros(self.table.count + more, width, dtype=dtype, device=self.device)
         for rows, part in zip(self.rows, parts, strict=True):
             table[rows] = part
         return table
 
-    def before(self, signature: int, failed: bool) -> tuple[bool, bool]:
+    def before(self, own: Message) -> Message | Late:
         """Make the largest gradients and moments those of whole tensors.
 
-        Returns whether another rank steps other tensors, by this ``signature`` of 31 bits, and whether one ``failed``;
-        reading that waits for the device. Where one is true no other method may be called, on no rank.
+        Returns what the other ranks have told, for which the host waits for the device; where this rank goes on, an
+        answer for later, and on the device a step that ranks cannot take together changes nothing. Where such a step
+        is known, and no rank goes on, no other method may be called, on no rank.
         """
-        found = [plan.whole_largest for plan in self.plans]
+        found = [plan.gather().largest for plan in self.plans]
         states = self._states()
         parts = [
             stepped(s, [g[: len(s.state_index)], *(x[s.state_index].view(torch.int32) for x in (s.max_m, s.max_v))])
             for g, s in zip(found, states, strict=True)
         ]
-        maxima = self._filled(parts, 3, torch.int32)
-        own = [signature, MOST - signature, int(failed)]
-        maxima[-1] = torch.tensor(own, dtype=torch.int32)
+        maxima = self._filled(parts, 3, torch.int32, more=2)
+        if self.sent is None or self.sent[0] != own:
+            self.sent = own, sent(torch.tensor([*own, 0], dtype=torch.int32), self.device)
+        maxima[-2:] = self.sent[1].view(2, 3)
         self.table.largest(maxima)
-        told = maxima[-1].tolist()
-        if told != own or failed:
-            return told[:2] != own[:2], bool(told[2])
+        answer = maxima[-2:].view(-1)[: len(own)]
+        self.stop, self.kept = None, []
+        if own.goes_on:
+            told: Message | Late = self._late(own, answer)
+            self.stop = (answer[:2] != self.sent[1][:2]).any() | (answer[2] != 0)
+            self.kept = [[x[s.state_index] for x in s[6:10]] for s in states]
+        else:
+            told = Message(*answer.tolist())
+            if own.check(told) is not None:
+                if told.goes_on and self.exact:
+                    self._checksums()
+                return told
         for g, s, rows in zip(found, states, self.rows, strict=True):
             g[: len(rows)] = maxima[rows, 0]
-            s.max_m[s.state_index], s.max_v[s.state_index] = (maxima[rows, k].view(torch.float32) for k in (1, 2))
+            for column, k in ((s.max_m, 1), (s.max_v, 2)):
+                whole = maxima[rows, k].view(torch.float32)
+                column[s.state_index] = self._unless_stopped(whole, column[s.state_index])
         if self.exact:
             self._checksums()
-        return False, False
+        return told
+
+    def _late(self, own: Message, answer: Tensor) -> Late:
+        if not answer.is_cuda:
+            return Late(own, answer.clone(), None)
+        host = torch.empty(len(own), dtype=answer.dtype, pin_memory=True)
+        host.copy_(answer, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(answer.device))
+        return Late(own, host, event)
+
+    def _unless_stopped(self, x: Tensor, old: Tensor) -> Tensor:
+        return x if self.stop is None else torch.where(self.stop, old, x)
 
     def _checksums(self) -> None:
         """Make checksums of weights, before a step, those of whole tensors."""
-        sums = [plan.whole_checksum for plan in self.plans]
+        sums = [plan.found.checksum for plan in self.plans]
         pairs = [(x[: len(rows)], rows) for x, rows in zip(sums, self.rows, strict=True) if x is not None]
         table = torch.zeros(self.table.count, 1, dtype=torch.int64, device=self.device)
         for x, rows in pairs:
@@ -102,7 +170,7 @@ class BoundReduction:
     def squares(self, sums: Sequence[Tensor]) -> None:
         """Make sums of squared gradients, int64 [tensors, 2] for each plan, those of whole tensors, in place."""
         own = [x[: len(plan.ids)] for x, plan in zip(sums, self.plans, strict=True)]
-        table = self._filled(own, 2, torch.int64)[:-1]
+        table = self._filled(own, 2, torch.int64)
         self.table.sum(table)
         for x, rows in zip(own, self.rows, strict=True):
             x.copy_(table[rows])
@@ -117,14 +185,18 @@ class BoundReduction:
             sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum
             parts.append(stepped(s, [x[s.state_index] * share for x, share in zip(sums, shares, strict=True)]))
         width = 4 if self.exact else 3
-        table = self._filled([x[:, :width] for x in parts], width, torch.int64)[:-1]
+        table = self._filled([x[:, :width] for x in parts], width, torch.int64)
         self.table.sum(table)
-        for s, rows in zip(states, self.rows, strict=True):
-            s.weight_sum[s.state_index], s.update_sum[s.state_index], s.mask_count[s.state_index] = table[
-                rows, :3
-            ].unbind(1)
-            if self.exact:
-                s.checksum[s.state_index] = table[rows, 3] & MODULO
+        if self.exact:
+            table[:, 3] &= MODULO
+        kept = self.kept or [[]] * len(states)
+        for s, rows, old in zip(states, self.rows, kept, strict=True):
+            for column, whole, x in zip(s[6:10], table[rows].unbind(1), old or s[6:10], strict=False):
+                column[s.state_index] = self._unless_stopped(whole, x)
+
+    def unbound(self) -> BoundReduction:
+        """The same without plans."""
+        return BoundReduction(self.reduction, [])
 
     def _states(self) -> list[State]:
         return [plan.store.state(plan.state_index[: len(plan.ids)]) for plan in self.plans]
@@ -135,16 +207,45 @@ def stepped(state: State, numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(numbers), 1) * (state.state_index != 0)[:, None]
 
 
-def meet(reductions: Sequence[BoundReduction], signature: int, error: Exception | None) -> None:
+def meet(
+    reductions: Sequence[BoundReduction], signature: int, error: Exception | None, goes_on: bool, clips: bool
+) -> tuple[list[Late], Exception | None]:
     """Begin a step with the other ranks, of which all must be here; raises on all of them if one cannot take it.
+
+    With ``goes_on`` nothing is waited for: the answers are returned. Where other ranks go on, an error is returned, not
+    raised, for the next step, in which they will hear of it; this one has then done what they do, without plans.
 
     Raises:
         RuntimeError: the ranks do not step the same tensors, or another one has an error.
         Exception: ``error``, which this rank has.
     """
-    told = [reduction.before(signature, error is not None) for reduction in reductions]
-    agree(error, step_refused_elsewhere() if any(failed for _, failed in told) else None)
-    check_same(any(differ for differ, _ in told))
+    own = Message(signature, MOST - signature, int(error is not None), int(goes_on), int(goes_on and clips))
+    answers = [reduction.before(own) for reduction in reductions]
+    late = [x for x in answers if isinstance(x, Late)]
+    told = [x for x in answers if isinstance(x, Message)]
+    wrong = [error, *map(own.check, told)]
+    found = next((x for x in wrong if x is not None), None)
+    if found is not None and not any(x.goes_on for x in told):
+        raise found
+    if found is not None:
+        _follow([reduction.unbound() for reduction in reductions], any(x.clips for x in told))
+    return late, found
+
+
+def is_told_at_once(device: torch.device) -> bool:
+    """Whether hearing from other ranks takes no waiting for a device, or cannot be put off."""
+    return device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+
+
+def _follow(reductions: Sequence[BoundReduction], clips: bool) -> None:
+    """Take part in what is left of the step of ranks that go on."""
+    for reduction in reductions if clips else ():
+        if not reduction.alone:
+            reduction.table.largest_anywhere(torch.zeros((), dtype=torch.int32, device=reduction.device))
+    for reduction in reductions if clips else ():
+        reduction.squares([])
+    for reduction in reductions:
+        reduction.after()
 
 
 def signature(plans: Sequence[Plan]) -> int:

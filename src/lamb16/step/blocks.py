@@ -114,8 +114,26 @@ class Inputs(NamedTuple):
     numel: Tensor  # float64 [tensors], of whole tensors
     base: Tensor  # int32 [tensors]: index of a shard's first element
     inverse_scale: Tensor  # float64 0-d: 1 / grad_scale, times the clip factor
-    found_inf: Tensor  # float32 0-d
+    found_inf: Tensor  # float32 0-d: not 0 where the step is to change nothing
     checksum: Tensor | None = None  # int32 [rows], see ``inspect``
+
+
+class Gathered(NamedTuple):
+    """What ``gather`` finds of whole tensors, or of shards, from the results of their rows."""
+
+    largest: Tensor  # int32 [tensors]: bits of max|g|, 0 for a tensor that is left out
+    top: Tensor  # int32 0-d: the largest finite one
+    rescale: Tensor  # float32 [2]: two powers of two, whose product brings the finite gradients below 1
+    checksum: Tensor | None = None  # int32 [tensors], see ``inspect``
+
+
+class Norm(NamedTuple):
+    """What ``norm`` is handed and finds."""
+
+    limits: Tensor  # float64 [2]: max_grad_norm and 1 / grad_scale
+    total: Tensor  # int64 [2]: sums of the squares of all tensors
+    norm: Tensor  # float64 0-d
+    factor: Tensor  # float64 0-d: for all gradients
 
 
 class Outputs(NamedTuple):

@@ -57,10 +57,16 @@ class WholePlan(Plan):
             tables = [self.largest] if self.checksum is None else [self.largest, self.checksum]
             self._read(tables, index, block, None)
 
-    def squares(self, rescale: Tensor) -> None:
+    def squares(self, norm: bool) -> None:
         """As in :class:`Plan`."""
         for index, _, block in self._blocks():
-            self._read([self.sums.weights, self.sums.updates], index, block, rescale)
+            self._read([self.sums.weights, self.sums.updates], index, block, self.found.rescale)
+        if norm:
+            self.execute("norm", self.norm_arguments())
+
+    def _gather(self) -> None:
+        """As in :class:`Plan`."""
+        self.execute("gather", self.gather_arguments())
 
     def _read(self, tables: list[Tensor], index: Tensor, block: Block, rescale: Tensor | None) -> None:
         found = [x[index] for x in tables]

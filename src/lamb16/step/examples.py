@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hyper import NUMBERS
 from . import update
-from .blocks import PACKED_ROW, ROW, Block, IndexMap, Inputs, Outputs, Stages, State, Sums
+from .blocks import PACKED_ROW, ROW, Block, Gathered, IndexMap, Inputs, Norm, Outputs, Stages, State, Sums
 from .factors import FLOATS, INTEGERS
 from .kinds import Graph, Kind
 
@@ -22,7 +22,7 @@ def random_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         if isinstance(x, Tensor):
             values = torch.rand(x.shape, generator=generator, dtype=torch.float64)
             x.copy_(values if x.is_floating_point() else (values * 119 + 1).int())
-    if graph.function in ("scale", "fold"):
+    if graph.function not in ("inspect", "update"):
         for part in arguments:
             if isinstance(part, State):
                 part.state_index.copy_(torch.arange(1, len(part.state_index) + 1))
@@ -123,6 +123,16 @@ def example_inputs(graph: Graph, kind: Kind) -> tuple[Any, ...]:
         dynamic(tensors, 1, dtype=int64), dynamic(tensors, 1, dtype=int64), dynamic(17, dtype=int64),
     )  # fmt: skip
     state_index = dynamic(tensors, dtype=int64)
+    exact = dynamic(tensors, dtype=int32) if kind.exact else None
+    gathered = Gathered(
+        dynamic(tensors, dtype=int32), number(int32), torch.zeros(2, dtype=torch.float32, device=device), exact
+    )
+    if graph.function == "gather":
+        return unaligned(19, int32), unaligned(19, int32) if kind.exact else None, stages, state_index, gathered
+    if graph.function == "norm":
+        limits, total = (torch.zeros(2, dtype=dtype, device=device) for dtype in (torch.float64, int64))
+        result = Norm(limits, total, number(torch.float64), number(torch.float64))
+        return [unaligned(19, int32) for _ in range(2)], stages, state_index, gathered, result
     table = [*columns(states, 4, float32), *columns(states, 2, int32), *columns(states, 4, int64)]
     state = State._make([*table, state_index])
     if graph.function == "scale":

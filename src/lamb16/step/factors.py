@@ -18,6 +18,7 @@ from .fp8 import E4M3, E5M2
 
 GOLDEN = 0x9E3779B9 - (1 << 32)
 LAST_STEP = (1 << 31) - 1
+STOPPED = -1.0  # found_inf where ranks cannot take a step together: it does not count as skipped
 
 
 # -- two-stage reduction: rows to tensors ---------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def scale(inputs: Inputs, state: State, outputs: Outputs, float8: bool) -> None:
     for column, x in zip(outputs.report, (*roots, ratio), strict=True):
         column.copy_(torch.where(state_index != 0, x, column))
     outputs.counted.copy_(counted)
-    outputs.skipped.add_((skip & (state_index != 0)).sum())
+    outputs.skipped.add_((skip & (state_index != 0) & (inputs.found_inf != STOPPED)).sum())
     state.scale_m[state_index] = torch.where(skip, old_m, fresh_m)
     state.scale_v[state_index] = torch.where(skip, old_v, fresh_v)
     state.step[state_index] = torch.where(counted, count, step)

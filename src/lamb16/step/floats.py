@@ -16,7 +16,10 @@ ONE_BITS = 0x3F800000
 WEIGHT_FLOOR_BITS = 0x3C23D70A  # 0.01, the least square of a weight in the norm
 OVERFLOW_BITS = 0x7F000000  # 2^127: from here on a second moment could be rounded up to infinity
 UNIT = 2.0**-20  # of the sums
-EIGHT_BITS, TWELVE_BITS = 0x41000000, 0x41400000  # 8.0 and 12.0: floats in [8, 16) are multiples of 2^-20
+EIGHT_BITS, TWELVE_UNITS_BITS = (
+    0x41000000,
+    0x37400000,
+)  # of 8.0 and 12 * UNIT, near which floats are multiples of 2^-20 and 2^-40
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -59,9 +59,11 @@ class Graph(NamedTuple):
         """Without what makes no difference to this function."""
         if self.function == "update":
             return kind
-        exact = kind.exact and not self.squares
+        exact = kind.exact and not (self.squares or self.function == "norm")
         param_dtype, rounding = (kind.param_dtype, kind.rounding) if exact else (torch.float32, "nearest")
         general = Kind(kind.device, param_dtype, rounding=rounding)
+        if self.function in ("gather", "norm"):
+            return general
         if self.function == "inspect":
             return general._replace(grad_dtype=kind.grad_dtype)
         general = general._replace(float8=kind.float8)
@@ -71,7 +73,7 @@ class Graph(NamedTuple):
 GRAPHS = (
     Graph("inspect"), Graph("inspect", packed=True),
     Graph("inspect", squares=True), Graph("inspect", packed=True, squares=True),
-    Graph("scale"), Graph("fold"),
+    Graph("gather"), Graph("norm"), Graph("scale"), Graph("fold"),
     Graph("update"), Graph("update", packed=True),
     Graph("update", global_index=True), Graph("update", packed=True, global_index=True),
 )  # fmt: skip

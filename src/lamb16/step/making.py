@@ -12,6 +12,7 @@ from ..checks.tensors import PARAM_DTYPES, check_gradient_device
 from ..hyper import check_hyperparameters
 from ..moments import in_float8
 from ..parameters import Parameters
+from ..sharding.layout import layout
 from ..wrapped import is_fake
 from . import native
 from .compiled import Compiled, Executor, inductor_compiles
@@ -78,11 +79,17 @@ def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) ->
 
 def prepare(executor: Any, members: dict[Kind, list[Member]], clips: bool) -> None:
     """Have an executor make ready all that plans of these members will run; RuntimeError where it cannot."""
+    gathers = gathered(members)
     with WAIT:
         for kind, pairs in members.items():
             params = [p for p, _ in pairs]
-            for graph in graphs_of(kind, params, clips) if type(executor) is not Eager else ():
+            for graph in graphs_of(kind, params, clips, gathers) if type(executor) is not Eager else ():
                 executor.prepare(graph, kind)
+
+
+def gathered(members: dict[Kind, list[Member]]) -> bool:
+    """Whether some of the parameters are split over ranks, which then reduce what is known of whole tensors."""
+    return any(layout(p).groups for pairs in members.values() for p, _ in pairs)
 
 
 def plan_class(executor: Any) -> Callable[..., Plan]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from operator import is_not, itemgetter
 from typing import Any
 
@@ -20,12 +21,11 @@ from ..sharding.layout import layout, local, sharding_of
 from ..store import Store
 from ..wrapped import PLAIN, fake_mode
 from . import factors
-from .blocks import Inputs, Outputs, Stages, Sums
-from .factors import FLOATS, INTEGERS
-from .fp8 import as_int32
+from .blocks import Gathered, Inputs, Norm, Outputs, Stages, Sums
+from .factors import FLOATS, INTEGERS, STOPPED
 from .kinds import Graph, Kind
 from .known import Known
-from .tables import HyperTable, Shards
+from .tables import HyperTable, Shards, sent
 
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
 
@@ -61,7 +61,7 @@ class Plan(ABC):
         self.state_indices: list[int] = []  # theirs
         # Where each operand of each tensor begins; 0 for what is left out.
         self.addresses = torch.zeros(len(kind.dtypes), count, dtype=torch.int64)
-        self.clips = False
+        self.clips = self.gathers = False
         self.known = Known(len(params), len(kind.dtypes))
         device = kind.device
         self.hyper = HyperTable(_slices(members), count, device)
@@ -74,8 +74,10 @@ class Plan(ABC):
         self.outputs = Outputs(columns[0], columns[1], columns[2], counted, skipped)
         self.found_inf, self.factor = self._zeros(), torch.ones((), dtype=torch.float64, device=device)
         self.factors_given = False
-        self.whole = self._zeros(count, dtype=torch.int32)  # max|g| of whole tensors, and their checksums
-        self.whole_checksum = self._zeros(count, dtype=torch.int32) if kind.exact else None
+        numbers, integers = [partial(self._zeros, dtype=x) for x in (torch.float64, torch.int32)]
+        self.found = Gathered(integers(count), integers(), self._zeros(2), integers(count) if kind.exact else None)
+        self.norm = Norm(numbers(2), self._zeros(2, dtype=torch.int64), numbers(), self.factor)
+        self.limited: float | None = None  # the limits that `norm` was given, without a scale
         each, two = torch.arange(count, device=device)[:, None], torch.arange(2, device=device)
         ones = torch.ones_like(each)
         self.one_row = Stages(each, ones, two, each, ones, two)
@@ -112,9 +114,9 @@ class Plan(ABC):
         self.params, self.operands, self.copies = params, operands, []
         self.from_whole = False
 
-    def want(self, clips: bool) -> None:
-        """From now on squares may be asked for too."""
-        self.clips = self.clips or clips
+    def want(self, clips: bool, gathers: bool) -> None:
+        """From now on squares may be asked for too, or what is known of whole tensors."""
+        self.clips, self.gathers = self.clips or clips, self.gathers or gathers or clips
 
     def separate(self, weights: set[int]) -> None:
         """Copy gradients that are weights, which begin at these addresses: the step would change them as it reads."""
@@ -149,7 +151,7 @@ class Plan(ABC):
         everywhere = [0] * self.count
         for i, state_index in zip(present, state_indices, strict=True):
             everywhere[i] = state_index
-        self.state_index.copy_(torch.tensor(everywhere))
+        self.state_index.copy_(sent(torch.tensor(everywhere), self.kind.device))
         self.present, self.state_indices = present, state_indices
 
     @abstractmethod
@@ -157,44 +159,58 @@ class Plan(ABC):
         """Read the gradients; changes no state."""
 
     @abstractmethod
-    def squares(self, rescale: Tensor) -> None:
-        """Read the gradients again: their squares, into ``sums.weights`` and ``sums.updates``."""
+    def squares(self, norm: bool) -> None:
+        """Read the gradients again: their squares, into ``sums.weights`` and ``sums.updates``, and of these ``norm``.
+
+        Gradients are multiplied by ``found.rescale``.
+        """
 
     @abstractmethod
     def run(self) -> None:
         """Factors, scales and step counts; weights and moments; the sums that the next step needs."""
 
-    @property
-    def whole_largest(self) -> Tensor:
-        """The bits of every tensor's max|g|, int32 [tensors], 0 for what is left out; :meth:`update` takes them so.
+    def gather(self) -> Gathered:
+        """What is known of whole tensors once the gradients have been read; :meth:`update` then goes by it.
 
-        Of shards they are to be replaced by the largest of all ranks, and the checksums in ``whole_checksum``, int32
-        [tensors], by their sums.
+        Of shards the largest gradients are to be replaced by those of all ranks, and the checksums by their sums.
         """
         if not self.from_whole:
             self.from_whole = True
-            self.whole.copy_(torch.where(self.state_index != 0, factors.largest_of(self.largest, self.stages), 0))
-            if self.whole_checksum is not None and self.checksum is not None:
-                found = as_int32(factors.sum_of(self.checksum, self.stages))
-                self.whole_checksum.copy_(torch.where(self.state_index != 0, found, 0))
-        return self.whole
+            self._gather()
+        return self.found
 
-    def squared_gradients(self, rescale: Tensor) -> Tensor:
+    @abstractmethod
+    def _gather(self) -> None:
+        """Run ``gather``."""
+
+    def squared_gradients(self) -> Tensor:
         """The sums of every tensor's squared gradients, int64 [tensors, 2]; see :func:`lamb16.step.update.inspect`."""
-        self.squares(rescale)
         found = [factors.sum_of(x, self.stages) for x in (self.sums.weights, self.sums.updates)]
         return torch.stack(found, 1) * (self.state_index != 0)[:, None]
 
-    def give(self, found_inf: Tensor | None, factor: Tensor | None) -> None:
-        """What multiplies all gradients, float64, and whether a scaler has found an inf; else 1, and 0."""
-        if self.factors_given or found_inf is not None or factor is not None:
-            self.factor.fill_(1.0) if factor is None else self.factor.copy_(factor.view(()))
-            self.found_inf.zero_() if found_inf is None else self.found_inf.copy_(found_inf.view(()))
-        self.factors_given = found_inf is not None or factor is not None
+    def limit(self, max_norm: float, inverse_scale: Tensor | None) -> None:
+        """What ``norm`` brings the gradients to, and the inverse of a gradient scaler's scale."""
+        if max_norm != self.limited or inverse_scale is not None:
+            self.norm.limits[0] = max_norm
+            self.norm.limits[1] = 1.0 if inverse_scale is None else inverse_scale.view(())
+            self.limited = max_norm if inverse_scale is None else None
 
-    def update(self, found_inf: Tensor | None, factor: Tensor | None) -> None:
-        """The step, once the gradients are known."""
-        self.give(found_inf, factor)
+    def give(self, found_inf: Tensor | None, factor: Tensor | None, stop: Tensor | None) -> None:
+        """What multiplies all gradients, float64, and whether a scaler has found an inf; else 1, and 0.
+
+        With ``stop``, bool 0-d, the step changes nothing, and does not count as skipped.
+        """
+        if self.factors_given or found_inf is not None or factor is not None or stop is not None:
+            if factor is not self.factor:
+                self.factor.fill_(1.0) if factor is None else self.factor.copy_(factor.view(()))
+            self.found_inf.zero_() if found_inf is None else self.found_inf.copy_(found_inf.view(()))
+            if stop is not None:
+                self.found_inf.masked_fill_(stop.to(self.kind.device), STOPPED)
+        self.factors_given = found_inf is not None or factor is not None or stop is not None
+
+    def update(self, found_inf: Tensor | None, factor: Tensor | None, stop: Tensor | None = None) -> None:
+        """The step, once the gradients are known; see :meth:`give`."""
+        self.give(found_inf, factor, stop)
         self.hyper.fill()
         self.run()
         for w, c in self.copies:
@@ -210,11 +226,19 @@ class Plan(ABC):
 
     def scale_arguments(self, whole: bool) -> tuple[Any, ...]:
         """Of ``scale``, from the results of rows or of whole tensors."""
-        found = (self.whole, self.one_row) if whole else (self.largest, self.stages)
-        checksum = self.whole_checksum if whole else self.checksum
+        found = (self.found.largest, self.one_row) if whole else (self.largest, self.stages)
+        checksum = self.found.checksum if whole else self.checksum
         shards = self.shards.numel, self.shards.base
         inputs = Inputs(*found, self.hyper.table, *shards, self.factor, self.found_inf, checksum)
         return inputs, self.store.state(self.state_index), self.outputs, self.kind.float8
+
+    def gather_arguments(self) -> tuple[Any, ...]:
+        """Of ``gather``."""
+        return self.largest, self.checksum, self.stages, self.state_index, self.found
+
+    def norm_arguments(self) -> tuple[Any, ...]:
+        """Of ``norm``."""
+        return [self.sums.weights, self.sums.updates], self.stages, self.state_index, self.found, self.norm
 
     def fold_arguments(self) -> tuple[Any, ...]:
         """Of ``fold``."""

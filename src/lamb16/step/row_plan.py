@@ -24,7 +24,7 @@ BATCH = 64  # packed rows that are stepped together, at least
 Call = tuple[Graph, tuple[Any, ...]]
 
 
-def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
+def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool, gather: bool) -> list[Graph]:
     """The graphs of a step over these parameters; ValueError for a tensor that is too large for them."""
     shards = [local(p) for p in params]
     large, packed_rows = cut([x.numel() for x in shards])
@@ -32,7 +32,8 @@ def graphs_of(kind: Kind, params: Sequence[Tensor], clip: bool) -> list[Graph]:
         check_sizes([shards[i].shape for i, rows in large if rows * ROW >= 1 << 31])
     mapped = any(needs_index_map(layout(p)) for p in params)
     forms = [packed for packed, blocks in ((False, large), (True, packed_rows)) if blocks]
-    found = [Graph("scale"), Graph("fold")] + [Graph("update", packed, mapped) for packed in forms]
+    found = [Graph("scale"), Graph("fold"), *[Graph("gather")] * (clip or gather), *[Graph("norm")] * clip]
+    found += [Graph("update", packed, mapped) for packed in forms]
     return found + [Graph("inspect", packed, squares=squares) for packed in forms for squares in {False, clip}]
 
 
@@ -57,7 +58,6 @@ class RowPlan(Plan):
         self.largest = self._zeros(rows.count, dtype=torch.int32)
         self.checksum = self._zeros(rows.count, dtype=torch.int32) if kind.exact else None
         self.sums = Sums.of(lambda: self._zeros(rows.count, dtype=torch.int32), kind.caution, kind.exact)
-        self.rescale = self._zeros(2)
         self.columns = update.make_columns(kind.device)
         read = [self.largest] if self.checksum is None else [self.largest, self.checksum]
         self.row_read = [[x[part] for x in read] for part in rows.slices]
@@ -81,7 +81,7 @@ class RowPlan(Plan):
         self.aligned, self.new_set = True, False
         self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
         self.program: Program | None = None
-        self.bound: Any = None  # what it is made for: the store's columns, and whether squares are wanted
+        self.bound: Any = None  # what it is made for: the store's columns, and which parts are wanted
 
     def _batches(self) -> list[Batch]:
         """What is packed, on the CPU in batches of which the buffer is small beside the weights."""
@@ -114,7 +114,7 @@ class RowPlan(Plan):
 
     def _reads(self, blocks: Sequence[tuple[int, Block]], squares: bool) -> Iterator[Call]:
         """The calls of ``inspect`` for large tensors, which are numbered as in ``rows.large``."""
-        graph, rescale = Graph("inspect", squares=squares), self.rescale if squares else None
+        graph, rescale = Graph("inspect", squares=squares), self.found.rescale if squares else None
         for group in self._groups(blocks, self.kind.reading_group):
             results = [[x.weights, x.updates] for x in self.row_sums] if squares else self.row_read
             yield graph, ([block for _, block in group], [results[k] for k, _ in group], rescale)
@@ -138,7 +138,7 @@ class RowPlan(Plan):
     def _packed_read(self, batch: Batch, squares: bool) -> Call:
         results = [batch.sums.weights, batch.sums.updates] if squares else batch.read
         graph = Graph("inspect", packed=True, squares=squares)
-        return graph, ([batch.block], [results], self.rescale if squares else None)
+        return graph, ([batch.block], [results], self.found.rescale if squares else None)
 
     def _packed_update(self, batch: Batch) -> Call:
         maps = None if self.shards.index_maps is None else [self.shards.index_maps]
@@ -207,10 +207,18 @@ class RowPlan(Plan):
             self._send()
         self._run(["inspect"], self._inspect_once, squares=False)
 
-    def squares(self, rescale: Tensor) -> None:
+    def squares(self, norm: bool) -> None:
         """As in :class:`Plan`."""
-        self.rescale.copy_(rescale)
-        self._run(["squares"], self._inspect_once, squares=True)
+        self._run(["squares", *["norm"] * norm], self._squares_once, norm=norm)
+
+    def _gather(self) -> None:
+        """As in :class:`Plan`."""
+        self._run(["gather"], self.execute, function="gather", arguments=self.gather_arguments())
+
+    def _squares_once(self, norm: bool) -> None:
+        self._inspect_once(squares=True)
+        if norm:
+            self.execute("norm", self.norm_arguments())
 
     def _inspect_once(self, squares: bool) -> None:
         for batch in self._own_batches():
@@ -249,8 +257,9 @@ class RowPlan(Plan):
         if self.new_set or captured or not self.aligned:
             otherwise(**options)
             return
-        if self.bound is None or self.bound[0] is not self.store.columns or self.bound[1] != self.clips:
-            self.program, self.bound = self._recorded(), (self.store.columns, self.clips)
+        wanted = self.clips, self.gathers
+        if self.bound is None or self.bound[0] is not self.store.columns or self.bound[1] != wanted:
+            self.program, self.bound = self._recorded(), (self.store.columns, wanted)
         if self.program is None:
             otherwise(**options)
         else:
@@ -306,6 +315,10 @@ class RowPlan(Plan):
                 add(part, [self._packed_read(batch, squares)], [guard])
             reads = list(self._reads(blocks, squares))
             add(part, reads, guards if self.native else [0] * len(reads))
+        if self.gathers:
+            add("gather", [(Graph("gather"), self.gather_arguments())], [0])
+        if self.clips:
+            add("norm", [(Graph("norm"), self.norm_arguments())], [0])
         for part, whole in (("scale", False), ("scale of whole tensors", True)):
             add(part, [(Graph("scale"), self.scale_arguments(whole))], [0])
         updates = list(self._updates(blocks))

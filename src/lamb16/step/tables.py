@@ -14,6 +14,11 @@ from ..sharding.layout import MAX_JUMPS, Layout
 from .blocks import ROW, IndexMap
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor in the host's memory on a device, which is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class HyperTable:
     """The hyperparameters of a plan's tensors on its device, brought up to date where a group has changed."""
 
@@ -44,7 +49,7 @@ class HyperTable:
             if values != self.seen[k]:
                 lr = 0.0 if values[0] is None else values[0]
                 row = list(numbers_of({**group, "lr": lr}).values())
-                self.table[a:b] = torch.tensor(row, dtype=torch.float64, device=self.device)
+                self.table[a:b] = sent(torch.tensor(row, dtype=torch.float64), self.device)
                 self.seen[k] = values
             if values[0] is None:
                 self.table[a:b, NUMBERS.index("lr")] = group["lr"].to(torch.float64)

@@ -8,7 +8,8 @@
    largest codes that the next step needs;
 4. :func:`fold` reduces these to one number per tensor, in the state.
 
-:func:`scale` and :func:`fold` are in ``factors.py``. ``blocks.py`` says what all are handed, ``reference.py`` in plain
+:func:`scale` and :func:`fold` are in ``factors.py``; in ``gradient_norm.py`` what comes after :func:`inspect` where
+ranks reduce its results, or gradients are clipped. ``blocks.py`` says what all are handed, ``reference.py`` in plain
 words what is computed.
 """
 
@@ -23,8 +24,8 @@ from .factors import Factors, fold, scale
 from .floats import (
     EIGHT_BITS,
     MAGNITUDE,
-    ONE_BITS,
-    TWELVE_BITS,
+    TWELVE_UNITS_BITS,
+    UNIT,
     WEIGHT_FLOOR_BITS,
     bits,
     hashes_of,
@@ -37,6 +38,7 @@ from .floats import (
     units,
 )
 from .fp8 import E4M3, E5M2
+from .gradient_norm import gather, norm
 
 # -- reading the gradients ----------------------------------------------------------------------------------------
 
@@ -45,8 +47,9 @@ def inspect(blocks: list[Block], results: list[list[Tensor]], rescale: Tensor | 
     """Reduce the gradients of every row of each block; the ``results`` of a block are int32 [rows].
 
     Without ``rescale`` there is one, the bits of max|g|. With it, float32 [2], two powers of two whose product brings
-    every gradient below 1, there are two: the sum of the squares of the products in units of 2^-20, and that of what
-    these leave in units of 2^-40. A second result without ``rescale`` is the checksum of the weights.
+    every finite gradient below 1, there are two: the sum of the squares of the products in units of 2^-20, and that of
+    what these leave in units of 2^-40; of rows that are not finite they are no sums. A second result without
+    ``rescale`` is the checksum of the weights.
     """
     for block, result in zip(blocks, results, strict=True):
         g = block.g.float()
@@ -56,12 +59,11 @@ def inspect(blocks: list[Block], results: list[list[Tensor]], rescale: Tensor | 
                 result[1].copy_(hashes_of(block.p.float()).sum(1, dtype=torch.int32))
             continue
         x = g * rescale[0] * rescale[1]
-        square = torch.clamp(bits(x * x), max=ONE_BITS).view(torch.float32)
-        rounded = square + 8.0
-        rest = (square - (rounded - 8.0)) * 2.0**20
-        units_of = (rounded, EIGHT_BITS), (rest + 12.0, TWELVE_BITS)
-        for found, (values, zero) in zip(result, units_of, strict=True):
-            found.copy_((values.view(torch.int32) - zero).sum(1, dtype=found.dtype))
+        square = x * x
+        rounded = square + 8.0  # to a multiple of 2^-20, which the bits count
+        rest = square - (rounded - 8.0) + 12 * UNIT  # to one of 2^-40
+        for found, values, zero in zip(result, (rounded, rest), (EIGHT_BITS, TWELVE_UNITS_BITS), strict=True):
+            found.copy_(sum_of_rows(values.view(torch.int32), None, zero, found.dtype))
 
 
 # -- reading everything once --------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def update_block(
     if sums.agree is not None:
         agrees = ((n > 0) & (g > 0)) | ((n < 0) & (g < 0))
         u = torch.where(agrees, u * f.gain, 0.0)
-        sums.agree.copy_(sum_of_rows(agrees.int(), block, 0, sums.agree.dtype))
+        sums.agree.copy_(sum_of_rows(agrees.int(), block.length, 0, sums.agree.dtype))
     u = u + weights * f.weight_decay
     new_p = weights - masked(u * f.step_size, f.keep)
     words = words + f.offset  # not earlier: there are few registers
@@ -153,8 +155,8 @@ def update_block(
     sums.max_m.copy_(max_m.amax(1))
     sums.max_v.copy_(max_v.amax(1))
     squares = units(kept * kept, WEIGHT_FLOOR_BITS)
-    sums.weights.copy_(sum_of_rows(squares, block, EIGHT_BITS, sums.weights.dtype))
-    sums.updates.copy_(sum_of_rows(units(u * u, f.eps), block, EIGHT_BITS, sums.updates.dtype))
+    sums.weights.copy_(sum_of_rows(squares, block.length, EIGHT_BITS, sums.weights.dtype))
+    sums.updates.copy_(sum_of_rows(units(u * u, f.eps), block.length, EIGHT_BITS, sums.updates.dtype))
 
 
 def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stochastic: bool) -> Tensor:
@@ -166,7 +168,7 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
         block.new_p.copy_(new_p)
         block.new_remainder.copy_((exact - nearest.view(torch.int32)).to(torch.int16))
         hashes = hashes_of(new_p.float())  # as it is stored: what bits a NaN has is the conversion's affair
-        sums.checksum.copy_(sum_of_rows(hashes, block, 0, torch.int32))
+        sums.checksum.copy_(sum_of_rows(hashes, block.length, 0, torch.int32))
     else:
         if dtype != torch.float32 and stochastic:
             weights = round_weights(weights, words, dtype)
@@ -176,13 +178,13 @@ def store_weights(block: Block, weights: Tensor, words: Tensor, sums: Sums, stoc
     return weights
 
 
-def sum_of_rows(x: Tensor, block: Block, zero: int, dtype: torch.dtype) -> Tensor:
-    """Σ (x - zero) of every row, without a packed row's padding. In int32 the sum of x alone may wrap around."""
-    if block.length is None:
+def sum_of_rows(x: Tensor, length: Tensor | None, zero: int, dtype: torch.dtype) -> Tensor:
+    """Σ (x - zero) of every row, of its first ``length`` [rows, 1] elements. In int32 Σ x may wrap around."""
+    if length is None:
         zeros = x.shape[1] * zero
         return x.sum(1, dtype=dtype) - (fp8.wrapped(zeros) if dtype == torch.int32 else zeros)
-    inside = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < block.length
-    return torch.where(inside, x, 0).sum(1, dtype=dtype) - block.length[:, 0] * zero
+    inside = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) < length
+    return torch.where(inside, x, 0).sum(1, dtype=dtype) - length[:, 0] * zero
 
 
 def global_index(index: Tensor, index_map: IndexMap, tensor_index: Tensor | None) -> Tensor:
@@ -207,4 +209,4 @@ def make_columns(device: torch.device) -> Tensor:
     return torch.stack([hashes, torch.full_like(hashes, MAGNITUDE)])
 
 
-FUNCTIONS = {function.__name__: function for function in (inspect, scale, update, fold)}
+FUNCTIONS = {function.__name__: function for function in (inspect, gather, norm, scale, update, fold)}
