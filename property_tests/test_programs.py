@@ -169,7 +169,7 @@ def test_all_hyperparameters_are_changed() -> None:
 CONTROLS: dict[str, tuple[str, Callable[..., Any]]] = {
     "changed states are not seen": ("lamb16.store.Store.same", lambda *_: True),
     "what others write to moments is not seen": ("lamb16.store._versions", lambda moments: [0] * len(moments)),
-    "weights as gradients are not seen": ("lamb16.step.known.Known._good", lambda *_: True),
+    "weights as gradients are not seen": ("lamb16.step.known.are_good", lambda *_: True),
 }
 
 

@@ -113,7 +113,7 @@ def weight_as_gradient(optimizer: Lamb16) -> None:
 
 NOWHERE = "lamb16.step.native.look", mock.Mock(return_value=0)  # addresses
 ALIKE = "lamb16.step.known.Known._alike", mock.Mock(return_value=True)
-GOOD = "lamb16.step.known.Known._good", mock.Mock(return_value=True)
+GOOD = "lamb16.step.known.are_good", mock.Mock(return_value=True)
 VERSIONS = "lamb16.store._versions", lambda moments: [0] * len(moments)
 KEY = "lamb16.stepping._key", mock.Mock(return_value=[1])
 STATES = "lamb16.store.Store.same", mock.Mock(return_value=True)
@@ -172,6 +172,49 @@ def test_each_part_of_the_look_is_needed(case: str) -> None:
     with mock.patch(path, without):
         found = after(case, True, careful=False)
     assert not all(map(_equal, found, expected))
+
+
+def onto_a_gradient(compile: bool, *, careful: bool) -> dict[str, Any]:
+    """What a step leaves before which weights move to where the gradient is of a parameter that is stepped later."""
+    params = parameters([(4096,), (2048,)])
+    optimizer = Lamb16(params, **BASE, compile=compile)
+    for p, g in zip(params, gradients(params, 0), strict=True):
+        p.grad = g
+    for _ in range(4):
+        optimizer.step()
+    if careful:
+        optimizer._stepper.clear()
+    KEPT.append(params[1].data)
+    params[1].data = params[0].grad[:2048]  # type: ignore[index]
+    optimizer.step()
+    return snapshot(optimizer)
+
+
+def test_weights_that_move_onto_a_gradient_are_seen(compile_mode: bool) -> None:
+    assert_same(onto_a_gradient(compile_mode, careful=False), onto_a_gradient(compile_mode, careful=True))
+
+
+def test_weights_that_move_onto_a_gradient_are_not_seen_without_a_look() -> None:
+    with mock.patch("lamb16.stepping.are_good", return_value=True):
+        found = onto_a_gradient(True, careful=False)
+    assert not _equal(found, onto_a_gradient(True, careful=True))
+
+
+def test_weights_may_move_before_every_step(compile_mode: bool) -> None:
+    """Plans and states are not looked at anew, the bits are the same, and memory that is shared is still refused."""
+    moving, still = stepped(compile_mode), stepped(compile_mode)
+    params = all_params(moving)
+    with mock.patch("lamb16.stepping._prepare", side_effect=AssertionError):
+        for t in (5, 6):
+            for p in params:
+                KEPT.append(p.data)
+                p.data = p.data.clone()
+            step(moving, t)
+            step(still, t)
+            assert_same(snapshot(moving), snapshot(still))
+    params[0].data = params[2].data.view(-1)[-params[0].numel() :].view_as(params[0])
+    with pytest.raises(ValueError, match="memory"):
+        step(moving, 7)
 
 
 def test_a_state_that_is_gone_is_made_anew(compile_mode: bool) -> None:

@@ -17,7 +17,7 @@ from .sharding.layout import is_sharded
 from .sharding.reduction import BoundReduction, Reduction, is_told_at_once, meet, signature
 from .step.gradient_norm import clip
 from .step.gradients import gather
-from .step.known import apart
+from .step.known import apart, are_good
 from .step.making import executor_for, gathered, members_of, plan_class, prepare
 from .step.plan import Plan
 from .stepper import Request, Stepped, Stepper
@@ -125,7 +125,17 @@ def _look(stepper: Stepper, request: Request) -> list[Plan] | None:
         plans.append(plan)
     if given or (released is not None and sum(len(plan.params) for plan in plans) != len(released)):
         return None
+    if any(plan.known.moved for plan in plans):
+        stepper.weights = starts_of_weights(stepper)
+        good = (are_good(x.operands[0]) and are_good(x.operands[1], stepper.weights) for x in plans)
+        if not (all(good) and apart(list(stepper.plans.values()))):
+            return None
     return plans
+
+
+def starts_of_weights(stepper: Stepper) -> set[int]:
+    """Where the parameters of all plans begin."""
+    return {start for plan in stepper.plans.values() for start in plan.known.places[0].tolist()} - {0}
 
 
 def _key(parameters: Parameters, every: list[Tensor], request: Request) -> list[Any]:
@@ -178,7 +188,7 @@ def _prepare(stepper: Stepper, request: Request, new: New) -> list[Plan]:
     stepper.places = [[place[key] for key in plan.ids] for plan in stepper.plans.values()]
     if fake_mode():
         return plans
-    stepper.weights = {start for plan in stepper.plans.values() for start in plan.known.places[0].tolist()} - {0}
+    stepper.weights = starts_of_weights(stepper)
     for plan in plans:
         plan.separate(stepper.weights)
     if apart(list(stepper.plans.values())):

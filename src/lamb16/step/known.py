@@ -1,15 +1,16 @@
 """The one look by which a step finds that everything is where the steps before left it.
 
 Programs may replace an entry of a state, give it other memory (``.data =``, ``set_``, a resized storage), write codes,
-move weights, or bring gradients of another kind. What is compared is cheap, and nothing is kept alive by it: kinds of
-tensors by the guards that Dynamo checks with, addresses by native code, moments' identities by weak references and what
-others write to them by their version counters. Where one thing differs, the step looks at everything and checks it.
+or bring gradients of another kind; weights and gradients may be elsewhere in every step. What is compared is cheap, and
+nothing is kept alive by it: kinds of tensors by the guards that Dynamo checks with, addresses by native code, moments'
+identities by weak references and what others write to them by their version counters. Where one thing differs, the step
+looks at everything and checks it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import chain, compress
 from operator import attrgetter, is_not, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Known:
         self.all = False
         self.guards: Callable[..., bool] | None = None
         self.looks = 0  # since the set of tensors changed
+        self.moved = 0  # weights that have other memory than in the step before
 
     def note(self, plan: Plan, weights: Sequence[Tensor]) -> None:
         """Remember what a step that was checked works on; ``weights`` are the parameters' own tensors."""
@@ -95,28 +97,20 @@ class Known:
         except (AttributeError, KeyError, TypeError):  # something is missing, or no tensor
             return False
         index = None if self.all else self.index
-        for k in (0, 4) if plan.kind.exact else (0,):  # the store has looked at the moments
-            if native.look(operands[k], self.rows_of_places[k], index, 1, False):
-                return False
-        changed = native.look(operands[1], self.rows_of_places[1], index, 1, True)
-        if changed and (changed < 0 or not self._good(operands[1], weights)):
+        if plan.kind.exact and native.look(operands[4], self.rows_of_places[4], index, 1, False):
+            return False  # the store has looked at the moments
+        changed, self.moved = (native.look(operands[k], self.rows_of_places[k], index, 1, True) for k in (1, 0))
+        if changed < 0 or self.moved < 0 or (changed and not are_good(operands[1], weights)):
             self.places[1] = -1
             return False
         plan.hold(params, operands)
-        if changed or other:
+        if changed or other or self.moved:
             self.place(plan)
         return True
 
     def place(self, plan: Plan) -> None:
         """Hand a plan the addresses of this step."""
         plan.place_from(self.places if self.all else self.places * torch.tensor(self.there))
-
-    def _good(self, grads: list[Tensor], weights: set[int]) -> bool:
-        """Whether gradients at other addresses have memory, and are no weights."""
-        places = list(map(Tensor.data_ptr, grads))
-        pairs = zip(places, grads, strict=True)
-        empty = 0 in places and any(not place and g.numel() and not g.is_meta for place, g in pairs)
-        return not empty and weights.isdisjoint(places)
 
     def _local(self, operands: list[list[Tensor]]) -> list[list[Tensor]]:
         """This rank's parts; TypeError where a tensor is not sharded as it was, or a gradient not as its parameter."""
@@ -151,6 +145,14 @@ class Known:
             self.guards = guards(list(chain.from_iterable(operands)))
         self.looks += 1
         return True
+
+
+def are_good(tensors: Sequence[Tensor], weights: Set[int] = frozenset()) -> bool:
+    """Whether tensors at other addresses have memory there, and none begins where ``weights`` do."""
+    places = list(map(Tensor.data_ptr, tensors))
+    pairs = zip(places, tensors, strict=True)
+    empty = 0 in places and any(not place and x.numel() and not x.is_meta for place, x in pairs)
+    return not empty and weights.isdisjoint(places)
 
 
 def apart(plans: Sequence[Plan]) -> bool:
