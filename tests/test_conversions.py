@@ -15,6 +15,7 @@ from bits import assert_same_bits, raw
 from helpers import DEVICE, all_params, assert_same, gradients, parameters, snapshot, step_with, take_steps
 from lamb16 import Lamb16, reference
 from lamb16.baselines import Lamb
+from lamb16.entries import DERIVED, OLD_NAMES
 from ranks import Ranks
 from sharded import adamw_state, convert_sharded
 
@@ -136,6 +137,46 @@ def test_states_of_eight_bits_are_read(source: str) -> None:
         assert_quantized(mine.state[p], m, v)
         assert int(mine.state[p]["step"]) == 3
     assert low_bit
+
+
+def apex_state() -> dict[str, Any]:
+    """As FusedLAMB has it: the step is in the group."""
+    saved = copy.deepcopy(stepped(SOURCES["AdamW"]).state_dict())
+    for state in saved["state"].values():
+        saved["param_groups"][0]["step"] = state.pop("step")
+    return saved
+
+
+def state_of_version_0_1() -> dict[str, Any]:
+    saved = stepped(lambda params: Lamb16(params, **BASE)).state_dict()
+    names = {new: old for old, new in OLD_NAMES.items()}
+    for key, state in saved["state"].items():
+        saved["state"][key] = {names.get(name, name): x for name, x in state.items() if name not in DERIVED}
+    return saved
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *LOW_BIT, "apex's FusedLAMB", "lamb16 0.1"])
+def test_nothing_of_what_was_converted_stays_in_the_state(source: str) -> None:
+    others = {"note": "a user's", "lookahead_slow_buff": torch.ones(3, device=DEVICE)}
+    if source == "lamb16 0.1":
+        saved = state_of_version_0_1()
+    elif source == "apex's FusedLAMB":
+        saved = apex_state()
+    else:
+        saved = stepped((SOURCES | LOW_BIT)[source]).state_dict()
+    plain = loaded(saved)
+    mine = loaded(saved | {"state": {key: state | others for key, state in saved["state"].items()}})
+    fresh = Lamb16(parameters(SHAPES), **BASE)
+    take_steps(fresh, [0])
+    for p, q, r in zip(*map(all_params, (mine, plain, fresh)), strict=True):
+        assert set(plain.state[q]) == set(fresh.state[r])
+        assert set(mine.state[p]) == set(fresh.state[r]) | set(others)
+        assert mine.state[p]["note"] == others["note"]
+        assert torch.equal(mine.state[p]["lookahead_slow_buff"], others["lookahead_slow_buff"])
+    theirs = torch.optim.AdamW(parameters(SHAPES), lr=0.01)
+    theirs.load_state_dict(mine.state_dict())
+    with pytest.raises(KeyError, match="exp_avg"):
+        take_steps(theirs, [1])
 
 
 def test_hyperparameters_that_both_have_are_taken_where_they_are_valid() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks.state import check_state, check_state_dict, check_unknown_states, warn_of_other_moments
 from .codes import REMAINDER, as_bytes, remainder_from_bytes
-from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
+from .convert import OWN, Foreign, added, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
 from .entries import ENTRIES, SCALARS, find_largest, init_state, renamed
 from .hyper import NAMES, check_hyperparameters
 from .matching import Match, match
@@ -130,7 +130,7 @@ def read_state(
     for key, value in states.items():
         if key in targets:
             p = targets[key][0]
-            state[p] = loaded[key] | foreign_entries(value, p.device)
+            state[p] = loaded[key] | foreign_entries(added(value) if key in foreign else value, p.device)
         elif key not in found.keys:  # of no parameter
             state[key] = value
     return state
