@@ -90,19 +90,18 @@ def read_state(
     states: dict[Any, Any],
     foreign: dict[Any, Foreign],
     groups: list[dict[str, Any]],
-    names: list[list[str]],
     found: Match,
 ) -> dict[Any, Any]:
     """The saved states keyed by this optimizer's parameters, copied to their devices and sharded as they are."""
     warn_of_other_moments(groups, parameters.groups)
     share(list(foreign.values()))
     targets = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.positions.items()}
-    left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
+    placed = set(found.positions.values())
     state = {
         p: parameters.states[p]
-        for group, own in zip(groups, names, strict=True)
-        for p, name in zip(group["params"], own, strict=True)
-        if name in left_out and _fits(parameters.states.get(p, {}), group)
+        for k, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if (k, i) not in placed and _fits(parameters.states.get(p, {}), group)
     }
     known = [key for key in states if key in targets]
     loaded: dict[Any, dict[str, Any]] = {}

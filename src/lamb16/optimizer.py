@@ -295,7 +295,7 @@ class Lamb16(BetweenSteps):
             error = caught
         refuse(error, list(self._parameters))
         offloaded = self._offloaded
-        state = read_state(parameters, states, foreign, groups, names, found)
+        state = read_state(parameters, states, foreign, groups, found)
         self.__setstate__({"state": state, "param_groups": groups})
         if offloaded is not None:
             move(self.state, lambda p: p.device)  # what is kept
