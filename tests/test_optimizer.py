@@ -905,13 +905,23 @@ def test_a_learning_rate_a_hair_below_zero_is_no_error(compile_mode: bool) -> No
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     take_steps(optimizer, [1])
-    assert all(torch.equal(p, q) for p, q in zip(all_params(optimizer), before, strict=True))
+    optimizer.param_groups[0]["lr"] = torch.tensor(-1e-12)
+    take_steps(optimizer, [2])
+    assert all(torch.allclose(p, q, rtol=0, atol=1e-9) for p, q in zip(all_params(optimizer), before, strict=True))
+    for lr in (-1e-3, torch.tensor(-1e-8, dtype=torch.float64)):
+        after = snapshot(optimizer)
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match=r"lr=.*-.* is invalid; it must be a finite number >= 0"):
+            take_steps(optimizer, [3])
+        optimizer.param_groups[0]["lr"] = torch.tensor(-1e-12)
+        assert_same(snapshot(optimizer), after)
 
 
 def test_a_hyperparameter_changed_to_a_wrong_value_is_refused_before_anything_moves(compile_mode: bool) -> None:
     optimizer = Lamb16([{"params": parameters()}, {"params": parameters(seed=1)}], **BASE, compile=compile_mode)
     take_steps(optimizer, [0])
-    for name, value in (("betas", (0.9, 1.5)), ("eps", 0.0), ("trust_clip", -1.0), ("weight_decay", float("nan"))):
+    wrong = {"lr": -1e-8, "betas": (0.9, 1.5), "eps": 0.0, "trust_clip": -1.0, "weight_decay": float("nan")}
+    for name, value in wrong.items():
         before, right = snapshot(optimizer), optimizer.param_groups[1][name]
         optimizer.param_groups[1][name] = value
         with pytest.raises(ValueError, match=rf"{name}=.*{value}".replace("(", r"\(").replace(")", r"\)")):

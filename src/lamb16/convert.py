@@ -187,6 +187,11 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
 
 def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:
     """Lamb16's state dict as one of ``torch.optim.AdamW``; ``params`` are the parameters by their keys in it."""
+    warnings.warn(
+        "Lamb16.float32_state_dict: lr, eps and weight_decay in the groups are Lamb16's; a third to a tenth of this lr "
+        "serves AdamW: set its own after loading (docs/recipes.md)",
+        stacklevel=3,
+    )
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
     names = ("params", "param_names", *SHARED, *KEPT)
     groups = [defaults | {key: group[key] for key in names if key in group} for group in state_dict["param_groups"]]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks.foreign import warn_of_rates
 from .checks.state import check_state, check_state_dict, check_unknown_states, warn_of_other_moments
 from .codes import REMAINDER, as_bytes, remainder_from_bytes
 from .convert import OWN, Foreign, added, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
@@ -38,10 +39,12 @@ def checked_groups(
 ) -> list[dict[str, Any]]:
     """This optimizer's groups with the hyperparameters of the saved ones that they have for a source."""
     ours = any(isinstance(state, dict) and set(MOMENTS) & set(state) for state in states.values())
-    groups = []
+    groups: list[dict[str, Any]] = []
+    rates = {}
     for old, k in zip(own, sources, strict=True):
         new: dict[str, Any] = {} if k is None else saved[k]
-        if k is not None and not ours and not set(OWN) & set(new):
+        others = k is not None and not ours and not set(OWN) & set(new)
+        if others:
             new = own_group(new, f"group {k}")
         kept = old if k is None else {name: old[name] for name in NAMES}
         check_hyperparameters(kept | new, f".load_state_dict (group {k})", running=True)
@@ -50,7 +53,10 @@ def checked_groups(
         for names in (saved[k] if k is not None else old, old):
             if "param_names" in names:
                 group["param_names"] = list(names["param_names"])
+        if others:
+            rates[len(groups)] = float(old["lr"]), float(group["lr"])
         groups.append(group)
+    warn_of_rates(rates)
     return groups
 
 
