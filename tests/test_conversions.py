@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ from bits import assert_same_bits, raw
 from helpers import DEVICE, all_params, assert_same, gradients, parameters, snapshot, step_with, take_steps
 from lamb16 import Lamb16, reference
 from lamb16.baselines import Lamb
+from lamb16.entries import DERIVED, OLD_NAMES
 from ranks import Ranks
 from sharded import adamw_state, convert_sharded
 
 BASE: dict[str, Any] = {"weight_decay": 0.1, "compile": False}
+TAKEN = "ignore:Lamb16..* lr"  # of a rate that is taken over
 SHAPES = ((70, 64), (4097,), (7, 3), ())
 
 
@@ -138,6 +141,47 @@ def test_states_of_eight_bits_are_read(source: str) -> None:
     assert low_bit
 
 
+def apex_state() -> dict[str, Any]:
+    """As FusedLAMB has it: the step is in the group."""
+    saved = copy.deepcopy(stepped(SOURCES["AdamW"]).state_dict())
+    for state in saved["state"].values():
+        saved["param_groups"][0]["step"] = state.pop("step")
+    return saved
+
+
+def state_of_version_0_1() -> dict[str, Any]:
+    saved = stepped(lambda params: Lamb16(params, **BASE)).state_dict()
+    names = {new: old for old, new in OLD_NAMES.items()}
+    for key, state in saved["state"].items():
+        saved["state"][key] = {names.get(name, name): x for name, x in state.items() if name not in DERIVED}
+    return saved
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *LOW_BIT, "apex's FusedLAMB", "lamb16 0.1"])
+def test_nothing_of_what_was_converted_stays_in_the_state(source: str) -> None:
+    others = {"note": "a user's", "lookahead_slow_buff": torch.ones(3, device=DEVICE)}
+    if source == "lamb16 0.1":
+        saved = state_of_version_0_1()
+    elif source == "apex's FusedLAMB":
+        saved = apex_state()
+    else:
+        saved = stepped((SOURCES | LOW_BIT)[source]).state_dict()
+    plain = loaded(saved)
+    mine = loaded(saved | {"state": {key: state | others for key, state in saved["state"].items()}})
+    fresh = Lamb16(parameters(SHAPES), **BASE)
+    take_steps(fresh, [0])
+    for p, q, r in zip(*map(all_params, (mine, plain, fresh)), strict=True):
+        assert set(plain.state[q]) == set(fresh.state[r])
+        assert set(mine.state[p]) == set(fresh.state[r]) | set(others)
+        assert mine.state[p]["note"] == others["note"]
+        assert torch.equal(mine.state[p]["lookahead_slow_buff"], others["lookahead_slow_buff"])
+    theirs = torch.optim.AdamW(parameters(SHAPES), lr=0.01)
+    theirs.load_state_dict(mine.state_dict())
+    with pytest.raises(KeyError, match="exp_avg"):
+        take_steps(theirs, [1])
+
+
+@pytest.mark.filterwarnings(TAKEN)
 def test_hyperparameters_that_both_have_are_taken_where_they_are_valid() -> None:
     theirs = torch.optim.AdamW(
         parameters(SHAPES), lr=0.03, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.2, maximize=True, fused=True
@@ -156,6 +200,29 @@ def test_hyperparameters_that_both_have_are_taken_where_they_are_valid() -> None
         assert loaded(saved, eps=1e-5).param_groups[0]["eps"] == 1e-5
 
 
+def test_rates_that_are_taken_over_are_warned_of_once() -> None:
+    params = parameters(SHAPES)
+    theirs = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.02}], lr=1e-3)
+    take_steps(theirs, [0])
+    mine = Lamb16([{"params": params[:2]}, {"params": params[2:], "lr": 0.03}], lr=0.02, compile=False)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        mine.load_state_dict(theirs.state_dict())
+    (warning,) = found
+    assert "lr=0.001 of the state" in str(warning.message)
+    assert "replaces lr=0.02 in group 0; where AdamW's rate served, three to ten times" in str(warning.message)
+    assert warning.filename == __file__
+    assert [group["lr"] for group in mine.param_groups] == [1e-3, 0.02]
+    mine.load_state_dict(theirs.state_dict())  # of the same rates without a word: a warning is an error
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        mine.float32_state_dict()
+    (warning,) = found
+    assert "a third to a tenth of this lr serves AdamW" in str(warning.message)
+    assert warning.filename == __file__
+
+
+@pytest.mark.filterwarnings(TAKEN)
 def test_only_parameters_with_a_state_get_one() -> None:
     theirs = torch.optim.AdamW(parameters(SHAPES), lr=0.03)
     assert not loaded(theirs.state_dict()).state
@@ -234,6 +301,7 @@ def test_adamw_fails_on_lamb16s_own_states() -> None:
         take_steps(theirs, [1])
 
 
+@pytest.mark.filterwarnings(TAKEN)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("moment_dtype", ["float8", "float32"])
 def test_adamw_loads_what_float32_state_dict_gives(moment_dtype: str, memory_format: torch.memory_format) -> None:
@@ -279,6 +347,7 @@ def losses(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: 
     return found
 
 
+@pytest.mark.filterwarnings(TAKEN)
 def test_training_goes_on_from_adamw_to_lamb16_and_back() -> None:
     """The loss does not jump, and the second moments that AdamW gets back are near those of an unbroken run."""
     params = parameters([(64, 32), (64,), (1, 64)])
@@ -313,6 +382,7 @@ def test_sharded_states_get_the_codes_of_one_process(ranks: Ranks) -> None:
             assert "Lamb16.load_state_dict" in fault
 
 
+@pytest.mark.filterwarnings(TAKEN)
 def test_the_end_of_the_count_comes_back_from_float32() -> None:
     mine = Lamb16(parameters(SHAPES), **BASE)
     take_steps(mine, [0])

@@ -316,7 +316,8 @@ def test_state_dicts_are_written_and_read_meanwhile() -> None:
     saved = optimizer.state_dict()
     tensors = [x for state in saved["state"].values() for x in state.values()]
     assert {x.device for x in tensors} == {CPU}
-    assert optimizer.float32_state_dict()["state"].keys() == saved["state"].keys()
+    with pytest.warns(UserWarning, match="a third to a tenth of this lr serves AdamW"):
+        assert optimizer.float32_state_dict()["state"].keys() == saved["state"].keys()
     optimizer.load_state_dict(copy.deepcopy(saved))
     assert optimizer.offloaded is None
     for one in (optimizer, plain):

@@ -905,13 +905,23 @@ def test_a_learning_rate_a_hair_below_zero_is_no_error(compile_mode: bool) -> No
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     take_steps(optimizer, [1])
-    assert all(torch.equal(p, q) for p, q in zip(all_params(optimizer), before, strict=True))
+    optimizer.param_groups[0]["lr"] = torch.tensor(-1e-12)
+    take_steps(optimizer, [2])
+    assert all(torch.allclose(p, q, rtol=0, atol=1e-9) for p, q in zip(all_params(optimizer), before, strict=True))
+    for lr in (-1e-3, torch.tensor(-1e-8, dtype=torch.float64)):
+        after = snapshot(optimizer)
+        optimizer.param_groups[0]["lr"] = lr
+        with pytest.raises(ValueError, match=r"lr=.*-.* is invalid; it must be a finite number >= 0"):
+            take_steps(optimizer, [3])
+        optimizer.param_groups[0]["lr"] = torch.tensor(-1e-12)
+        assert_same(snapshot(optimizer), after)
 
 
 def test_a_hyperparameter_changed_to_a_wrong_value_is_refused_before_anything_moves(compile_mode: bool) -> None:
     optimizer = Lamb16([{"params": parameters()}, {"params": parameters(seed=1)}], **BASE, compile=compile_mode)
     take_steps(optimizer, [0])
-    for name, value in (("betas", (0.9, 1.5)), ("eps", 0.0), ("trust_clip", -1.0), ("weight_decay", float("nan"))):
+    wrong = {"lr": -1e-8, "betas": (0.9, 1.5), "eps": 0.0, "trust_clip": -1.0, "weight_decay": float("nan")}
+    for name, value in wrong.items():
         before, right = snapshot(optimizer), optimizer.param_groups[1][name]
         optimizer.param_groups[1][name] = value
         with pytest.raises(ValueError, match=rf"{name}=.*{value}".replace("(", r"\(").replace(")", r"\)")):
@@ -928,6 +938,45 @@ def test_names_that_two_groups_share_are_told_apart() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert list(optimizer.layer_stats()) == ["weight", "bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("names", [
+    ["w"] * 2, ["w"] * 3, ["w"] * 5, ["w", "w", "0.w"], ["0.w", "w", "w"], ["w", "0.w.2", "w", "w", "0.w", "1.w"],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_no_weight_is_lost_where_several_have_one_name(names: list[str], groups: int) -> None:
+    shapes = [(2, k + 1) for k in range(len(names) * groups)]
+    params = parameters(shapes, torch.bfloat16)
+    pairs = list(zip(names * groups, params, strict=True))
+    parts = [pairs[k::groups] for k in range(groups)]
+    optimizer = Lamb16([{"params": part} for part in parts], **BASE, param_rounding="exact", compile=False)
+    take_steps(optimizer, [0, 1])
+    weights, stats = optimizer.float32_weights(), optimizer.layer_stats()
+    assert len(weights) == len(stats) == len(params)
+    assert list(weights) == list(stats) == list(optimizer.float32_weights())
+    assert [weights[key].shape for key in weights] == [p.shape for p in all_params(optimizer)]
+    for name in {*names}:
+        first = next(p for q, p in (pair for part in parts for pair in part) if q == name)
+        assert weights[name].shape == first.shape, "a name is the first parameter's that has it"
+    with torch.no_grad():
+        for p in params:
+            p.zero_()
+    optimizer.load_float32_weights(weights)
+    assert_same(optimizer.float32_weights(), weights)
+
+
+def test_states_of_one_name_are_loaded_each_for_itself() -> None:
+    """One with another shape stays as it is, and says nothing of the others."""
+    source = Lamb16([("w", p) for p in parameters([(3,), (4,), (5,)])], **BASE, compile=False)
+    step_with(source, [torch.ones(3, device=DEVICE), torch.ones(4, device=DEVICE), None])
+    target = Lamb16([("w", p) for p in parameters([(3,), (7,), (5,)])], **BASE, compile=False)
+    take_steps(target, [0])
+    kept = dict(target.state[all_params(target)[1]])
+    assert target.load_state_dict(source.state_dict(), strict=False).mismatched_keys == ["w"]
+    first, second, third = all_params(target)
+    assert_same(target.state[first], source.state[all_params(source)[0]])
+    assert_same(target.state[second], kept)
+    assert third not in target.state, "the state dict has none for it"
 
 
 def test_a_state_without_an_entry_is_refused_by_name() -> None:

@@ -44,7 +44,7 @@ def test_types_are_shipped() -> None:
 
 def test_the_signature_is_the_documented_one() -> None:
     assert str(inspect.signature(lamb16.Lamb16)).replace("'", "").replace('"', "") == (
-        "(params: ParamsT, lr: float | Tensor = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-06, "
+        "(params: ParamsT, lr: float | Tensor = 0.01, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-06, "
         "weight_decay: float = 0.0, *, trust_scale: float = 0.382, trust_lr: float = 0.001, trust_clip: float = 2.0, "
         "bias_correction: bool = True, nesterov: bool = True, caution: bool = False, maximize: bool = False, "
         "moment_dtype: str = float8, param_rounding: str = stochastic, max_grad_norm: float | None = None, "

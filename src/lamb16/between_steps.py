@@ -121,6 +121,9 @@ class BetweenSteps(Optimizer):
     def float32_weights(self) -> dict[str, Tensor]:
         """The weights of all parameters in float32, by name (or position): copies, on the parameters' devices.
 
+        Of several with one name the first has that name, the others have their group's position before it, and, where
+        that is there already, a number after it: ``w``, ``0.w``, ``0.w.2``, ``1.w``. :meth:`layer_stats` does so too.
+
         Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
         the weights since the last step. A collective for such weights that are DTensors.
         """

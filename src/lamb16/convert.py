@@ -27,7 +27,7 @@ from .step.factors import LAST_STEP, new_scale
 from .step.fp8 import E4M3, E5M2, Format
 
 ADAM, BITSANDBYTES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
-# What else such a state may hold. Anything more, such as amsgrad's maximum, belongs to a rule that Lamb16 has not.
+# What else such a state may hold. What is neither here nor `added`, as amsgrad's maximum, is of a rule foreign to us.
 OTHERS = {
     ADAM: {"step"},
     BITSANDBYTES: {"step", "qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"},
@@ -36,6 +36,7 @@ OWN = ("trust_scale", "trust_lr", "moment_dtype")  # hyperparameters that no oth
 SHARED = ("lr", "betas", "eps", "weight_decay", "maximize")  # hyperparameters that others have too
 WRAPPED = "__bnb_optimizer_quant_state__"
 KEPT = ("initial_lr",)  # schedulers'
+ADDED = ("lookahead_slow_buff",)  # tensors that wrappers, here timm's, put into the state of any optimizer
 BLOCKS = (256, 2048, 4096, 1024, 512, 128, 64)  # sizes that bitsandbytes has had, today's first
 
 
@@ -66,6 +67,11 @@ def keys_of(state: Any) -> tuple[str, str] | None:
     return next((keys for keys in (ADAM, BITSANDBYTES) if set(keys) <= set(state)), None)
 
 
+def added(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of another optimizer's state that are certainly not that optimizer's: text, and :data:`ADDED`."""
+    return {key: value for key, value in state.items() if key in ADDED or isinstance(value, str)}
+
+
 def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: str) -> Foreign:
     """What is needed to load another optimizer's state; ``group`` is the saved one.
 
@@ -74,7 +80,7 @@ def check_foreign(state: dict[str, Any], group: dict[str, Any], param: Tensor, n
     """
     keys = keys_of(state)
     assert keys is not None
-    check_entries(set(state) - set(keys) - OTHERS[keys], name)
+    check_entries(set(state) - set(keys) - OTHERS[keys] - set(added(state)), name)
     largest = []
     for key in keys:
         value = state[key]
@@ -181,6 +187,11 @@ def own_group(saved: dict[str, Any], where: str) -> dict[str, Any]:
 
 def to_adamw(state_dict: dict[str, Any], params: dict[Any, Tensor]) -> dict[str, Any]:
     """Lamb16's state dict as one of ``torch.optim.AdamW``; ``params`` are the parameters by their keys in it."""
+    warnings.warn(
+        "Lamb16.float32_state_dict: lr, eps and weight_decay in the groups are Lamb16's; a third to a tenth of this lr "
+        "serves AdamW: set its own after loading (docs/recipes.md)",
+        stacklevel=3,
+    )
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
     names = ("params", "param_names", *SHARED, *KEPT)
     groups = [defaults | {key: group[key] for key in names if key in group} for group in state_dict["param_groups"]]

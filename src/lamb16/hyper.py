@@ -20,6 +20,7 @@ MOMENT_DTYPES = {
     "float32": (torch.float32, torch.float32),
 }
 ROUNDINGS = ("stochastic", "nearest", "exact")  # of weights with 16 bits
+HAIR = 1e-9  # below 0 that a scheduler may end, by rounding
 SMALLEST_EPS = 2.0**-100  # so that eps · (1 − β1) is a normal float32 too
 
 
@@ -46,8 +47,8 @@ def _lr(value: object) -> bool:
 
 def _running_lr(value: object) -> bool:
     if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
-        return value.is_floating_point() and math.isfinite(value.item())
-    return _lr(value) if isinstance(value, Tensor) else _number(value)
+        return value.is_floating_point() and _running_lr(value.item())
+    return _lr(value) if isinstance(value, Tensor) else _number(value) and value >= -HAIR  # type: ignore[operator]
 
 
 def _betas(value: object) -> bool:
@@ -70,7 +71,7 @@ def _option(default: Any, valid: Callable[[object], bool], wanted: str) -> Any:
 class Hyper:
     """The hyperparameters of one tensor; :class:`lamb16.Lamb16` says what they mean."""
 
-    lr: float = _option(1e-3, _lr, "a finite number >= 0 or a one-element floating-point tensor")
+    lr: float = _option(0.01, _lr, "a finite number >= 0 or a one-element floating-point tensor")
     betas: tuple[float, float] = _option((0.9, 0.999), _betas, "two numbers in [0, 1)")
     eps: float = _option(
         1e-6, _eps, "a number in [2^-100, 1] (it is also the lower clamp of squared updates in their norm)"
@@ -113,7 +114,7 @@ NUMBERS = tuple(numbers_of(vars(Hyper())))
 def check_hyperparameters(group: dict[str, Any], where: str = "", *, running: bool = False) -> None:
     """Raise ValueError naming the first hyperparameter of ``group`` that is out of range.
 
-    ``running``: none may be missing, and lr, which schedulers own by then, may be below 0: some end a hair below.
+    ``running``: none may be missing, and lr, which schedulers own by then, may be a :data:`HAIR` below 0.
     """
     for f in fields(Hyper):
         if running and f.name not in group:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks.foreign import warn_of_rates
 from .checks.state import check_state, check_state_dict, check_unknown_states, warn_of_other_moments
 from .codes import REMAINDER, as_bytes, remainder_from_bytes
-from .convert import OWN, Foreign, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
+from .convert import OWN, Foreign, added, as_lamb16, check_foreign, keys_of, own_group, share, unwrapped
 from .entries import ENTRIES, SCALARS, find_largest, init_state, renamed
 from .hyper import NAMES, check_hyperparameters
 from .matching import Match, match
@@ -38,10 +39,12 @@ def checked_groups(
 ) -> list[dict[str, Any]]:
     """This optimizer's groups with the hyperparameters of the saved ones that they have for a source."""
     ours = any(isinstance(state, dict) and set(MOMENTS) & set(state) for state in states.values())
-    groups = []
+    groups: list[dict[str, Any]] = []
+    rates = {}
     for old, k in zip(own, sources, strict=True):
         new: dict[str, Any] = {} if k is None else saved[k]
-        if k is not None and not ours and not set(OWN) & set(new):
+        others = k is not None and not ours and not set(OWN) & set(new)
+        if others:
             new = own_group(new, f"group {k}")
         kept = old if k is None else {name: old[name] for name in NAMES}
         check_hyperparameters(kept | new, f".load_state_dict (group {k})", running=True)
@@ -50,7 +53,10 @@ def checked_groups(
         for names in (saved[k] if k is not None else old, old):
             if "param_names" in names:
                 group["param_names"] = list(names["param_names"])
+        if others:
+            rates[len(groups)] = float(old["lr"]), float(group["lr"])
         groups.append(group)
+    warn_of_rates(rates)
     return groups
 
 
@@ -90,19 +96,18 @@ def read_state(
     states: dict[Any, Any],
     foreign: dict[Any, Foreign],
     groups: list[dict[str, Any]],
-    names: list[list[str]],
     found: Match,
 ) -> dict[Any, Any]:
     """The saved states keyed by this optimizer's parameters, copied to their devices and sharded as they are."""
     warn_of_other_moments(groups, parameters.groups)
     share(list(foreign.values()))
     targets = {key: (groups[k]["params"][i], groups[k]) for key, (k, i) in found.positions.items()}
-    left_out = {*found.loaded.missing_keys, *found.loaded.mismatched_keys}
+    placed = set(found.positions.values())
     state = {
         p: parameters.states[p]
-        for group, own in zip(groups, names, strict=True)
-        for p, name in zip(group["params"], own, strict=True)
-        if name in left_out and _fits(parameters.states.get(p, {}), group)
+        for k, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if (k, i) not in placed and _fits(parameters.states.get(p, {}), group)
     }
     known = [key for key in states if key in targets]
     loaded: dict[Any, dict[str, Any]] = {}
@@ -130,7 +135,7 @@ def read_state(
     for key, value in states.items():
         if key in targets:
             p = targets[key][0]
-            state[p] = loaded[key] | foreign_entries(value, p.device)
+            state[p] = loaded[key] | foreign_entries(added(value) if key in foreign else value, p.device)
         elif key not in found.keys:  # of no parameter
             state[key] = value
     return state

@@ -13,14 +13,14 @@ class Loaded(NamedTuple):
     """What ``load_state_dict`` left out, by parameter name (or position); all empty with ``strict=True``.
 
     ``missing_keys``: parameters of the optimizer that the state dict does not know; ``unexpected_keys``: the reverse;
-    ``mismatched_keys``: both know them, with other shapes; ``kept_groups``: indices of groups whose members are no
-    group of the state dict. Such parameters keep their state, such groups their hyperparameters.
+    ``mismatched_keys``: both know them, with other shapes; ``kept_groups``: the members of each group whose members
+    are no group of the state dict. Such parameters keep their state, such groups their hyperparameters.
     """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
     mismatched_keys: list[str]
-    kept_groups: list[int]
+    kept_groups: list[list[str]]
 
 
 class Match(NamedTuple):
@@ -66,7 +66,8 @@ def match(saved: Sequence[dict[str, Any]], names: Sequence[Sequence[str]], named
     if strict:
         check_groups_match(kept, len(saved), names)
     positions = {key: here[name] for name, key in there.items() if name in here}
-    return Match(set(there.values()), positions, sources, Loaded(missing, unexpected, [], kept))
+    loaded = Loaded(missing, unexpected, [], [list(names[k]) for k in kept])
+    return Match(set(there.values()), positions, sources, loaded)
 
 
 def _names(saved: Sequence[dict[str, Any]], here: set[str]) -> list[list[str]] | None:

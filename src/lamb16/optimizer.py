@@ -49,7 +49,8 @@ class Lamb16(BetweenSteps):
     Args:
         params: parameters, named parameters (``model.named_parameters()``) or group dicts; float32, bfloat16 or
             float16, any shape. Names make the rounding independent of the parameters' order.
-        lr: learning rate, a float >= 0 or a one-element tensor; changing it never recompiles.
+        lr: learning rate, a float >= 0 or a one-element tensor; changing it never recompiles. Between steps it may be
+            1e-9 below 0, where rounding lets schedulers end. A tensor on another device than the CPU is not checked.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root, and the lower clamp of squared updates in their norm; in [2^-100, 1].
         weight_decay: decoupled weight decay, inside the trust ratio as in LAMB.
@@ -251,7 +252,8 @@ class Lamb16(BetweenSteps):
     def float32_state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW`` loads it: ``step``, and ``exp_avg`` and ``exp_avg_sq`` in float32.
 
-        The groups have AdamW's hyperparameters; those that only Lamb16 has are left out.
+        The groups have AdamW's hyperparameters, with the values of this optimizer, and those that only Lamb16 has are
+        left out. A warning says that AdamW wants another ``lr`` (docs/recipes.md).
         """
         from .convert import to_adamw
 
@@ -268,7 +270,7 @@ class Lamb16(BetweenSteps):
 
         The states of other optimizers with Adam's two moments are quantized: torch's Adam and AdamW, LAMB in FP32, and
         8-bit states of torchao and bitsandbytes (:mod:`lamb16.convert`). Of their groups ``lr``, ``betas``, ``eps``,
-        ``weight_decay`` and ``maximize`` are taken, where they are valid here.
+        ``weight_decay`` and ``maximize`` are taken, where they are valid here; another ``lr`` is warned of.
 
         Moments are copied into the memory of those that are there, where shapes, dtypes and devices fit.
 
@@ -300,7 +302,7 @@ class Lamb16(BetweenSteps):
             error = caught
         refuse(error, list(self._parameters))
         offloaded = self._offloaded
-        state = read_state(parameters, states, foreign, groups, names, found)
+        state = read_state(parameters, states, foreign, groups, found)
         self.__setstate__({"state": state, "param_groups": groups})
         if offloaded is not None:
             move(self.state, lambda p: p.device)  # what is kept

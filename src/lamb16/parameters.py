@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -47,12 +49,21 @@ class Parameters:
         return [[self.name(group, i) for i in range(len(group["params"]))] for group in self.groups]
 
     def named(self) -> dict[str, tuple[Tensor, dict[str, Any], int]]:
-        """All parameters with their groups and places in these, by name; one that is there has its group before it."""
+        """All parameters with their groups and places in these, by name.
+
+        A name that is there gets its group before it, and a number after it where that is there, or another's name.
+        """
+        names = self.names()
+        real = set(chain.from_iterable(names))
         named: dict[str, tuple[Tensor, dict[str, Any], int]] = {}
-        for k, group in enumerate(self.groups):
-            for i, p in enumerate(group["params"]):
-                name = self.name(group, i)
-                named[f"{k}.{name}" if name in named else name] = (p, group, i)
+        for k, (group, own) in enumerate(zip(self.groups, names, strict=True)):
+            for i, (p, name) in enumerate(zip(group["params"], own, strict=True)):
+                key, number = name, itertools.count(2)
+                if name in named:
+                    key = f"{k}.{name}"
+                    while key in named or key in real:
+                        key = f"{k}.{name}.{next(number)}"
+                named[key] = (p, group, i)
         return named
 
     def check(self, group: dict[str, Any], i: int) -> None:

@@ -420,7 +420,7 @@ const char *lamb16_status_string(lamb16_status status)
 void lamb16_default_hyper(lamb16_hyper *hyper)
 {
     static const lamb16_hyper defaults = {
-        .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-6, .weight_decay = 0.0,
+        .lr = 0.01, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-6, .weight_decay = 0.0,
         .trust_scale = 0.382, .trust_lr = 1e-3, .trust_clip = 2.0,
         .bias_correction = 1, .nesterov = 1, .caution = 0, .maximize = 0,
         .param_rounding = LAMB16_ROUNDING_STOCHASTIC,

@@ -138,7 +138,7 @@ typedef enum {
 /* What a status means and what to do about it: a constant string, also for numbers that are no status. */
 const char *lamb16_status_string(lamb16_status status);
 
-/* Fill *hyper with the defaults: lr 1e-3, beta1 0.9, beta2 0.999, eps 1e-6, weight_decay 0, trust_scale 0.382,
+/* Fill *hyper with the defaults: lr 0.01, beta1 0.9, beta2 0.999, eps 1e-6, weight_decay 0, trust_scale 0.382,
  * trust_lr 1e-3, trust_clip 2, bias_correction 1, nesterov 1, caution 0, maximize 0, param_rounding
  * LAMB16_ROUNDING_STOCHASTIC. NULL is ignored. */
 void lamb16_default_hyper(lamb16_hyper *hyper);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,19 @@ def check_step(step: Any, name: str) -> None:
             f"Lamb16.load_state_dict: step of parameter {name} is {step!r}, expected a number of steps in its state or "
             "its group"
         )
+
+
+def warn_of_rates(taken: Mapping[int, tuple[float, float]]) -> None:
+    """Warn where another optimizer's learning rate takes the place of this one's, the first, in a group."""
+    for k, (old, new) in taken.items():
+        if not math.isclose(new, old, rel_tol=1e-6):  # torchao's are tensors in float32
+            warnings.warn(
+                f"Lamb16.load_state_dict: lr={new:g} of the state, which another optimizer made, replaces lr={old:g} "
+                f"in group {k}; where AdamW's rate served, three to ten times as much serves "
+                "Lamb16: set lr after loading (docs/recipes.md)",
+                stacklevel=4,
+            )
+            return
 
 
 def check_betas(group: dict[str, Any], where: str) -> None:
