@@ -43,7 +43,8 @@ def assert_same_state(where: str, p: Tensor, mine: dict[str, Tensor], weights: T
 
 def make(case: Case, compile: bool) -> tuple[list[nn.Parameter], Lamb16]:
     params = [nn.Parameter(w.to(DEVICE)) for w in case.weights()]
-    return params, Lamb16(params, **case.words, **case.hyper, compile=compile, seed=case.seed)
+    named = [(str(i), p) for i, p in enumerate(params)]  # whose salts the reference can be told before the first step
+    return params, Lamb16(named, **case.words, **case.hyper, compile=compile, seed=case.seed)
 
 
 def set_counts(state: dict[str, Tensor], case: Case) -> None:

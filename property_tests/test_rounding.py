@@ -155,7 +155,13 @@ def test_exact_weights_are_those_of_a_float32_run(compile: bool, case: Case) -> 
     params, optimizer = make(case, compile)
     twins = [nn.Parameter(p.detach().float()) for p in params]
     names = [str(i) for i in range(len(params))]
-    other = Lamb16(twins, **case.hyper, moment_dtype=case.moment_dtype, compile=compile, seed=case.seed)
+    other = Lamb16(
+        list(zip(names, twins, strict=True)),
+        **case.hyper,
+        moment_dtype=case.moment_dtype,
+        compile=compile,
+        seed=case.seed,
+    )
     for step in range(len(case.kinds)):
         grads = case.gradients(step, case.weights())
         step_with(optimizer, grads)

@@ -125,7 +125,8 @@ def report(name: str, check: Callable[[], None]) -> None:
 
 
 def make(executor: Interpreted, options: dict[str, Any]) -> Lamb16:
-    return Lamb16(parameters(SHAPES), **{"lr": 0.01} | options, compile=executor)
+    named = [(str(i), p) for i, p in enumerate(parameters(SHAPES))]
+    return Lamb16(named, **{"lr": 0.01} | options, compile=executor)
 
 
 def follow(executor: Interpreted, options: dict[str, Any]) -> None:

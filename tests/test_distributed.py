@@ -82,6 +82,16 @@ def test_equal_gradients_give_equal_bits(ranks: Ranks, how: str, compile: bool) 
         assert_same(tensors, expected)
 
 
+@pytest.mark.parametrize("how", parallel.EXACT)
+def test_parameters_without_names_round_alike_on_all_ranks(ranks: Ranks, how: str) -> None:
+    """Replicas do not drift apart, whatever optimizers a rank has made before."""
+    (expected,) = ranks.run(1, parallel.train, "one process", "backward", False, STEPS, False)
+    (named,) = ranks.run(1, parallel.train, "one process", "backward", False, STEPS)
+    assert differing(named, expected)
+    for tensors in ranks.run(math.prod(parallel.MESHES[how]), parallel.train, how, "backward", False, STEPS, False):
+        assert_same(tensors, expected)
+
+
 @pytest.mark.parametrize("how", ["FSDP2 on 3", "HSDP"])  # torch cannot clip over two meshes
 def test_clipped_gradients(ranks: Ranks, how: str) -> None:
     (expected,) = ranks.run(1, parallel.train, "one process", "clip", False, 5)

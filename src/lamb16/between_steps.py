@@ -24,7 +24,6 @@ class BetweenSteps(Optimizer):
     _seed: int
     _stepper: Stepper  # both made by _forget
     _offloaded: torch.device | None
-    _number: int | None = None  # pickles of version 0.1 have none
     _release: GradientRelease | None = None  # what steps the parameters within backward passes
 
     def _forget(self) -> None:
@@ -34,7 +33,7 @@ class BetweenSteps(Optimizer):
 
     @property
     def _parameters(self) -> Parameters:
-        return Parameters(self.param_groups, self.state, self._seed, self._number)
+        return Parameters(self.param_groups, self.state, self._seed)
 
     @torch.no_grad()
     def resize(self, p: Tensor, index: Tensor, new_p: Tensor) -> None:

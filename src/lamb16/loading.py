@@ -131,7 +131,10 @@ def read_state(
             scalar = loaded[key][entry]
             scalar.fill_(float(value[entry]) if scalar.is_floating_point() else int(value[entry]))
         find_largest(loaded[key])
-    add_up({targets[key][0]: loaded[key] for key in known if "weight_sum" not in states[key]})
+    unnamed, incomplete = parameters.unnamed(), [key for key in known if "weight_sum" not in states[key]]
+    params = {key: targets[key][0] for key in incomplete}
+    weights = {p: local(p) for key, p in params.items() if key in foreign and id(p) in unnamed}
+    add_up({p: loaded[key] for key, p in params.items()}, weights)
     for key, value in states.items():
         if key in targets:
             p = targets[key][0]

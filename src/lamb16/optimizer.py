@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from .step.compiled import Executor
 
 __all__ = ["Lamb16", "tensor_salt"]
-
-NUMBERS = itertools.count()  # of the optimizers of this process that have parameters without names
 
 
 class Lamb16(BetweenSteps):
@@ -77,10 +74,10 @@ class Lamb16(BetweenSteps):
             :attr:`grad_norm`. An attribute, which may be changed between steps.
         compile: run the step through ``torch.compile`` (default); ``False`` runs the same functions eagerly. A tool
             may hand in an :class:`lamb16.step.compiled.Executor`.
-        seed: enters the rounding words, with each parameter's name. Parameters without names have their position and
-            their optimizer's number among those that the process has made with such parameters: optimizers round
-            independently of each other, and alike in the next run of a program. Two that are to go the same way in one
-            process need names. State dicts keep what follows from all that, each tensor's ``salt``.
+        seed: enters the rounding words, with each parameter's name. Parameters without names have their position, their
+            shape and the weights that they have when their state is made: optimizers round independently of each
+            other, and alike on every rank and in every run. State dicts keep what follows from all that, each tensor's
+            ``salt``.
         amp_scaling: take a ``torch.amp.GradScaler``'s scale and its finding of an inf into the step, as fused AdamW
             does: the scaler then divides no gradient (float16 ones, which it refuses to divide, work too), and nothing
             is read back for it. Off by default: the scaler divides the gradients and does not call ``step`` where
@@ -168,8 +165,6 @@ class Lamb16(BetweenSteps):
         except Exception:
             self.param_groups.pop()
             raise
-        if "param_names" not in group and self._number is None:
-            self._number = next(NUMBERS)
         self._stepper.clear()
 
     def _own_options(self) -> dict[str, Any]:
@@ -317,7 +312,7 @@ class Lamb16(BetweenSteps):
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}
-        own = ("max_grad_norm", "_compile", "_seed", "_number", "_amp_scaling", "_offloaded")
+        own = ("max_grad_norm", "_compile", "_seed", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

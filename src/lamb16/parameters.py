@@ -18,10 +18,8 @@ from .checks.tensors import check_parameter, check_rounding
 class Parameters:
     """A view of an optimizer's parameter groups and states, made when it is needed."""
 
-    def __init__(self, groups: list[dict[str, Any]], states: dict[Any, Any], seed: int, number: int | None) -> None:
-        """``number`` is the optimizer's among those of the process with parameters without names."""
-        self.groups, self.states = groups, states
-        self.seed, self.number = seed, number
+    def __init__(self, groups: list[dict[str, Any]], states: dict[Any, Any], seed: int) -> None:
+        self.groups, self.states, self.seed = groups, states, seed
 
     def __iter__(self) -> Iterator[Tensor]:
         """All parameters, group by group."""
@@ -40,9 +38,13 @@ class Parameters:
         return str(before + i)
 
     def salt(self, group: dict[str, Any], i: int) -> int:
-        """From the name; without one from the position and, but for the process's first, the optimizer's number."""
+        """From seed and name; without one from position and shape, to which ``ready.add_up`` adds the weights."""
         name = self.name(group, i)
-        return tensor_salt(self.seed, f"{self.number}/{name}" if self.number and "param_names" not in group else name)
+        return tensor_salt(self.seed, name if "param_names" in group else f"{name} {tuple(group['params'][i].shape)}")
+
+    def unnamed(self) -> set[int]:
+        """The parameters without names, by id."""
+        return {id(p) for group in self.groups if "param_names" not in group for p in group["params"]}
 
     def names(self) -> list[list[str]]:
         """All names, group by group."""

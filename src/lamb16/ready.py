@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from .checks.state import check_live_state
 from .checks.tensors import check_memory
 from .codes import REMAINDER, as_fp8
-from .entries import ALL_ENTRIES, WIDTH, complete, find_largest, init_state, renamed
+from .entries import ALL_ENTRIES, WIDTH, bit_sum, complete, find_largest, init_state, renamed
 from .moments import MOMENTS, dtypes, in_float8, raw
 from .parameters import Parameters
 from .remainder import fitted, has_remainder, is_exact
 from .sharding.exchange import whole_sums
 from .sharding.layout import is_sharded, like, local
+from .step import fp8
 from .step.kinds import Kind
 from .store import Store
 from .wrapped import PLAIN
@@ -143,13 +144,30 @@ def repair(
         new.completed.extend(p for p, state in pairs if complete(p, state))
 
 
-def add_up(states: dict[Tensor, dict[str, Any]]) -> None:
-    """Make the sums of split parameters' weights those of whole ones; all ranks must be here with the same ones."""
-    split = {p: state for p, state in states.items() if is_sharded(p)}
-    for device in {p.device for p in split}:
-        own = {p: state for p, state in split.items() if p.device == device}
-        sums = [state["weight_sum"] for state in own.values()]
-        whole_sums(list(own), sums, [int(state["salt"]) & 0xFFFFFFFF for state in own.values()])
+def add_up(states: dict[Tensor, dict[str, Any]], unnamed: Mapping[Tensor, Tensor]) -> None:
+    """Make the sums of split parameters' weights those of whole ones; all ranks must be here with the same ones.
+
+    ``unnamed`` has the weights, this rank's part, of those parameters without names whose salts are new. These then
+    follow from the whole tensors' weights too: they are the same on every rank and in every run of a program, and
+    others in every optimizer.
+    """
+    for device in {p.device for p in states}:
+        own = {p: state for p, state in states.items() if p.device == device}
+        _add_up([p for p in own if is_sharded(p)], [x["weight_sum"] for p, x in own.items() if is_sharded(p)], own)
+        chosen = [p for p in own if p in unnamed]
+        if chosen:
+            sums = [bit_sum(unnamed[p]) for p in chosen]
+            split = [is_sharded(p) for p in chosen]
+            _add_up(list(compress(chosen, split)), list(compress(sums, split)), own)
+            salts = [states[p]["salt"] for p in chosen]
+            total = torch.stack(sums)  # whose low bits are 0 for 512 ones as for zeros
+            mixed = fp8.hash32(fp8.as_int32(total ^ (total >> 32)) ^ torch.stack(salts))
+            torch._foreach_copy_(salts, list(mixed.unbind(0)))
+
+
+def _add_up(params: list[Tensor], sums: list[Tensor], states: dict[Tensor, dict[str, Any]]) -> None:
+    if params:
+        whole_sums(params, sums, [int(states[p]["salt"]) & 0xFFFFFFFF for p in params])
 
 
 def are_ready(params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from .hyper import check_hyperparameters
 from .parameters import Parameters
 from .ready import New, add_up, ready_states, unknown
 from .sharding.exchange import digest
-from .sharding.layout import is_sharded
+from .sharding.layout import is_sharded, local
 from .sharding.reduction import BoundReduction, Reduction, is_told_at_once, meet, signature
 from .step.gradient_norm import clip
 from .step.gradients import gather
@@ -91,7 +91,11 @@ def _begin(stepper: Stepper, request: Request) -> tuple[list[Plan], list[BoundRe
                 return [], []
         elif error is not None:
             raise error
-        add_up({p: state[p] for p in (*new.made, *new.completed)})
+        if any(new):
+            unnamed = parameters.unnamed()
+            weights = {p: local(p) for p in new.made if id(p) in unnamed}
+            add_up({p: state[p] for p in (*new.made, *new.completed)}, weights)
+            stepper.bound = None  # it has the salts of before
     except BaseException:
         _roll_back(stepper, new, state)
         raise

@@ -30,10 +30,13 @@ def load_float32_weights(parameters: Parameters, weights: Mapping[str, Tensor], 
         error = found
     refuse(error, [p for p, _, _ in named.values()], "load_float32_weights")
     missing = {name: x for name, x in named.items() if is_exact(x[0], x[1]) and not states.get(x[0])}
+    own: dict[Tensor, Tensor] = {}
     for name, (p, group, i) in missing.items():
         states[p] = init_state(p, parameters.salt(group, i), in_float8(group), exact=True)
-        states[p]["weight_sum"] = weight_sum(like_param(p, weights[name]).to(p.device))
-    add_up({p: states[p] for p, _, _ in missing.values()})
+        own[p] = like_param(p, weights[name]).to(p.device)
+        states[p]["weight_sum"] = weight_sum(own[p])
+    unnamed = parameters.unnamed()
+    add_up({p: states[p] for p in own}, {p: x for p, x in own.items() if id(p) in unnamed})
     for p, group, _ in named.values():
         if is_exact(p, group) and not has_remainder(p, states[p]):
             states[p][REMAINDER] = no_remainder(p)

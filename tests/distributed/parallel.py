@@ -120,11 +120,15 @@ GRADIENTS: dict[str, Callable[[nn.Module, int], None]] = {
 }
 
 
-def train(how: str, gradients: str, compile: bool, steps: int) -> Found:
-    """Weights and states, whole, after some steps."""
+def train(how: str, gradients: str, compile: bool, steps: int, names: bool = True) -> Found:
+    """Weights and states, whole, after some steps; without names there is another optimizer on the first rank."""
     model = parallelize(network(), how)
     params = named(model)
-    optimizer = Lamb16(params, **HYPER, compile=compile)
+    if not names and torch.distributed.get_rank() == 0:
+        probe = nn.Parameter(torch.ones(3))
+        probe.grad = torch.ones(3)
+        Lamb16([probe], compile=False).step()
+    optimizer = Lamb16(params if names else model.parameters(), **HYPER, compile=compile)
     for step in range(steps):
         optimizer.zero_grad()
         GRADIENTS[gradients](model, step)

@@ -62,8 +62,8 @@ def differing_steps() -> RuntimeError:
     """What is raised where ranks do not step, or ask for, the same parameters."""
     return RuntimeError(
         "Lamb16: the ranks that share parameters do not step the same ones: a gradient is None on some of them, "
-        "groups or names differ, or max_grad_norm is None on some. Give every rank a gradient (of zeros). Nothing "
-        "was changed."
+        "groups, names, seeds or loaded states differ, or max_grad_norm is None on some. Give every rank a gradient "
+        "(of zeros). Nothing was changed."
     )
 
 
