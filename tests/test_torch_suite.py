@@ -5,6 +5,7 @@ test per behaviour under its name there. Left out: what compares foreach, fused 
 not; sparse and complex parameters, which are refused (here and in test_checks.py).
 """
 
+import collections.abc
 import copy
 import functools
 import gc
@@ -455,3 +456,35 @@ def test_non_empty_state() -> None:
     assert all(isinstance(x, Tensor) and x.device == params[0].device for x in entries)
     del entries
     gc.collect()
+
+
+class Betas(collections.abc.Sequence):  # type: ignore[type-arg]
+    """A sequence that is neither a tuple nor a list, as omegaconf's ListConfig is one."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def __getitem__(self, k: Any) -> Any:
+        return self.values[k]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def test_betas_are_any_sequence_of_two_numbers() -> None:
+    torch.optim.AdamW([torch.zeros(2, requires_grad=True)], betas=Betas(0.8, 0.99))  # type: ignore[arg-type]
+    results = []
+    for betas in (Betas(0.8, 0.99), (0.8, 0.99)):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 300))
+        optimizer = Lamb16([("p", p)], lr=0.01, betas=betas, compile=False)  # type: ignore[arg-type]
+        for _ in range(2):
+            p.grad = torch.linspace(1, 3, 300)
+            optimizer.step()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("betas", [Betas(0.8), Betas(0.8, 1.0), "89"], ids=["one", "1.0", "a string"])
+def test_other_sequences_are_refused(betas: Any) -> None:
+    with pytest.raises(ValueError, match="betas"):
+        Lamb16([torch.zeros(2, requires_grad=True)], betas=betas)
