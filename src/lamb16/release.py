@@ -44,6 +44,9 @@ def release_gradients(model: nn.Module, optimizer: Lamb16, *, bucket_bytes: int 
     nothing, and so does ``zero_grad()``; schedulers work as ever. After a backward pass every ``grad`` is None: what
     reads or changes gradients between ``backward()`` and ``step()`` finds none (``Tensor.register_hook`` does).
 
+    So clipping that a trainer does clips nothing, and nothing says so. Turn it off: ``max_grad_norm=0`` for
+    transformers' Trainer, whose default clips at 1.0, and no ``gradient_clip_val`` for Lightning's.
+
     A parameter whose gradient takes ``bucket_bytes`` or more is stepped at once. Smaller ones wait for each other until
     theirs take that much together, or the backward pass ends. So at any time the gradients take less than twice
     ``bucket_bytes`` and one gradient; more where they come in another order than in the first pass, or where parameters

@@ -131,8 +131,9 @@ def _look(stepper: Stepper, request: Request) -> list[Plan] | None:
         return None
     if any(plan.known.moved for plan in plans):
         stepper.weights = starts_of_weights(stepper)
-        good = (are_good(x.operands[0]) and are_good(x.operands[1], stepper.weights) for x in plans)
-        if not (all(good) and apart(list(stepper.plans.values()))):
+        weights = [w for plan in plans for w in plan.operands[0]]
+        good = are_good(weights) and all(are_good(plan.operands[1], stepper.weights) for plan in plans)
+        if not good or any(map(Tensor.is_inference, weights)) or not apart(list(stepper.plans.values())):
             return None
     return plans
 
