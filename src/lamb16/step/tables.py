@@ -16,7 +16,8 @@ from .blocks import ROW, IndexMap
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """A copy of a tensor in the host's memory on a device, which is not waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    pinned = device.type == "cuda" and type(x) is Tensor  # no fake one
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
 class HyperTable:
