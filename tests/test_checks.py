@@ -302,6 +302,72 @@ with torch.compiler.set_stance("force_eager"):  # in which nothing is compiled
 """
 
 
+SWITCHED = """
+import torch
+from torch import nn
+from lamb16 import Lamb16
+
+def steps(compile):
+    params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (3000, 70)]
+    optimizer = Lamb16(params, lr=0.01, compile=compile)
+    for t in range(2):
+        for p in params:
+            p.grad = torch.linspace(-2, t, p.numel())
+        optimizer.step()
+    return params
+
+for compile in (True, True, False):
+    with {switch}:
+        found = steps(compile)
+    print([p.detach().view(torch.int32).sum(dtype=torch.int64).item() for p in found])
+"""
+CONFIG, STANCE = "torch._dynamo.config.disable", "torch.compiler.set_stance"
+SWITCHES = {  # in the environment, in a program, and what is said of them
+    "TORCH_COMPILE_DISABLE": ("1", "torch.no_grad()", "TORCH_COMPILE_DISABLE"),
+    "config": ("", "torch._dynamo.config.patch(disable=True)", CONFIG),
+    "force_eager": ("", f"{STANCE}('force_eager')", f"{STANCE}('force_eager')"),
+    "eager_on_recompile": ("", f"{STANCE}('eager_on_recompile')", f"{STANCE}('eager_on_recompile')"),
+    "backend": ("", f"{STANCE}(force_backend='eager')", f"{STANCE}('default', force_backend='eager')"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_turns_the_compiler_off_gives_eager_steps_with_one_warning(name: str) -> None:
+    value, switch, said = SWITCHES[name]
+    environment = os.environ | ({name: value} if value else {})
+    code = SWITCHED.replace("{switch}", switch)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("torch.compile is turned off") == 1
+    assert said in done.stderr
+    assert "compiles its step" not in done.stderr
+    assert len(set(done.stdout.splitlines())) == 1
+
+
+def test_what_forbids_to_compile_is_named() -> None:
+    """Where nothing is to be compiled any more, steps go on."""
+    code = (
+        SWITCHED.partition("for compile")[0]
+        + f"""
+for compile in (True, False):
+    try:
+        with {STANCE}("fail_on_recompile"):
+            print(len(steps(compile)))
+    except RuntimeError as error:
+        print(error)
+steps(True)
+with {STANCE}("fail_on_recompile"):
+    print(len(steps(True)))
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, eager, compiled_before = done.stdout.splitlines()
+    assert 'torch.compiler.set_stance("fail_on_recompile") forbids' in refused
+    assert "compiler that works" not in refused
+    assert (eager, compiled_before) == ("2", "2")
+
+
 @pytest.mark.parametrize("cache", ["empty", "full"])
 def test_without_a_compiler_the_message_names_it_and_the_eager_step_works(tmp_path: Path, cache: str) -> None:
     if sys.platform == "win32":

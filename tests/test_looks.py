@@ -243,12 +243,12 @@ def test_launches_that_do_something_else_are_not_used(caplog: pytest.LogCaptureF
     code = graph_code.compile_once(Graph("inspect"), Kind(CPU))
     assert isinstance(code, graph_code.Code)
     assert code.launches is not None
-    graph_code._warn.cache_clear()
+    graph_code.warn_once.cache_clear()
     with mock.patch.object(graph_code, "record", wrong):
         assert graph_code._launches(code, Graph("inspect"), Kind(CPU)) is None
         assert graph_code._launches(code, Graph("inspect"), Kind(CPU)) is None
     assert caplog.text.count("cannot be recorded with this version of torch; it is slower") == 1
-    graph_code._warn.cache_clear()
+    graph_code.warn_once.cache_clear()
 
 
 def test_code_that_does_more_than_launch_is_not_recorded() -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native
 from .blocks import PACKED_ROW, Block, memory
-from .graph_code import Call, Code, compile_once
+from .graph_code import Call, Code, compile_once, warn_once
 from .kinds import Graph, Kind
 from .recording import Program
 from .row_plan import copy_arguments
@@ -112,8 +112,9 @@ class _Lazy:
                 self._compile()
 
     def _compile(self) -> None:
+        usual = inductor_compiles()
         try:
-            if self.kind.device.type == "cpu" and inductor_compiles():
+            if self.kind.device.type == "cpu" and usual:
                 from torch._inductor.cpp_builder import get_cpp_compiler
 
                 get_cpp_compiler()  # which Inductor would miss only after it has made the code
@@ -138,11 +139,28 @@ class _Lazy:
 
 
 def inductor_compiles() -> bool:
-    """Whether ``torch.compile`` does its usual work: torch can be told to run everything eagerly."""
+    """Whether ``torch.compile`` does its usual work; where a switch of torch's turns it off, one warning says which.
+
+    Raises:
+        RuntimeError: a switch forbids to compile.
+    """
     from torch._dynamo import config
     from torch._dynamo.eval_frame import _stance
 
-    return not config.disable and _stance.stance == "default" and _stance.backend is None
+    stance, backend = _stance.stance, _stance.backend
+    if stance == "fail_on_recompile":
+        raise RuntimeError(
+            'lamb16 compiles in its first step, which torch.compiler.set_stance("fail_on_recompile") forbids. Take a '
+            "step before, or pass compile=False to run the same step eagerly. Nothing was changed."
+        )
+    if config.disable:
+        off = "TORCH_COMPILE_DISABLE or torch._dynamo.config.disable"
+    elif stance != "default" or backend is not None:
+        off = f"torch.compiler.set_stance({stance!r}{f', force_backend={backend!r}' if backend else ''})"
+    else:
+        return True
+    warn_once(f"lamb16: torch.compile is turned off ({off}); steps are eager, with the same bits, and slower")
+    return False
 
 
 def _needed(device: torch.device) -> str:

@@ -91,12 +91,13 @@ def _launches(code: Code, graph: Graph, kind: Kind) -> Launches | None:
         reason = "what is recorded does something else"
     except Exception as error:  # whatever it is, the code can be called
         reason = repr(error)
-    _warn(f"lamb16: the step's launches cannot be recorded with this version of torch; it is slower ({reason})")
+    warn_once(f"lamb16: the step's launches cannot be recorded with this version of torch; it is slower ({reason})")
     return None
 
 
 @functools.cache
-def _warn(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Once per process."""
     log.warning(text)
 
 
@@ -148,7 +149,7 @@ def compile_on(arguments: tuple[Any, ...], graph: Graph, kind: Kind, one_loop: b
     # A function is compiled in several forms: what differs between them is not to become dynamic.
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch.compile(function, fullgraph=True, backend=backend)(*arguments)
-    return found[0] if found else lambda inputs: function(*inputs)  # torch.compiler.set_stance, TORCHDYNAMO_DISABLE
+    return found[0] if found else lambda inputs: function(*inputs)  # torch.compiler.set_stance, TORCH_COMPILE_DISABLE
 
 
 @contextlib.contextmanager

@@ -73,8 +73,9 @@ def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) ->
     if not isinstance(compile, bool):
         return compile
     params = [p for pairs in members.values() for p, _ in pairs]
-    possible = native.loaded() is not None or inductor_compiles()
-    return Compiled() if compile and possible and not any(p.is_meta or is_fake(p) for p in params) else Eager()
+    if not compile or any(p.is_meta or is_fake(p) for p in params):
+        return Eager()
+    return Compiled() if native.loaded() is not None or inductor_compiles() else Eager()
 
 
 def prepare(executor: Any, members: dict[Kind, list[Member]], clips: bool) -> None:
