@@ -324,6 +324,7 @@ for compile in (True, True, False):
 CONFIG, STANCE = "torch._dynamo.config.disable", "torch.compiler.set_stance"
 SWITCHES = {  # in the environment, in a program, and what is said of them
     "TORCH_COMPILE_DISABLE": ("1", "torch.no_grad()", "TORCH_COMPILE_DISABLE"),
+    "TORCHDYNAMO_DISABLE": ("1", "torch.no_grad()", "TORCHDYNAMO_DISABLE"),
     "config": ("", "torch._dynamo.config.patch(disable=True)", CONFIG),
     "force_eager": ("", f"{STANCE}('force_eager')", f"{STANCE}('force_eager')"),
     "eager_on_recompile": ("", f"{STANCE}('eager_on_recompile')", f"{STANCE}('eager_on_recompile')"),

@@ -153,7 +153,9 @@ def inductor_compiles() -> bool:
             'lamb16 compiles in its first step, which torch.compiler.set_stance("fail_on_recompile") forbids. Take a '
             "step before, or pass compile=False to run the same step eagerly. Nothing was changed."
         )
-    if config.disable:
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        off = "TORCHDYNAMO_DISABLE"
+    elif config.disable:
         off = "TORCH_COMPILE_DISABLE or torch._dynamo.config.disable"
     elif stance != "default" or backend is not None:
         off = f"torch.compiler.set_stance({stance!r}{f', force_backend={backend!r}' if backend else ''})"
