@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 import helpers
@@ -26,6 +27,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         jobs: list[Callable[[], object]] = [partial(exported_once, factory, *export) for export in exports.items()]
         jobs += [partial(graph_code.compile_once, graph, kind) for graph, kind in precompiled.graphs()]
         precompiled.share(factory.getbasetemp().parent / "precompiled", jobs)
+
+
+@pytest.fixture(autouse=True)
+def modes() -> Iterator[None]:
+    """No test leaves a mode of torch's to the next."""
+    yield
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @pytest.fixture(params=["eager", "compiled"])

@@ -197,8 +197,8 @@ def test_param_groups(name: str) -> None:
     """test_param_groups_lr and _weight_decay: a group's value for its tensors, the default for others."""
     value = {"lr": 0.05, "weight_decay": 0.5}[name]
     mixed, apart = weights(), weights()
-    optimizer = INFO.optim_cls([{"params": [mixed[0]], name: value}, {"params": [mixed[1]]}], lr=0.001)
-    # The second is at position 1 in both, which its rounding words depend on.
+    groups = [{"params": [("0", mixed[0])], name: value}, {"params": [("1", mixed[1])]}]
+    optimizer = INFO.optim_cls(groups, lr=0.001)
     others = [
         INFO.optim_cls([(str(i), p)], **({"lr": 0.001} | ({name: value} if i == 0 else {})))
         for i, p in enumerate(apart)

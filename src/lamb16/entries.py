@@ -169,14 +169,14 @@ def weight_sum(weights: Tensor) -> Tensor:
 def bit_sum(weights: Tensor) -> Tensor:
     """The sum of the float32 weights' bits, 0-d int64, by which tensors are told apart; those of shards add up."""
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
-    for chunk in chunks(weights.detach().reshape(-1)):
+    for chunk in chunks(weights.detach().reshape(-1), CHUNK // 4):  # what it is widened to is twice as large
         total += chunk.float().view(torch.int32).sum(dtype=torch.int64)
     return total
 
 
-def chunks(flat: Tensor) -> tuple[Tensor, ...]:
+def chunks(flat: Tensor, least: int = CHUNK) -> tuple[Tensor, ...]:
     """A flat tensor in at most 2,048 chunks, so that what is made of one is small beside it."""
-    return torch.split(flat, max(CHUNK, flat.numel() >> 11))
+    return torch.split(flat, max(least, flat.numel() >> 11))
 
 
 def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
