@@ -33,7 +33,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def modes() -> Iterator[None]:
     """No test leaves a mode of torch's to the next."""
     yield
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.fixture(params=["eager", "compiled"])

@@ -78,21 +78,6 @@ def test_no_module_is_too_long_to_read() -> None:
     assert {name: count for name, count in lines.items() if count > 350} == {}
 
 
-MOST = 2_300  # lines of this package that are imported until there is an optimizer
-
-
-def test_making_an_optimizer_imports_what_that_needs() -> None:
-    code = (
-        "import sys, torch, lamb16; lamb16.Lamb16(torch.nn.Linear(2, 2).named_parameters()); "
-        "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == 'lamb16'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    files = [Path(name) for name in done.stdout.split()]
-    assert PACKAGE / "optimizer.py" in files
-    lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in files}
-    assert sum(lines.values()) <= MOST, lines
-
-
 def test_public_names_that_are_imported_later_are_there() -> None:
     code = (
         "import sys, lamb16; assert 'lamb16.release' not in sys.modules; "

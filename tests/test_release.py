@@ -248,14 +248,14 @@ def test_gradients_do_not_exist_all_at_once(bucket_bytes: int | None, compile_mo
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors were stepped by each step that looked at everything."""
     numbers: list[int] = []
-    original = stepping._prepare
+    original = stepping.Stepper._prepare
 
     def prepare(*arguments: Any) -> Any:
         plans = original(*arguments)
         numbers.append(sum(len(plan.present) for plan in plans))
         return plans
 
-    monkeypatch.setattr(stepping, "_prepare", prepare)
+    monkeypatch.setattr(stepping.Stepper, "_prepare", prepare)
     return numbers
 
 

@@ -26,13 +26,13 @@ LOOK, RECORD = "lamb16.step.known.Known.look", "lamb16.step.compiled.Compiled.re
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One for every step that looked at everything."""
     seen: list[None] = []
-    original = stepping._prepare
+    original = stepping.Stepper._prepare
 
     def prepare(*arguments: Any) -> Any:
         seen.append(None)
         return original(*arguments)
 
-    monkeypatch.setattr(stepping, "_prepare", prepare)
+    monkeypatch.setattr(stepping.Stepper, "_prepare", prepare)
     return seen
 
 

@@ -10,9 +10,24 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .checks.arguments import check_not_meta, check_reloaded, check_replaced, check_resize, checked_device
+from . import remainder
+from .checks.arguments import (
+    check_float32_weights,
+    check_not_meta,
+    check_reloaded,
+    check_replaced,
+    check_resize,
+    checked_device,
+)
+from .codes import REMAINDER
+from .entries import init_state, resized, weight_sum
+from .moments import in_float8
+from .offload import move
 from .parameters import Parameters
-from .stepper import Stepper
+from .ready import New, add_up, checked_live_state, repair
+from .sharding.exchange import refuse
+from .sharding.layout import like_param
+from .stepping import Stepper
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -65,9 +80,6 @@ class BetweenSteps(Optimizer):
         check_resize(p, index, new_p, parameters.name(group, i))
         state = self.state.get(p)
         if state:
-            from .entries import resized
-            from .ready import New, checked_live_state, repair
-
             live = [(p, checked_live_state(parameters, p, group, i))]
             repair(self.state, self._stepper.stores, live, New([], []))
             state = resized(self.state[p], index.to(p.device), p, new_p)
@@ -126,10 +138,8 @@ class BetweenSteps(Optimizer):
         Those that are kept exactly (``param_rounding="exact"``) with their remainders, unless somebody else has changed
         the weights since the last step. A collective for such weights that are DTensors.
         """
-        from .remainder import float32_weights
-
         named = self._parameters.named()
-        return float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()})
+        return remainder.float32_weights({name: (p, self.state.get(p, {})) for name, (p, _, _) in named.items()})
 
     @torch.no_grad()
     def load_float32_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -141,9 +151,28 @@ class BetweenSteps(Optimizer):
         Raises:
             ValueError: names, shapes or dtypes do not fit, on this rank or another; nothing is changed then.
         """
-        from .weights import load_float32_weights
-
-        load_float32_weights(self._parameters, weights, self.offloaded)
+        parameters = self._parameters
+        states = parameters.states
+        error: Exception | None = None
+        named = parameters.named()
+        try:
+            check_reloaded(self.offloaded, "load_float32_weights")
+            check_float32_weights(weights, {name: p for name, (p, _, _) in named.items()})
+        except (ValueError, RuntimeError) as found:
+            error = found
+        refuse(error, [p for p, _, _ in named.values()], "load_float32_weights")
+        missing = {name: x for name, x in named.items() if remainder.is_exact(x[0], x[1]) and not states.get(x[0])}
+        own: dict[Tensor, Tensor] = {}
+        for name, (p, group, i) in missing.items():
+            states[p] = init_state(p, parameters.salt(group, i), in_float8(group), exact=True)
+            own[p] = like_param(p, weights[name]).to(p.device)
+            states[p]["weight_sum"] = weight_sum(own[p])
+        unnamed = parameters.unnamed()
+        add_up({p: states[p] for p in own}, {p: x for p, x in own.items() if id(p) in unnamed})
+        for p, group, _ in named.values():
+            if remainder.is_exact(p, group) and not remainder.has_remainder(p, states[p]):
+                states[p][REMAINDER] = remainder.no_remainder(p)
+        remainder.load_weights({name: (p, states.get(p, {})) for name, (p, _, _) in named.items()}, weights)
 
     # -- state that leaves the device --------------------------------------------------------------------------------
 
@@ -166,8 +195,6 @@ class BetweenSteps(Optimizer):
         Raises:
             ValueError: there is no such device, or it is the meta device; nothing is changed then.
         """
-        from .offload import move
-
         target = checked_device(device)
         with torch.inference_mode(False), torch.no_grad():
             norm, *counts = (
@@ -188,8 +215,6 @@ class BetweenSteps(Optimizer):
         Raises:
             RuntimeError: a parameter is on the meta device. Nothing is changed then, nor where memory runs out.
         """
-        from .offload import move
-
         parameters = self._parameters
         check_not_meta(self.state, zip(chain.from_iterable(parameters.names()), parameters, strict=True))
         move(self.state, lambda p: p.device)

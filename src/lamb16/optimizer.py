@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,13 +14,17 @@ from torch.optim.optimizer import ParamsT
 
 from .between_steps import BetweenSteps
 from .checks.arguments import check_group_options, check_options, check_reloaded, check_scaler
+from .codes import as_bytes, as_fp8, map_codes
+from .convert import to_adamw
+from .entries import renamed
 from .hyper import NAMES, Hyper, check_hyperparameters, check_max_grad_norm
+from .loading import checked_groups, checked_states, matched, read_state
+from .matching import Loaded
+from .offload import move
 from .parameters import tensor_salt
-from .stepper import Request, Stepped
-
-if TYPE_CHECKING:
-    from .matching import Loaded
-    from .step.compiled import Executor
+from .sharding.exchange import refuse
+from .step.compiled import Executor
+from .stepping import Request, Stepped
 
 __all__ = ["Lamb16", "tensor_salt"]
 
@@ -101,6 +105,8 @@ class Lamb16(BetweenSteps):
             ``step``, a state does not fit its parameter.
         TypeError: a parameter is complex, sparse or of another dtype.
         RuntimeError: from ``step``: a sparse gradient, or no compiler works. A step that raises has changed nothing.
+            What the handler of a signal raises comes before a step or after it. Where memory runs out in the middle,
+            each parameter is, with its state, before the step or after it.
 
     Example::
 
@@ -236,8 +242,6 @@ class Lamb16(BetweenSteps):
         Raises:
             RuntimeError, ValueError: the last step could not be taken by all ranks, and changed nothing; see ``step``.
         """
-        from .codes import as_bytes, map_codes
-
         if (error := self._stepper.settle()) is not None:
             raise error
         state_dict = super().state_dict()
@@ -250,8 +254,6 @@ class Lamb16(BetweenSteps):
         The groups have AdamW's hyperparameters, with the values of this optimizer, and those that only Lamb16 has are
         left out. A warning says that AdamW wants another ``lr`` (docs/recipes.md).
         """
-        from .convert import to_adamw
-
         return to_adamw(self.state_dict(), dict(enumerate(self._parameters)))
 
     def load_state_dict(  # type: ignore[override]
@@ -278,10 +280,6 @@ class Lamb16(BetweenSteps):
             ValueError: names, groups, shapes, dtypes or entries do not fit, on this rank or another; nothing is
                 changed then.
         """
-        from .loading import checked_groups, checked_states, matched, read_state
-        from .offload import move
-        from .sharding.exchange import refuse
-
         state_dict = state_dict.copy()
         error: Exception | None = None
         try:
@@ -307,8 +305,6 @@ class Lamb16(BetweenSteps):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""
-        from .codes import as_bytes, map_codes
-
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}
@@ -316,9 +312,6 @@ class Lamb16(BetweenSteps):
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from .codes import as_fp8, map_codes
-        from .entries import renamed
-
         before = self._stepper.skipped if "_stepper" in self.__dict__ else {}
         skipped = state.get("_skipped", before)
         new = {k: (map_codes(renamed(v), as_fp8) if isinstance(k, Tensor) else v) for k, v in state["state"].items()}

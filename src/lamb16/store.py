@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .entries import ALL_ENTRIES, SCALARS, TABLES, WIDTH, local_tensors
 from .moments import MOMENTS
+from .signals import Held
 from .step import native
 from .step.blocks import State
 from .wrapped import is_fake
@@ -28,7 +29,8 @@ class Store:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.columns: list[Tensor] = []
+        self.tables: list[Tensor] = []
+        self.columns: list[Tensor] = []  # of them
         self.room = 0
         self.rows: dict[int, int] = {}  # id of a state -> row: 1, 2, ...
         self.order: list[int] = []  # of all rows
@@ -139,14 +141,15 @@ class Store:
                     self.free.append(self.order[-1])
                 self.rows[id(state)] = self.free.pop(0)
         if changed:
-            for known, n in self._known():
-                known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
-            used = [state for state in changed if self.rows[id(state)] <= count]
-            places = self._places(changed)
-            if len(self.order) >= self._length() or not all(self._places(used)):
-                self._renew(count, live, changed)
-                places = [False] * len(places)
-            self._read(changed, places)
+            with Held():
+                for known, n in self._known():
+                    known += [_nothing if known is self.moments else -1] * (n * (len(self.order) - count))
+                used = [state for state in changed if self.rows[id(state)] <= count]
+                places = self._places(changed)
+                if len(self.order) >= self._length() or not all(self._places(used)):
+                    self._renew(count, live, changed)
+                    places = [False] * len(places)
+                self._read(changed, places)
         return [self.rows[id(state)] for state in states]
 
     def _length(self) -> int:
@@ -175,13 +178,12 @@ class Store:
 
         Whoever has kept entries that were replaced, or states that were taken out, finds in them what was there.
         """
-        columns: list[Tensor] = []
         length = max(len(self.order), self.room) + 1
-        for dtype, names in TABLES.items():
-            columns += torch.zeros(length, len(names), dtype=dtype, device=self.device).unbind(1)
+        tables = [torch.zeros(length, len(names), dtype=x, device=self.device) for x, names in TABLES.items()]
+        columns = [column for table in tables for column in table.unbind(1)]
         for new, column in zip(columns, self.columns, strict=False):
             new[: len(column)] = column
-        self.columns = columns
+        self.tables, self.columns = tables, columns
         scalars = len(SCALARS)
         for state in changed:
             place = self.rows[id(state)] * WIDTH

@@ -25,7 +25,6 @@ from .blocks import PACKED_ROW, Block, memory
 from .graph_code import Call, Code, compile_once, warn_once
 from .kinds import Graph, Kind
 from .recording import Program
-from .row_plan import copy_arguments
 from .waiting import WAIT
 
 
@@ -69,7 +68,7 @@ class Compiled:
             return
         for k in operands:
             if k != 1 or not unpack:
-                native.library().copy_rows(*copy_arguments(table, block, k, unpack))
+                native.library().copy_rows(*native.copy_arguments(table, block, k, unpack))
 
     def record(
         self, program: Program, part: str, graph: Graph, kind: Kind, arguments: tuple[Any, ...], guard: int

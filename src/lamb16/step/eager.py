@@ -76,24 +76,28 @@ class WholePlan(Plan):
 
     def run(self) -> None:
         """As in :class:`Plan`."""
-        self.execute("scale", self.scale_arguments(self.from_whole))
+        self.run_calls()
+
+    def update_calls(self, left: dict[int, int]) -> None:
+        """As in :class:`Plan`; a block's tensors are written to when all is there."""
         maps = self.shards.index_maps
         for index, own, block in self._blocks():
             found = Sums._make(None if x is None else x[index] for x in self.sums)
             own_maps = None if maps is None else IndexMap(*(x[index] for x in maps))
             tables = self.floats[index], self.integers[index]
+            if len(own) == 1:
+                block = block._replace(**{x: torch.empty_like(getattr(block, x)) for x in written(block)})
             update.update_whole(block, *tables, found, own_maps, self.kind.rounding == "stochastic")
             for table, x in zip(self.sums, found, strict=True):
                 if table is not None and x is not None:
                     table[index] = x
-            if len(own) > 1:
-                for tensors, rows in zip(self.operands, in_place_results(block), strict=True):
-                    if rows is not None:
-                        torch._foreach_copy_([raw(tensors[k]).view(-1) for k in own], list(rows.unbind(0)))
-        self.execute("fold", self.fold_arguments())
+            for k, name in zip((0, 2, 3, 4), written(block), strict=False):
+                results = getattr(block, name).unbind(0)
+                torch._foreach_copy_([raw(self.operands[k][j]).view(-1) for j in own], list(results))
+            for j in own:
+                left.pop(self.present[j], None)
 
 
-def in_place_results(block: Block) -> list[Tensor | None]:
-    """What is written of each operand of a block, in their order; the gradients are not."""
-    found: list[Tensor | None] = [block.new_p, None, block.new_m, block.new_v]
-    return found if block.new_remainder is None else [*found, block.new_remainder]
+def written(block: Block) -> list[str]:
+    """What a block writes: weights, moments and, if there are, remainders."""
+    return ["new_p", "new_m", "new_v", *["new_remainder"] * (block.remainder is not None)]

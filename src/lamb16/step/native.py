@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .blocks import Block, memory
+
 MOST_ARGUMENTS = 128  # of a kernel that `walk` calls
 
 # A launch is, in int64: the address of a number that is 0 where the launch is left out (or 0), the kernel's address,
@@ -176,6 +178,14 @@ def address_of(function: Any) -> int:
     found = ctypes.cast(function, ctypes.c_void_p).value
     assert found is not None
     return found
+
+
+def copy_arguments(table: Tensor, block: Block, operand: int, unpack: bool) -> list[int]:
+    """Of ``copy_rows``."""
+    buffer = memory(block)[operand]
+    tables = table[operand], block.tensor_index, block.start, block.length, buffer
+    addresses = [x.data_ptr() for x in tables if x is not None]
+    return [*addresses, *buffer.shape, buffer.element_size(), int(unpack)]
 
 
 def largest(codes: Sequence[Tensor]) -> Tensor | None:

@@ -169,6 +169,44 @@ class Plan(ABC):
     def run(self) -> None:
         """Factors, scales and step counts; weights and moments; the sums that the next step needs."""
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether what runs now is captured in a CUDA graph."""
+        return False
+
+    @property
+    def at_once(self) -> bool:
+        """Whether no Python runs while :meth:`run` changes states and weights."""
+        return False
+
+    @abstractmethod
+    def update_calls(self, left: dict[int, int]) -> None:
+        """Call ``update``; takes tensors that are written to out of ``left``, whose keys are those of this step."""
+
+    def run_calls(self) -> None:
+        """:meth:`run`, call by call.
+
+        Where one fails, for want of memory, the tensors that have been written to are of this step, with all that their
+        states hold, and the others of the one before.
+        """
+        device = self.kind.device
+        kept = [] if self.is_captured else [x.clone() for x in (*self.store.tables, self.skipped)]
+        left = dict(zip(self.present, self.state_indices, strict=True))
+        try:
+            self.execute("scale", self.scale_arguments(self.from_whole))
+            self.update_calls(left)
+        except BaseException:
+            if kept:
+                index, rows = torch.tensor([list(left), list(left.values())], dtype=torch.int64, device=device)
+                for table, old in zip(self.store.tables, kept, strict=False):
+                    table[rows] = old[rows]
+                self.skipped.copy_(kept[-1])
+                self.state_index[index] = 0
+                self.execute("fold", self.fold_arguments())
+            self.choose([], [])
+            raise
+        self.execute("fold", self.fold_arguments())
+
     def gather(self) -> Gathered:
         """What is known of whole tensors once the gradients have been read; :meth:`update` then goes by it.
 
@@ -208,10 +246,13 @@ class Plan(ABC):
                 self.found_inf.masked_fill_(stop.to(self.kind.device), STOPPED)
         self.factors_given = found_inf is not None or factor is not None or stop is not None
 
-    def update(self, found_inf: Tensor | None, factor: Tensor | None, stop: Tensor | None = None) -> None:
-        """The step, once the gradients are known; see :meth:`give`."""
+    def get_ready(self, found_inf: Tensor | None, factor: Tensor | None, stop: Tensor | None) -> None:
+        """What :meth:`update` needs once the gradients are known; see :meth:`give`."""
         self.give(found_inf, factor, stop)
         self.hyper.fill()
+
+    def update(self) -> None:
+        """The step, from which on states and weights change."""
         self.run()
         for w, c in self.copies:
             w.copy_(c)

@@ -12,7 +12,7 @@ from ..checks.tensors import check_sizes
 from ..moments import raw
 from ..sharding.layout import layout, local
 from . import native, update
-from .blocks import PACKED_ROW, ROW, Block, IndexMap, Sums, in_place, memory
+from .blocks import PACKED_ROW, ROW, Block, IndexMap, Sums, in_place
 from .factors import FLOATS, INTEGERS
 from .kinds import Graph, Kind
 from .plan import Plan
@@ -63,6 +63,10 @@ class RowPlan(Plan):
         self.row_read = [[x[part] for x in read] for part in rows.slices]
         self.row_sums = [self.sums.rows(part) for part in rows.slices]
         self.batches = self._batches()
+        # The operands that are packed for inspect; the others with the update, and all where a buffer is shared.
+        self.before_reading = [0, 1] if kind.exact else [1]
+        done = self.before_reading if len(self.batches) < 2 else []
+        self.before_update = [k for k in range(len(kind.dtypes)) if k not in done]
         self.padding = in_place([self._zeros(2, ROW, dtype=dtype) for dtype in kind.dtypes])  # zeros stay zeros
         indices = [i for i, _ in rows.large]
         padding = self._zeros(FLOATS), self._zeros(INTEGERS, dtype=torch.int32)
@@ -75,8 +79,6 @@ class RowPlan(Plan):
         # The addresses on the device, for what copies there, as they were sent.
         self.table = self.addresses if kind.device.type == "cpu" else self.addresses.to(kind.device)
         self.sent = self.addresses.clone()
-        # Where tensors are not where code for CUDA expects them, its wrapper copies them.
-        self.aligned = not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
         self.captured: list[Tensor] = []
         self.aligned, self.new_set = True, False
         self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
@@ -127,7 +129,8 @@ class RowPlan(Plan):
             maps = None if self.index_maps is None else [self.index_maps[k] for k in own]
             tables = [[x[k] for k in own] for x in (self.row_floats, self.row_integers)]
             sums = [self.row_sums[k] for k in own]
-            yield graph, ([block for _, block in group], *tables, self.columns, sums, maps, self._stochastic)
+            own_blocks, stochastic = [block for _, block in group], self.kind.rounding == "stochastic"
+            yield graph, (own_blocks, *tables, self.columns, sums, maps, stochastic)
 
     def _groups(self, blocks: Sequence[tuple[int, Block]], size: int) -> Iterator[list[tuple[int, Block]]]:
         first = len(self.rows.large)
@@ -144,21 +147,7 @@ class RowPlan(Plan):
         maps = None if self.shards.index_maps is None else [self.shards.index_maps]
         tables = [self.floats], [self.integers]
         graph = Graph("update", True, maps is not None)
-        return graph, ([batch.block], *tables, self.columns, [batch.sums], maps, self._stochastic)
-
-    @property
-    def _stochastic(self) -> bool:
-        return self.kind.rounding == "stochastic"
-
-    @property
-    def _before_reading(self) -> list[int]:
-        """The operands that are packed for inspect; the others with the update, and all where a buffer is shared."""
-        return [0, 1] if self.kind.exact else [1]
-
-    @property
-    def _before_update(self) -> list[int]:
-        operands = range(len(self.kind.dtypes))
-        return list(operands) if len(self.batches) > 1 else [k for k in operands if k not in self._before_reading]
+        return graph, ([batch.block], *tables, self.columns, [batch.sums], maps, self.kind.rounding == "stochastic")
 
     # -- the step's tensors --------------------------------------------------------------------------------------
 
@@ -184,7 +173,7 @@ class RowPlan(Plan):
             self.program.fill()
         if self.batches and self.table is not self.addresses:
             self.table.copy_(self.sent, non_blocking=True)
-            if self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.is_captured:
                 self.captured.append(self.sent)  # a graph reads it again at every replay
 
     def _blocks(self) -> list[tuple[int, Block]]:
@@ -223,25 +212,52 @@ class RowPlan(Plan):
     def _inspect_once(self, squares: bool) -> None:
         for batch in self._own_batches():
             if not squares or len(self.batches) > 1:
-                self.executor.copy(self.table, batch.block, self._before_reading, False)
+                self.executor.copy(self.table, batch.block, self.before_reading, False)
             self._call(self._packed_read(batch, squares))
         for call in self._reads(self._blocks(), squares):
             self._call(call)
 
     def run(self) -> None:
         """As in :class:`Plan`."""
-        self._run(["scale of whole tensors" if self.from_whole else "scale", "update"], self._step_once)
+        self._run(["scale of whole tensors" if self.from_whole else "scale", "update"], self.run_calls)
         self.new_set = False
 
-    def _step_once(self) -> None:
-        self.execute("scale", self.scale_arguments(self.from_whole))
-        for call in reversed(list(self._updates(self._blocks()))):  # the last gradients are still in the cache
-            self._call(call)
-        for batch in self._own_batches():
-            self.executor.copy(self.table, batch.block, self._before_update, False)
+    @property
+    def is_captured(self) -> bool:
+        """As in :class:`Plan`."""
+        return self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def at_once(self) -> bool:
+        """As in :class:`Plan`."""
+        return self.program is not None and not self.program.calls and not self.copies
+
+    def update_calls(self, left: dict[int, int]) -> None:
+        """As in :class:`Plan`. Of a tensor that has packed rows too, these are written last, which cannot fail."""
+        blocks, last = self._blocks(), len(self.rows.large)
+        groups = [{self.rows.large[k][0] for k, _ in x if k < last} for x in self._groups(blocks, self.kind.group)]
+        calls = list(zip(self._updates(blocks), groups, strict=True))[::-1]  # the last gradients are still in the cache
+        batches = self._own_batches()
+        for batch in batches:
+            self.executor.copy(self.table, batch.block, self.before_update, False)
             self._call(self._packed_update(batch))
-            self.executor.copy(self.table, batch.block, range(len(self.kind.dtypes)), True)
-        self.execute("fold", self.fold_arguments())
+            now = [batch is batches[-1] or not tensors.isdisjoint(batch.tensors) for _, tensors in calls]
+            own, calls = [[x for x, there in zip(calls, now, strict=True) if there is k] for k in (True, False)]
+            missing = set().union(*(tensors for _, tensors in own))
+            try:
+                for call, tensors in own:
+                    self._call(call)
+                    missing -= tensors
+            finally:
+                if missing:
+                    self.table[:, list(missing)], self.sent = 0, torch.zeros_like(self.addresses)
+                self.executor.copy(self.table, batch.block, range(len(self.kind.dtypes)), True)
+                for i in batch.tensors.union(*(tensors for _, tensors in own)) - missing:
+                    left.pop(i, None)
+        for call, tensors in calls:
+            self._call(call)
+            for i in tensors:
+                left.pop(i, None)
 
     def _call(self, call: Call) -> None:
         graph, arguments = call
@@ -253,8 +269,7 @@ class RowPlan(Plan):
         On CUDA a program is made for a set of gradients when it comes again, and none is captured in a graph, which may
         live longer.
         """
-        captured = self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.new_set or captured or not self.aligned:
+        if self.new_set or self.is_captured or not self.aligned:
             otherwise(**options)
             return
         wanted = self.clips, self.gathers
@@ -304,14 +319,14 @@ class RowPlan(Plan):
                 return
             for k in chosen:
                 if k != 1 or not unpack:
-                    arguments = [(0, x) for x in copy_arguments(self.table, batch.block, k, unpack)]
+                    arguments = [(0, x) for x in native.copy_arguments(self.table, batch.block, k, unpack)]
                     program.launch(part, native.address_of(native.library().copy_rows), arguments, guard)
 
         for squares in {False, self.clips}:
             part = "squares" if squares else "inspect"
             for batch, guard in batches:
                 if not squares or len(self.batches) > 1:
-                    copy(part, batch, self._before_reading, False, guard)
+                    copy(part, batch, self.before_reading, False, guard)
                 add(part, [self._packed_read(batch, squares)], [guard])
             reads = list(self._reads(blocks, squares))
             add(part, reads, guards if self.native else [0] * len(reads))
@@ -324,7 +339,7 @@ class RowPlan(Plan):
         updates = list(self._updates(blocks))
         add("update", updates[::-1], guards[::-1] if self.native else [0] * len(updates))
         for batch, guard in batches:
-            copy("update", batch, self._before_update, False, guard)
+            copy("update", batch, self.before_update, False, guard)
             add("update", [self._packed_update(batch)], [guard])
             copy("update", batch, operands, True, guard)
         add("update", [(Graph("fold"), self.fold_arguments())], [0])
@@ -332,11 +347,3 @@ class RowPlan(Plan):
             return None
         program.finish()
         return program
-
-
-def copy_arguments(table: Tensor, block: Block, operand: int, unpack: bool) -> list[int]:
-    """Of ``copy_rows`` in :mod:`lamb16.step.native`."""
-    buffer = memory(block)[operand]
-    tables = table[operand], block.tensor_index, block.start, block.length, buffer
-    addresses = [x.data_ptr() for x in tables if x is not None]
-    return [*addresses, *buffer.shape, buffer.element_size(), int(unpack)]
