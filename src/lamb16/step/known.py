@@ -23,6 +23,7 @@ from ..moments import MOMENTS, dtypes
 from ..sharding.layout import is_sharded
 from ..wrapped import PLAIN
 from . import native
+from .tables import integers
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -43,7 +44,8 @@ class Known:
         self.plain = self.simple = True
         self.index = self.row_index = torch.zeros(0, dtype=torch.int64)
         self.all = False
-        self.guards: Callable[..., bool] | None = None
+        self.guards: Callable[..., bool] | None = None  # of all that a step is over
+        self.each: list[Callable[..., bool] | None] = [None] * count  # of each tensor, for other sets
         self.looks = 0  # since the set of tensors changed
         self.moved = 0  # weights that have other memory than in the step before
 
@@ -52,20 +54,21 @@ class Known:
         types = set(map(type, plan.params))
         self.plain = types <= PLAIN and self.plain
         self.simple = self.simple and all(type(p) in PLAIN or is_sharded(p) for p in plan.params)
-        index = torch.tensor(plan.present)
+        index = integers(plan.present)
         self.places[1] = -1
         for k, tensors in enumerate((weights, *plan.operands[1:])):
             if k != 1:
-                self.places[k, index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
+                self.places[k, index] = integers(map(Tensor.data_ptr, tensors))
         for i, p, w, row in zip(plan.present, plan.params, weights, plan.state_indices, strict=True):
             self.rows[i], self.shapes[i], self.specs[i] = row, w.shape, getattr(p, "_spec", None)
+            self.each[i] = None
         self._choose(plan)
 
     def _choose(self, plan: Plan) -> None:
         count = len(self.rows)
         own = set(plan.present)
         self.all = len(own) == count
-        self.index, self.row_index = torch.tensor(plan.present), torch.tensor(plan.state_indices) - 1
+        self.index, self.row_index = integers(plan.present), integers(plan.state_indices) - 1
         self.guards, self.looks = None, 0
         self.there = [i in own for i in range(count)]
 
@@ -110,7 +113,7 @@ class Known:
 
     def place(self, plan: Plan) -> None:
         """Hand a plan the addresses of this step."""
-        plan.place_from(self.places if self.all else self.places * torch.tensor(self.there))
+        plan.place_from(self.places if self.all else self.places * integers(self.there))
 
     def _local(self, operands: list[list[Tensor]]) -> list[list[Tensor]]:
         """This rank's parts; TypeError where a tensor is not sharded as it was, or a gradient not as its parameter."""
@@ -131,6 +134,18 @@ class Known:
         """Whether these are contiguous plain tensors of the plan's dtypes and of known shapes, on its device."""
         if self.guards is not None and self.guards(*chain.from_iterable(operands)):
             return True
+        own = self.each if self.all else list(compress(self.each, self.there))
+        if None in own or not all(map(_call, own, *operands)):
+            if not self._are_alike(plan, operands):
+                return False
+            for k, i in enumerate(plan.present):
+                self.each[i] = guards([x[k] for x in operands])
+        if self.looks == 1:
+            self.guards = guards(list(chain.from_iterable(operands)))
+        self.looks += 1
+        return True
+
+    def _are_alike(self, plan: Plan, operands: list[list[Tensor]]) -> bool:
         shapes = self.shapes if self.all else list(compress(self.shapes, self.there))
         kind = plan.kind
         expected = (kind.param_dtype, kind.grad_dtype, *dtypes(kind.float8), *[torch.int16] * kind.exact)
@@ -141,10 +156,11 @@ class Known:
                 return False
             if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
                 return False
-        if self.looks == 1:
-            self.guards = guards(list(chain.from_iterable(operands)))
-        self.looks += 1
         return True
+
+
+def _call(function: Callable[..., bool], *arguments: Any) -> bool:
+    return function(*arguments)
 
 
 def are_good(tensors: Sequence[Tensor], weights: Set[int] = frozenset()) -> bool:

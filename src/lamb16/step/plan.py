@@ -25,7 +25,7 @@ from .blocks import Gathered, Inputs, Norm, Outputs, Stages, Sums
 from .factors import FLOATS, INTEGERS, STOPPED
 from .kinds import Graph, Kind
 from .known import Known
-from .tables import HyperTable, Shards, sent
+from .tables import HyperTable, Shards, integers, sent
 
 Member = tuple[Tensor, dict[str, Any]]  # a parameter and its group
 
@@ -128,9 +128,9 @@ class Plan(ABC):
 
     def place(self) -> None:
         """Note where the tensors of this step are."""
-        index = torch.tensor(self.present)
+        index = integers(self.present)
         for row, tensors in zip(self.addresses, self.operands, strict=True):
-            row[index] = torch.tensor(list(map(Tensor.data_ptr, tensors)))
+            row[index] = integers(map(Tensor.data_ptr, tensors))
 
     def place_from(self, places: Tensor) -> None:
         """They are here: int64 [operands, tensors], 0 for what is left out."""
@@ -151,7 +151,7 @@ class Plan(ABC):
         everywhere = [0] * self.count
         for i, state_index in zip(present, state_indices, strict=True):
             everywhere[i] = state_index
-        self.state_index.copy_(sent(torch.tensor(everywhere), self.kind.device))
+        self.state_index.copy_(sent(integers(everywhere), self.kind.device))
         self.present, self.state_indices = present, state_indices
 
     @abstractmethod

@@ -18,7 +18,7 @@ from .kinds import Graph, Kind
 from .plan import Plan
 from .recording import Place, Program
 from .rows import Rows, cut
-from .tables import needs_index_map
+from .tables import integers, needs_index_map
 
 BATCH = 64  # packed rows that are stepped together, at least
 Call = tuple[Graph, tuple[Any, ...]]
@@ -155,7 +155,7 @@ class RowPlan(Plan):
         """As in :class:`Plan`."""
         if present != self.present:
             own = set(present)
-            self.batch_present.copy_(torch.tensor([int(not own.isdisjoint(x.tensors)) for x in self.batches]))
+            self.batch_present.copy_(integers(not own.isdisjoint(x.tensors) for x in self.batches))
             if not self.native:
                 self.bound, self.new_set = None, True
         super().choose(present, state_indices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..hyper import NAMES, NUMBERS, check_hyperparameters, numbers_of
 from ..sharding.layout import MAX_JUMPS, Layout
+from ..wrapped import fake_mode
 from .blocks import ROW, IndexMap
 
 
@@ -91,3 +93,11 @@ class Shards:
 def needs_index_map(where: Layout) -> bool:
     """Whether the elements of a shard's rows are not those of rows of the whole tensor."""
     return bool(where.jumps or where.base % ROW)
+
+
+def integers(numbers: Iterable[int]) -> Tensor:
+    """These numbers, int64; ``torch.tensor`` takes five times as long."""
+    found = array("q", numbers)
+    if fake_mode() or not found:
+        return torch.tensor(found.tolist(), dtype=torch.int64)
+    return torch.frombuffer(found, dtype=torch.int64)
