@@ -26,7 +26,7 @@ SIZES = replace(
 def prepare_worker() -> None:
     """As the studies do, with a fourth of the language model's validation."""
     runs._prepare_worker()
-    tasks.VALIDATION_WINDOWS = 96
+    tasks.VALIDATION_WINDOWS = 24
 
 
 @pytest.fixture(scope="module")
