@@ -1,8 +1,10 @@
 """Lamb16 inside of what others trace, count, fake and fork: compiled training steps, dispatch modes, processes."""
 
+import copy
 import functools
 import multiprocessing.connection
 import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -183,8 +185,11 @@ def test_inference_tensors_are_stepped_in_inference_mode(compile_mode: bool) -> 
 # -- processes ---------------------------------------------------------------------------------------------------
 
 
+RECORDED = 3  # steps after which the next one is recorded launches and one look
+
+
 def _go_on(optimizer: Lamb16, sent: multiprocessing.connection.Connection) -> None:
-    take_steps(optimizer, [1])
+    take_steps(optimizer, [RECORDED])
     sent.send_bytes(pickle.dumps(snapshot(optimizer)))
 
 
@@ -194,7 +199,7 @@ def test_a_forked_process_goes_on_after_a_compiled_step(compile_mode: bool) -> N
     """With one thread: OpenMP's threads do not survive a fork, whoever's code runs in them."""
     assert torch.get_num_threads() == 1
     optimizer = Lamb16(parameters(), **BASE, compile=compile_mode)
-    take_steps(optimizer, [0])
+    take_steps(optimizer, range(RECORDED))
     context = multiprocessing.get_context("fork")
     received, sent = context.Pipe(duplex=False)
     child = context.Process(target=_go_on, args=(optimizer, sent))
@@ -203,5 +208,36 @@ def test_a_forked_process_goes_on_after_a_compiled_step(compile_mode: bool) -> N
     theirs = pickle.loads(received.recv_bytes())
     child.join(60)
     assert child.exitcode == 0
-    take_steps(optimizer, [1])
+    take_steps(optimizer, [RECORDED])
     assert_same(theirs, snapshot(optimizer))
+
+
+def test_threads_step_their_optimizers_at_once(compile_mode: bool) -> None:
+    """What is recorded has memory of its own for every optimizer: launches run without Python's lock."""
+    own = [parameters([(300, 300), (7,)] * 3, seed=seed) for seed in range(3)]
+    optimizers = [Lamb16([(str(i), p) for i, p in enumerate(x)], **BASE, compile=compile_mode) for x in own]
+    alone = [copy.deepcopy(optimizer) for optimizer in optimizers]
+    threads = [threading.Thread(target=take_steps, args=(optimizer, range(20))) for optimizer in optimizers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for optimizer, expected in zip(optimizers, alone, strict=True):
+        take_steps(expected, range(20))
+        assert_same(snapshot(optimizer), snapshot(expected))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_after_recorded_steps_have_memory_of_their_own(
+    copied: Callable[[Lamb16], Lamb16], compile_mode: bool
+) -> None:
+    optimizer, expected = (Lamb16(parameters(), **BASE, compile=compile_mode) for _ in range(2))
+    take_steps(optimizer, range(RECORDED + 1))
+    take_steps(expected, range(RECORDED + 1))
+    other, before = copied(optimizer), snapshot(expected)
+    take_steps(other, [7, 8])
+    assert_same(snapshot(optimizer), before)
+    for each in (optimizer, expected):
+        take_steps(each, [7, 8])
+    assert_same(snapshot(optimizer), snapshot(expected))
+    assert_same(snapshot(other), snapshot(expected))
