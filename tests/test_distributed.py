@@ -228,6 +228,11 @@ def test_a_step_waits_for_no_device(ranks: Ranks, at_once: bool) -> None:
         assert differ == []
 
 
+def test_a_step_makes_no_views_of_shards(ranks: Ranks) -> None:
+    for first, *_, last in ranks.run(2, refused.views_of_shards):
+        assert (first > 0, last) == (True, 0)
+
+
 def test_whole_states_load_into_shards(ranks: Ranks) -> None:
     for before, after in ranks.run(2, refused.whole_state_into_shards):
         assert_same(after, before)

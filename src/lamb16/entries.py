@@ -180,5 +180,8 @@ def chunks(flat: Tensor, least: int = CHUNK) -> tuple[Tensor, ...]:
 
 
 def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's parts; plain tensors need no detached copies."""
-    return tensors if set(map(type, tensors)) <= {Tensor} else [x if type(x) is Tensor else local(x) for x in tensors]
+    """This rank's parts, to be looked at: no views are made of plain ones."""
+    if set(map(type, tensors)) <= {Tensor}:
+        return tensors
+    found = [getattr(x, "_local_tensor", x) for x in tensors]
+    return [x if type(x) is Tensor else local(x) for x in found]

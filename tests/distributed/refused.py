@@ -279,6 +279,24 @@ def states_of(optimizer: Lamb16, group: dict[str, Any]) -> list[tuple[str, torch
     ]
 
 
+def views_of_shards() -> list[int]:
+    """How many tensors are detached in each of five compiled steps over shards."""
+    shard, counts, detach = sharded.sharder("rows over 2"), [], torch.Tensor.detach
+
+    def counted(self: torch.Tensor) -> torch.Tensor:
+        counts[-1] += 1
+        return detach(self)
+
+    params = [nn.Parameter(shard(torch.ones(6, 4) * (k + 1)), requires_grad=True) for k in range(4)]
+    optimizer = Lamb16(params, lr=0.01)
+    for _ in range(5):
+        set_gradients(params, (0, 1, 2, 3))
+        counts.append(0)
+        with mock.patch.object(torch.Tensor, "detach", counted):
+            optimizer.step()
+    return counts
+
+
 def released_ddp() -> tuple[str, str, str, str]:
     """The messages for a model that is wrapped, for one within, for one that is wrapped later, for a part that is."""
 
