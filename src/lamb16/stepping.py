@@ -249,7 +249,7 @@ class Stepper:
             self.reductions, self.bound = Reduction.of(parameters), None
         if not self.reductions:
             return [], 0
-        key = [(plan, plan.present) for plan in plans]
+        key = [(plan, plan.present, plan.state_indices) for plan in plans]
         if self.bound is None or self.bound[0] != key:
             self.bound = key, [reduction.bind(plans) for reduction in self.reductions], signature(plans)
         return self.bound[1:]

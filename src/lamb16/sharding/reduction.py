@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks.sharded import differing_steps, step_refused_elsewhere
-from ..entries import SCALARS
+from ..entries import SCALARS, TABLES
 from ..parameters import Parameters
 from ..remainder import is_exact
-from ..step.blocks import State
 from ..step.fp8 import as_int32
 from ..step.plan import Plan
 from ..step.tables import sent
@@ -93,14 +92,21 @@ class BoundReduction:
     def __init__(self, reduction: Reduction, plans: Sequence[Plan]) -> None:
         self.reduction, self.plans, self.table, self.device = reduction, plans, reduction.table, reduction.device
         self.exact, self.alone = reduction.exact, reduction.alone
-        self.rows = [torch.tensor([reduction.row[key] for key in plan.ids], device=self.device) for plan in plans]
+        self.rows = [_index([reduction.row[key] for key in plan.ids], self.device) for plan in plans]
+        everywhere = [dict(zip(plan.present, plan.state_indices, strict=True)) for plan in plans]
+        indices = [[own.get(i, 0) for i in range(len(plan.ids))] for plan, own in zip(plans, everywhere, strict=True)]
+        self.indices = [_index(own, self.device) for own in indices]  # of their states; 0 for what is left out
+        self.there = [torch.tensor(own, device=self.device)[:, None] != 0 for own in indices]  # and counts as 0
+        self.shares = list(map(_shares, plans, self.there))
         self.stop: Tensor | None = None  # whether the step is frozen, bool 0-d, where nobody waits for that
-        self.kept: list[list[Tensor]] = []  # the sums in the state, in case it is
+        self.kept: list[Tensor] = []  # the sums in the state, in case it is
         self.sent: tuple[Message, Tensor] | None = None  # the last message
 
-    def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype, more: int = 0) -> Tensor:
-        """A table with a row per tensor of the device and some more; what is not stepped has zeros."""
-        table = torch.zeros(self.table.count + more, width, dtype=dtype, device=self.device)
+    def _filled(self, parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+        """A table with a row per tensor of the device; what is not stepped has zeros."""
+        if len(parts) == 1 and len(parts[0]) == self.table.count and isinstance(self.rows[0], slice):
+            return parts[0]
+        table = torch.zeros(self.table.count, width, dtype=dtype, device=self.device)
         for rows, part in zip(self.rows, parts, strict=True):
             table[rows] = part
         return table
@@ -112,34 +118,31 @@ class BoundReduction:
         answer for later, and on the device a step that ranks cannot take together changes nothing. Where such a step
         is known, and no rank goes on, no other method may be called, on no rank.
         """
-        found = [plan.gather().largest for plan in self.plans]
-        states = self._states()
-        parts = [
-            stepped(s, [g[: len(s.state_index)], *(x[s.state_index].view(torch.int32) for x in (s.max_m, s.max_v))])
-            for g, s in zip(found, states, strict=True)
-        ]
-        maxima = self._filled(parts, 3, torch.int32, more=2)
+        found = [plan.gather().largest[: len(plan.ids)] for plan in self.plans]
+        states = self._states(torch.float32, 2, 4)
+        old = [table[index] for table, index in states]
+        parts = [torch.cat([g[:, None], x.view(torch.int32)], 1) for g, x in zip(found, old, strict=True)]
+        table = self._filled([x * there for x, there in zip(parts, self.there, strict=True)], 3, torch.int32)
         if self.sent is None or self.sent[0] != own:
             self.sent = own, sent(torch.tensor([*own, 0], dtype=torch.int32), self.device)
-        maxima[-2:] = self.sent[1].view(2, 3)
+        maxima = torch.cat([table, self.sent[1].view(2, 3)])
         self.table.largest(maxima)
         answer = maxima[-2:].view(-1)[: len(own)]
         self.stop, self.kept = None, []
         if own.goes_on:
             told: Message | Late = self._late(own, answer)
             self.stop = (answer[:2] != self.sent[1][:2]).any() | (answer[2] != 0)
-            self.kept = [[x[s.state_index] for x in s[6:10]] for s in states]
+            self.kept = [table[index].clone() for table, index in self._states(torch.int64, 0, 4)]
         else:
             told = Message(*answer.tolist())
             if own.check(told) is not None:
                 if told.goes_on and self.exact:
                     self._checksums()
                 return told
-        for g, s, rows in zip(found, states, self.rows, strict=True):
-            g[: len(rows)] = maxima[rows, 0]
-            for column, k in ((s.max_m, 1), (s.max_v, 2)):
-                whole = maxima[rows, k].view(torch.float32)
-                column[s.state_index] = self._unless_stopped(whole, column[s.state_index])
+        for g, x, (table, index), rows in zip(found, old, states, self.rows, strict=True):
+            whole = maxima[rows]
+            g.copy_(whole[:, 0])
+            table[index] = self._unless_stopped(whole[:, 1:].view(torch.float32), x)
         if self.exact:
             self._checksums()
         return told
@@ -159,7 +162,8 @@ class BoundReduction:
     def _checksums(self) -> None:
         """Make checksums of weights, before a step, those of whole tensors."""
         sums = [plan.found.checksum for plan in self.plans]
-        pairs = [(x[: len(rows)], rows) for x, rows in zip(sums, self.rows, strict=True) if x is not None]
+        own = zip(sums, self.plans, self.rows, strict=True)
+        pairs = [(x[: len(plan.ids)], rows) for x, plan, rows in own if x is not None]
         table = torch.zeros(self.table.count, 1, dtype=torch.int64, device=self.device)
         for x, rows in pairs:
             table[rows, 0] = x.long()
@@ -177,34 +181,41 @@ class BoundReduction:
 
     def after(self) -> None:
         """Make the sums in the state those of whole tensors."""
-        states, parts = self._states(), []
-        for plan, s in zip(self.plans, states, strict=True):
-            # Without caution the last one stays: the first of the ranks adds it.
-            first = plan.shards.first_rank[: len(s.state_index)]
-            shares = 1, 1, 1 if plan.kind.caution else first, 1 if plan.kind.exact else first
-            sums = s.weight_sum, s.update_sum, s.mask_count, s.checksum
-            parts.append(stepped(s, [x[s.state_index] * share for x, share in zip(sums, shares, strict=True)]))
         width = 4 if self.exact else 3
-        table = self._filled([x[:, :width] for x in parts], width, torch.int64)
-        self.table.sum(table)
+        states = self._states(torch.int64, 0, width)
+        parts = [table[index] * share[:, :width] for (table, index), share in zip(states, self.shares, strict=True)]
+        sums = self._filled(parts, width, torch.int64)
+        self.table.sum(sums)
         if self.exact:
-            table[:, 3] &= MODULO
-        kept = self.kept or [[]] * len(states)
-        for s, rows, old in zip(states, self.rows, kept, strict=True):
-            for column, whole, x in zip(s[6:10], table[rows].unbind(1), old or s[6:10], strict=False):
-                column[s.state_index] = self._unless_stopped(whole, x)
+            sums[:, 3] &= MODULO
+        for (table, index), rows, old in zip(states, self.rows, self.kept or parts, strict=True):
+            table[index] = self._unless_stopped(sums[rows], old[:, :width])
 
     def unbound(self) -> BoundReduction:
         """The same without plans."""
         return BoundReduction(self.reduction, [])
 
-    def _states(self) -> list[State]:
-        return [plan.store.state(plan.state_index[: len(plan.ids)]) for plan in self.plans]
+    def _states(self, dtype: torch.dtype, first: int, end: int) -> list[tuple[Tensor, Any]]:
+        """For each plan columns of the table of this dtype, and which rows in it the tensors' states have."""
+        k = list(TABLES).index(dtype)
+        return [(plan.store.tables[k][:, first:end], x) for plan, x in zip(self.plans, self.indices, strict=True)]
 
 
-def stepped(state: State, numbers: Sequence[Tensor]) -> Tensor:
-    """A row per tensor; 0 for those that are left out."""
-    return torch.stack(list(numbers), 1) * (state.state_index != 0)[:, None]
+def _index(rows: list[int], device: torch.device) -> Any:
+    """These rows of a table, as a slice where they follow one another: nothing is to be copied then."""
+    if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _shares(plan: Plan, there: Tensor) -> Tensor:
+    """What of each of the sums in the state this rank adds, int64 [tensors, 4], in their order.
+
+    Those that no step makes stay what they are: the first of the ranks adds all of them.
+    """
+    ones, first = there.to(torch.int64), there * plan.shards.first_rank[: len(there), None]
+    counts, checksums = ones if plan.kind.caution else first, ones if plan.kind.exact else first
+    return torch.cat([ones, ones, counts, checksums], 1)
 
 
 def meet(
