@@ -4,6 +4,8 @@ import importlib.util
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,72 @@ def test_the_recipe_runs_and_learns(
     after = names["model"](names["x"], labels=names["y"])["loss"].item()
     assert after < before / 2, "of a loss of about 1"
     assert names.get("skipped", 0) == 0
+
+
+# -- parameters without names, on two ranks --------------------------------------------------------------------------
+
+PROGRAM = """
+import hashlib, os, sys
+import torch
+from lamb16 import Lamb16, parameters
+
+if os.environ["RANK"] == "0":  # a probe, before
+    probe = torch.nn.Parameter(torch.ones(3))
+    probe.grad = torch.ones(3)
+    Lamb16([probe], compile=False).step()
+original, salt = Lamb16.__init__, parameters.Parameters.salt
+
+
+def bare(params):
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def without_names(self, params, **options):
+    params = list(params)
+    groups = [x | {{"params": bare(x["params"])}} for x in params] if isinstance(params[0], dict) else bare(params)
+    original(self, groups, **options | {{"compile": False}})
+
+
+Lamb16.__init__ = without_names
+if sys.argv[1:] == ["other salts"]:
+    parameters.Parameters.salt = lambda self, group, i: salt(self, group, i) + int(os.environ["RANK"])
+{common}
+network = model
+{recipe}
+weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in network.parameters()]
+with open("digest of rank " + os.environ["RANK"], "w") as file:
+    file.write(hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest())
+"""
+
+
+def digests(name: str, folder: Path, *words: str) -> set[str]:
+    """Of the weights that a recipe has trained on two ranks."""
+    (folder / "recipe.py").write_text(PROGRAM.format(common=COMMON, recipe=BLOCKS[name]))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "recipe.py",
+        *words,
+    ]
+    options = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | options, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {(folder / f"digest of rank {rank}").read_text() for rank in range(2)}
+
+
+@pytest.mark.parametrize("name", ["transformers' Trainer", "accelerate", "FSDP2"])  # all others agree, too
+def test_ranks_agree_without_names(name: str, tmp_path: Path) -> None:
+    missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (extra: recipes)")
+    assert len(digests(name, tmp_path)) == 1
+
+
+def test_salts_that_differ_are_noticed(tmp_path: Path) -> None:
+    assert len(digests("Biases and norms", tmp_path, "other salts")) == 2
