@@ -99,7 +99,8 @@ class Lamb16(BetweenSteps):
     Raises:
         ValueError: a hyperparameter is out of range (also in a group, or changed to a wrong value between steps); from
             ``step``, a state does not fit its parameter.
-        TypeError: a parameter is complex, sparse or of another dtype.
+        TypeError: a parameter is complex, sparse or of another dtype. A frozen one is not judged before it has a
+            gradient at a ``step``, which raises this then.
         RuntimeError: from ``step``: a sparse gradient, or no compiler works. A step that raises has changed nothing.
 
     Example::
@@ -158,8 +159,9 @@ class Lamb16(BetweenSteps):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for i in range(len(group["params"])):
-                self._parameters.check(group, i)
+            for i, p in enumerate(group["params"]):
+                if p.requires_grad:  # what is never stepped is not judged, as quantized weights under LoRA
+                    self._parameters.check(group, i)
             if self._release is not None:
                 self._release.watch(group["params"])
         except Exception:
