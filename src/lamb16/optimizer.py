@@ -309,8 +309,10 @@ class Lamb16(BetweenSteps):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""
+        from .checks.release import warn_of_copy
         from .codes import as_bytes, map_codes
 
+        warn_of_copy(self._release is not None)
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}

@@ -59,7 +59,7 @@ def release_gradients(model: nn.Module, optimizer: Lamb16, *, bucket_bytes: int 
 
     Args:
         model: the module that all parameters of ``optimizer`` belong to.
-        optimizer: steps the parameters. A copy or pickle of it is an ordinary optimizer.
+        optimizer: steps the parameters. A copy or pickle of it is an ordinary optimizer, and warned of.
         bucket_bytes: bytes of gradients that are gathered for a step; 0 steps each parameter on its own.
 
     Returns:
