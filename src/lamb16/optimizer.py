@@ -319,6 +319,14 @@ class Lamb16(BetweenSteps):
         own = ("max_grad_norm", "_compile", "_seed", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
 
+    def __copy__(self) -> Lamb16:
+        """A copy with the same groups and states, as copies of torch's optimizers; what pickle takes has others."""
+        copied = type(self).__new__(type(self))
+        kept = ("max_grad_norm", "_compile", "_seed", "_amp_scaling", "_offloaded", "_stepper")
+        own = {name: getattr(self, name) for name in kept}
+        super(Lamb16, copied).__setstate__(super().__getstate__() | own)
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         from .codes import as_fp8, map_codes
         from .entries import renamed
