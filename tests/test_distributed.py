@@ -137,6 +137,9 @@ def test_what_cannot_be_stepped_is_refused_on_every_rank(ranks: Ranks) -> None:
         assert text.startswith("ValueError: Lamb16: dimension 0 of parameter 0.weight, (7, 4), is split over mesh axes")
     for text in ranks.run(2, refused.partial_parameter):
         assert text.startswith("ValueError: Lamb16: parameter 0 has partial placements")
+    for (alone, beside), text in ranks.run(2, refused.frozen_partial_parameter):
+        assert torch.equal(alone, beside)
+        assert text.startswith("ValueError: Lamb16: parameter odd has partial placements")
 
 
 def test_states_that_other_ranks_lack_are_refused_on_all(ranks: Ranks) -> None:

@@ -207,7 +207,7 @@ def test_other_subclasses_are_refused_by_name_with_the_remedy(compile: bool) -> 
         SUBCLASSES
         + f"""
 for name, make in REFUSED.items():
-    odd = nn.Parameter(make(weights(0)), requires_grad=False)
+    odd = nn.Parameter(make(weights(0)))
     try:
         Lamb16([("good", nn.Parameter(weights(1))), ("odd.weight", odd)], compile={compile})
     except TypeError as error:

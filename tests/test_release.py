@@ -410,7 +410,10 @@ def test_copies_are_ordinary() -> None:
     model, optimizer = make()
     release_gradients(model, optimizer)
     train(model, optimizer, range(1))
-    twin, copied = copy.deepcopy((model, optimizer))
+    with pytest.warns(
+        UserWarning, match=r"an ordinary one.*call release_gradients\(model, optimizer\) with the copies"
+    ):
+        twin, copied = copy.deepcopy((model, optimizer))
     assert copied._own_options() == optimizer._own_options()
     loss_of(twin, 1).backward()
     assert twin.first.weight.grad is not None

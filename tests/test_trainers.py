@@ -59,6 +59,29 @@ def test_entries_that_others_add_are_carried_along(way: Any) -> None:
     assert_same(snapshot(old), snapshot(new))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Lamb16])
+def test_groups_of_a_state_dict_may_be_tuples(kind: Any) -> None:
+    optimizer = kind(parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"] = tuple(group | {"params": tuple(group["params"])} for group in saved["param_groups"])
+    optimizer.load_state_dict(saved)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_shallow_copy_shares_the_state() -> None:
+    """As AdamW's does: whichever of the two steps, both go on from there."""
+    optimizer, alone = (Lamb16(parameters(), **BASE, compile=False) for _ in range(2))
+    take_steps(optimizer, [0])
+    copied = copy.copy(optimizer)
+    assert copied.state is optimizer.state
+    assert copied.param_groups is optimizer.param_groups
+    for t in range(1, 4):
+        take_steps(copied if t % 2 else optimizer, [t])
+    take_steps(alone, range(4))
+    assert_same(snapshot(optimizer), snapshot(alone))
+    assert_same(snapshot(copied), snapshot(alone))
+
+
 @pytest.mark.parametrize(("saved", "made"), [("float32", "float8"), ("float8", "float32")])
 def test_a_state_with_another_moment_dtype_is_loaded_with_a_warning(saved: str, made: str) -> None:
     old, new = (Lamb16(parameters(), moment_dtype=kind, compile=False) for kind in (saved, made))

@@ -132,6 +132,10 @@ class BetweenSteps(Optimizer):
     def float32_weights(self) -> dict[str, Tensor]:
         """The weights of all parameters in float32, by name (or position): copies, on the parameters' devices.
 
+        Frozen ones that could not be stepped, as int8 weights, are left out, and :meth:`load_float32_weights` leaves
+        them alone.
+
+
         Of several with one name the first has that name, the others have their group's position before it, and, where
         that is there already, a number after it: ``w``, ``0.w``, ``0.w.2``, ``1.w``. :meth:`layer_stats` does so too.
 

@@ -24,6 +24,7 @@ from .checks.checkpoint import check_complete, check_new, check_same_keys
 from .codes import REMAINDER
 from .entries import DERIVED, OLD_NAMES
 from .hyper import NAMES
+from .parameters import Parameters
 from .sharding.exchange import first_text
 
 UNFINISHED = ".saving"  # ends the name of the folder that is written to
@@ -180,10 +181,12 @@ def _room(optimizer: Optimizer) -> Iterator[None]:
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     gradients, before = [p.grad for p in params], dict(optimizer.state)
-    frozen = [p for p in params if not p.requires_grad]
+    judged = [group["params"][i] for group, i in Parameters(optimizer.param_groups, {}, 0).judged()]
+    frozen = [p for p in judged if not p.requires_grad]
     offloaded = getattr(optimizer, "offloaded", None)
     for p in params:
         p.grad = None
+    for p in frozen:
         p.requires_grad_(True)  # or torch makes no room for its state, and does not hand it on
     optimizer.state.clear()
     try:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .between_steps import BetweenSteps
 from .checks.arguments import check_group_options, check_options, check_reloaded, check_scaler
+from .checks.release import warn_of_copy
 from .codes import as_bytes, as_fp8, map_codes
 from .convert import to_adamw
 from .entries import renamed
@@ -103,7 +104,8 @@ class Lamb16(BetweenSteps):
     Raises:
         ValueError: a hyperparameter is out of range (also in a group, or changed to a wrong value between steps); from
             ``step``, a state does not fit its parameter.
-        TypeError: a parameter is complex, sparse or of another dtype.
+        TypeError: a parameter is complex, sparse or of another dtype. A frozen one is not judged before it has a
+            gradient at a ``step``, which raises this then.
         RuntimeError: from ``step``: a sparse gradient, or no compiler works. A step that raises has changed nothing.
             What the handler of a signal raises comes before a step or after it. Where memory runs out in the middle,
             each parameter is, with its state, before the step or after it.
@@ -164,8 +166,9 @@ class Lamb16(BetweenSteps):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for i in range(len(group["params"])):
-                self._parameters.check(group, i)
+            for i, p in enumerate(group["params"]):
+                if p.requires_grad:  # what is never stepped is not judged, as quantized weights under LoRA
+                    self._parameters.check(group, i)
             if self._release is not None:
                 self._release.watch(group["params"])
         except Exception:
@@ -305,11 +308,20 @@ class Lamb16(BetweenSteps):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy take: fp8 codes as uint8, since torch cannot unpickle fp8 tensors."""
+        warn_of_copy(self._release is not None)
         pickled: dict[str, Any] = super().__getstate__()
         pickled["state"] = {p: map_codes(state, as_bytes) for p, state in self.state.items()}
         skipped = {device: count.clone() for device, count in self._stepper.skipped.items()}
         own = ("max_grad_norm", "_compile", "_seed", "_amp_scaling", "_offloaded")
         return pickled | {name: getattr(self, name) for name in own} | {"_skipped": skipped}
+
+    def __copy__(self) -> Lamb16:
+        """A copy with the same groups and states, as copies of torch's optimizers; what pickle takes has others."""
+        copied = type(self).__new__(type(self))
+        kept = ("max_grad_norm", "_compile", "_seed", "_amp_scaling", "_offloaded", "_stepper")
+        own = {name: getattr(self, name) for name in kept}
+        super(Lamb16, copied).__setstate__(super().__getstate__() | own)
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self._stepper.skipped if "_stepper" in self.__dict__ else {}

@@ -51,11 +51,11 @@ class Parameters:
         return [[self.name(group, i) for i in range(len(group["params"]))] for group in self.groups]
 
     def named(self) -> dict[str, tuple[Tensor, dict[str, Any], int]]:
-        """All parameters with their groups and places in these, by name.
+        """The judged parameters with their groups and places in these, by name.
 
         A name that is there gets its group before it, and a number after it where that is there, or another's name.
         """
-        names = self.names()
+        names, judged = self.names(), {(id(group), i) for group, i in self.judged()}
         real = set(chain.from_iterable(names))
         named: dict[str, tuple[Tensor, dict[str, Any], int]] = {}
         for k, (group, own) in enumerate(zip(self.groups, names, strict=True)):
@@ -66,7 +66,7 @@ class Parameters:
                     while key in named or key in real:
                         key = f"{k}.{name}.{next(number)}"
                 named[key] = (p, group, i)
-        return named
+        return {key: place for key, place in named.items() if (id(place[1]), place[2]) in judged}
 
     def check(self, group: dict[str, Any], i: int) -> None:
         """Raise TypeError or ValueError for a parameter that cannot be optimized in its group."""
@@ -74,6 +74,19 @@ class Parameters:
         check_parameter(p, name)
         check_layout(p, name)
         check_rounding(p, group, name)
+
+    def fits(self, group: dict[str, Any], i: int) -> bool:
+        """Whether a parameter can be optimized in its group; one that is frozen need not be."""
+        try:
+            self.check(group, i)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def judged(self) -> list[tuple[dict[str, Any], int]]:
+        """Groups and places of the parameters, but for frozen ones that cannot be optimized."""
+        places = ((group, i) for group in self.groups for i in range(len(group["params"])))
+        return [(group, i) for group, i in places if group["params"][i].requires_grad or self.fits(group, i)]
 
 
 def tensor_salt(seed: int, name: str) -> int:

@@ -59,7 +59,7 @@ def release_gradients(model: nn.Module, optimizer: Lamb16, *, bucket_bytes: int 
 
     Args:
         model: the module that all parameters of ``optimizer`` belong to.
-        optimizer: steps the parameters. A copy or pickle of it is an ordinary optimizer.
+        optimizer: steps the parameters. A copy or pickle of it is an ordinary optimizer, and warned of.
         bucket_bytes: bytes of gradients that are gathered for a step; 0 steps each parameter on its own.
 
     Returns:
@@ -140,14 +140,17 @@ class GradientRelease:
         own = set(map(id, model.parameters()))
         for p in params:
             check_watched(p, id(p) in own, self._name)
-        places = [(group, i) for group in optimizer.param_groups for i in range(len(group["params"]))]
+        judged = optimizer._parameters.judged()
+        places = [(group, i) for group, i in judged if group["params"][i].requires_grad]
         check_memory(
             [local(group["params"][i]) for group, i in places],
             lambda: [f"parameter {optimizer._parameters.name(group, i)}" for group, i in places],
             torch.is_inference_mode_enabled(),
         )
+        may_thaw = {id(group["params"][i]) for group, i in judged}
         for p in params:
-            self._hook(p)
+            if id(p) in may_thaw:
+                self._hook(p)
 
     def _hook(self, p: Tensor) -> None:
         trained = p.requires_grad
@@ -159,7 +162,8 @@ class GradientRelease:
 
     def replace(self, p: Tensor, new_p: Tensor) -> None:
         """``new_p`` has taken the place of ``p`` in the optimizer."""
-        self._hooks.pop(id(p)).remove()
+        if (hook := self._hooks.pop(id(p), None)) is not None:
+            hook.remove()
         self._buckets.replace(id(p), id(new_p))
         self._hook(new_p)
 

@@ -46,6 +46,23 @@ def partial_parameter() -> str:
     return message(Lamb16, [nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))])
 
 
+def frozen_partial_parameter() -> tuple[list[torch.Tensor], str]:
+    """Weights after two steps beside a frozen parameter that is not to be stepped; then what its gradient is told."""
+    shard = sharded.sharder("rows over 2")
+    odd = nn.Parameter(DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()]), False)
+    found = []
+    for others in ([], [odd]):
+        params = [nn.Parameter(shard(torch.ones(6, 4)))]
+        optimizer = Lamb16([("w", params[0]), *(("odd", p) for p in others)], lr=0.01, compile=False)
+        for _ in range(2):
+            set_gradients(params, (0,))
+            optimizer.step()
+        optimizer.load_float32_weights(optimizer.float32_weights())
+        found.append(local(params[0]))
+    odd.grad = odd.detach()
+    return found, message(optimizer.step)
+
+
 def other_states_are_missing() -> tuple[str, list[str]]:
     """Each of two ranks has lost the state of another of two equal parameters; then both are given theirs back."""
     shard, optimizers = sharded.sharder("rows over 2"), []

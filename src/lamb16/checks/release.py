@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,16 @@ def check_watched(param: Tensor, known: bool, name: Callable[[Tensor], str]) -> 
         raise RuntimeError(
             f"lamb16.release_gradients: parameter {name(param)} has a gradient already; step "
             "it if that is to be, and call optimizer.zero_grad()"
+        )
+
+
+def warn_of_copy(released: bool) -> None:
+    """Warn of a copy or pickle of an optimizer whose gradients are released, since the copy's are not."""
+    if released:
+        warnings.warn(
+            "lamb16.release_gradients: a copy or pickle of this optimizer is an ordinary one, which steps in "
+            "optimizer.step(); call release_gradients(model, optimizer) with the copies to release theirs",
+            stacklevel=3,
         )
 
 

@@ -147,9 +147,9 @@ def _has_nan(codes: Tensor, key: str) -> bool:
 
 def check_state_dict(state_dict: Any) -> None:
     """Raise ValueError unless ``state_dict`` is made like an optimizer's."""
-    for key, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"Lamb16.load_state_dict: no optimizer state dict: it has no {kind.__name__} {key!r}")
+    for key, kinds in (("state", (dict,)), ("param_groups", (list, tuple))):
+        if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), kinds):
+            raise ValueError(f"Lamb16.load_state_dict: no optimizer state dict: it has no {kinds[0].__name__} {key!r}")
 
 
 def check_groups(saved: Sequence[dict[str, Any]], current: Sequence[dict[str, Any]]) -> None:

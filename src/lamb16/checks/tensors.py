@@ -46,7 +46,7 @@ def check_parameter(param: Tensor, name: str) -> None:
 
 def check_rounding(param: Tensor, group: dict[str, Any], name: str) -> None:
     """Raise ValueError for a parameter whose weights its group cannot keep exactly."""
-    if group["param_rounding"] == "exact" and param.dtype == torch.float16:
+    if group.get("param_rounding") == "exact" and param.dtype == torch.float16:
         raise ValueError(
             f"Lamb16: parameter {name} is float16, and its group has param_rounding='exact', which is for bfloat16: "
             "float16's range is too small for a remainder to complete; use 'stochastic', or bfloat16 weights"

@@ -46,6 +46,7 @@ def _checked_gradient(parameters: Parameters, grad: Tensor, group: dict[str, Any
     p, name = group["params"][i], parameters.name(group, i)
     special = type(grad) is not Tensor or is_sharded(p)
     if special or grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape:
+        parameters.check(group, i)  # it may have been frozen
         check_gradient(p, grad, name)
     if special or fake:
         check_fake(p, grad, name)

@@ -60,12 +60,8 @@ def kind_of(p: Tensor, grad_dtype: Any, group: dict[str, Any]) -> Kind:
 
 
 def _may_have_gradients(parameters: Parameters, group: dict[str, Any], i: int) -> bool:
-    try:
-        parameters.check(group, i)
-    except (TypeError, ValueError):
-        return False
     p = group["params"][i]
-    return not (p.is_meta or is_fake(p)) and p.numel() < LARGEST
+    return parameters.fits(group, i) and not (p.is_meta or is_fake(p)) and p.numel() < LARGEST
 
 
 def executor_for(members: dict[Kind, list[Member]], compile: bool | Executor) -> Any:
