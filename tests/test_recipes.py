@@ -26,7 +26,7 @@ COMMON = BLOCKS.pop("A model and data", "")
 NEEDS = {
     "transformers' Trainer": ("transformers", "accelerate"), "Lightning": ("lightning",), "accelerate": ("accelerate",),
     "timm": ("timm",), "PEFT": ("peft",), "FSDP2": (), "Gradient release": (), "Phases without steps": (),
-    "Biases and norms": (),
+    "Gradient release in transformers' Trainer": ("transformers", "accelerate"), "Biases and norms": (),
 }  # fmt: skip
 
 
@@ -69,6 +69,20 @@ def test_the_recipe_runs_and_learns(
     after = names["model"](names["x"], labels=names["y"])["loss"].item()
     assert after < before / 2, "of a loss of about 1"
     assert names.get("skipped", 0) == 0
+
+
+def test_a_trainer_that_clips_is_refused_where_gradients_are_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_CPU", "true")
+    block, names = BLOCKS["Gradient release in transformers' Trainer"], {"__name__": "recipe"}
+    assert "        max_grad_norm=0,\n" in block
+    with torch.random.fork_rng():
+        exec(COMMON, names)
+        with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 would clip nothing"):
+            exec(block.replace("        max_grad_norm=0,\n", ""), names)
 
 
 # -- parameters without names, on two ranks --------------------------------------------------------------------------

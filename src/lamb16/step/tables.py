@@ -64,7 +64,7 @@ OTHERS = itemgetter(*NAMES[2:])
 def _values(group: dict[str, Any]) -> tuple[Any, ...]:
     """What to compare to see a change; None for a learning rate that it takes a device to read."""
     lr = group["lr"]
-    number = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+    number = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr * 1.0)  # of no string
     return (number, *group["betas"], *OTHERS(group))
 
 
