@@ -108,7 +108,7 @@ class Lamb16(BetweenSteps):
             gradient at a ``step``, which raises this then.
         RuntimeError: from ``step``: a sparse gradient, or no compiler works. A step that raises has changed nothing.
             What the handler of a signal raises comes before a step or after it. Where memory runs out in the middle,
-            each parameter is, with its state, before the step or after it.
+            each parameter is, with its state, before the step or after it, but for a compiled step on a GPU.
 
     Example::
 

@@ -170,9 +170,9 @@ class Plan(ABC):
         """Factors, scales and step counts; weights and moments; the sums that the next step needs."""
 
     @property
-    def is_captured(self) -> bool:
-        """Whether what runs now is captured in a CUDA graph."""
-        return False
+    def goes_back(self) -> bool:
+        """Whether :meth:`run_calls` keeps what it takes to go back."""
+        return True
 
     @property
     def at_once(self) -> bool:
@@ -190,7 +190,7 @@ class Plan(ABC):
         states hold, and the others of the one before.
         """
         device = self.kind.device
-        kept = [] if self.is_captured else [x.clone() for x in (*self.store.tables, self.skipped)]
+        kept = [x.clone() for x in (*self.store.tables, self.skipped)] if self.goes_back else []
         left = dict(zip(self.present, self.state_indices, strict=True))
         try:
             self.execute("scale", self.scale_arguments(self.from_whole))

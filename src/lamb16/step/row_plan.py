@@ -173,7 +173,7 @@ class RowPlan(Plan):
             self.program.fill()
         if self.batches and self.table is not self.addresses:
             self.table.copy_(self.sent, non_blocking=True)
-            if self.is_captured:
+            if self._is_captured():
                 self.captured.append(self.sent)  # a graph reads it again at every replay
 
     def _blocks(self) -> list[tuple[int, Block]]:
@@ -223,8 +223,11 @@ class RowPlan(Plan):
         self.new_set = False
 
     @property
-    def is_captured(self) -> bool:
-        """As in :class:`Plan`."""
+    def goes_back(self) -> bool:
+        """As in :class:`Plan`; on a GPU that would be four launches more, where calls allocate a few KB at most."""
+        return self.kind.device.type == "cpu"
+
+    def _is_captured(self) -> bool:
         return self.kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @property
@@ -269,7 +272,7 @@ class RowPlan(Plan):
         On CUDA a program is made for a set of gradients when it comes again, and none is captured in a graph, which may
         live longer.
         """
-        if self.new_set or self.is_captured or not self.aligned:
+        if self.new_set or self._is_captured() or not self.aligned:
             otherwise(**options)
             return
         wanted = self.clips, self.gathers
