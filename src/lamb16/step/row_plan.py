@@ -69,9 +69,9 @@ class RowPlan(Plan):
         self.before_update = [k for k in range(len(kind.dtypes)) if k not in done]
         self.padding = in_place([self._zeros(2, ROW, dtype=dtype) for dtype in kind.dtypes])  # zeros stay zeros
         indices = [i for i, _ in rows.large]
-        padding = self._zeros(FLOATS), self._zeros(INTEGERS, dtype=torch.int32)
-        self.row_floats = [self.floats[i] for i in indices] + [padding[0]] * rows.padding
-        self.row_integers = [self.integers[i] for i in indices] + [padding[1]] * rows.padding
+        floats, integers = self._zeros(FLOATS), self._zeros(INTEGERS, dtype=torch.int32)
+        self.row_floats = [self.floats[i] for i in indices] + [floats] * rows.padding
+        self.row_integers = [self.integers[i] for i in indices] + [integers] * rows.padding
         self.index_maps: list[IndexMap] | None = None
         if self.shards.index_maps is not None:
             padded = [*indices, *[count - 1] * rows.padding]
@@ -80,7 +80,7 @@ class RowPlan(Plan):
         self.table = self.addresses if kind.device.type == "cpu" else self.addresses.to(kind.device)
         self.sent = self.addresses.clone()
         self.captured: list[Tensor] = []
-        self.aligned, self.new_set = True, False
+        self.aligned, self.new_set = True, False  # else the wrapper of code for CUDA copies tensors
         self.batch_present = torch.zeros(len(self.batches), dtype=torch.int64)
         self.program: Program | None = None
         self.bound: Any = None  # what it is made for: the store's columns, and which parts are wanted
@@ -165,7 +165,6 @@ class RowPlan(Plan):
         if torch.equal(self.addresses, self.sent):
             return
         self.sent = self.addresses.clone()
-        # Where tensors are not where code for CUDA expects them, its wrapper copies them.
         self.aligned = not (self.sent[:, [i for i, _ in self.rows.large]] & 15).any().tolist()
         if self.kind.device.type == "cuda":
             self.sent = self.sent.pin_memory()
@@ -233,7 +232,7 @@ class RowPlan(Plan):
     @property
     def at_once(self) -> bool:
         """As in :class:`Plan`."""
-        return self.program is not None and not self.program.calls and not self.copies
+        return self.program is not None and not (self.program.calls or self.copies)
 
     def update_calls(self, left: dict[int, int]) -> None:
         """As in :class:`Plan`. Of a tensor that has packed rows too, these are written last, which cannot fail."""
@@ -269,8 +268,7 @@ class RowPlan(Plan):
     def _run(self, parts: list[str], otherwise: Callable[..., None], **options: Any) -> None:
         """Parts of the recorded step, or, where nothing is recorded, what does the same.
 
-        On CUDA a program is made for a set of gradients when it comes again, and none is captured in a graph, which may
-        live longer.
+        On CUDA a program is made for a set of gradients when it comes again, and none is captured, in what lives longer.
         """
         if self.new_set or self._is_captured() or not self.aligned:
             otherwise(**options)
