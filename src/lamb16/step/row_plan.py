@@ -268,7 +268,7 @@ class RowPlan(Plan):
     def _run(self, parts: list[str], otherwise: Callable[..., None], **options: Any) -> None:
         """Parts of the recorded step, or, where nothing is recorded, what does the same.
 
-        On CUDA a program is made for a set of gradients when it comes again; none is captured in a graph, which lives on.
+        On CUDA a program is made for a set of gradients when it comes again, and none is captured in a graph.
         """
         if self.new_set or self._is_captured() or not self.aligned:
             otherwise(**options)
